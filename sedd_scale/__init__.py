@@ -1,0 +1,18 @@
+"""Distributed pretraining of Score Entropy Discrete Diffusion language models (arXiv 2310.16834)."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_pretrained"]
+
+if TYPE_CHECKING:
+    from sedd_scale.interop.pretrained import load_pretrained
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public functions on first use, so that `--help` need not import torch."""
+    if name == "load_pretrained":
+        from sedd_scale.interop.pretrained import load_pretrained
+
+        return load_pretrained
+    raise AttributeError(f"module 'sedd_scale' has no attribute {name!r}")

@@ -1,0 +1,54 @@
+"""What every command shares: one-line errors, exit codes and the --debug and --version flags."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from sedd_scale import __version__
+from sedd_scale.errors import SeddScaleError
+
+EXIT_USER_ERROR = 2
+
+
+def make_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every command has.
+
+    Args:
+        description: one sentence on what the command does.
+        example: a command line that works, shown by --help.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse `argv`, run `command` and return its exit code.
+
+    A `SeddScaleError` or a file the system refuses becomes one line on stderr and exit code 2;
+    with --debug the traceback is shown. In a job of several processes each rank that fails says so
+    and leaves at once, so that the launcher stops the others.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        return command(arguments) or 0
+    except (SeddScaleError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        if arguments.debug:
+            raise
+        message = " ".join(str(error).split())
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or "WORLD_SIZE" not in os.environ:
+            print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
+        else:
+            print(f"{parser.prog}: rank {rank}: {message}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR

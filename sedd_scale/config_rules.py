@@ -1,0 +1,164 @@
+"""Values and combinations of values that cannot run, each refused with the keys and the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sedd_scale.config import Config
+
+
+LIMITS = {
+    "at_least": ("at least", lambda value, limit: value >= limit),
+    "above": ("above", lambda value, limit: value > limit),
+    "below": ("below", lambda value, limit: value < limit),
+}
+
+
+def check_value(key: str, metadata: Mapping[str, Any], value: Any) -> None:
+    """Refuse a value outside of the choices or the limits that its field's metadata states."""
+    if metadata["choices"] and value not in metadata["choices"]:
+        known = [str(choice) for choice in metadata["choices"]]
+        guess = get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{key}={value} is not one of {', '.join(known)}; did you mean {guess}?")
+    for name, limit in metadata["limits"].items():
+        words, holds = LIMITS[name]
+        if value is not None and not holds(value, limit):
+            raise ConfigError(f"{key}={value} has to be {words} {limit}: change it")
+
+
+def check_combinations(config: Config) -> None:
+    """Raise ConfigError for the first combination that no number of processes can run."""
+    _check_model(config)
+    _check_parallel(config)
+    _check_noise(config)
+    _check_optimizer(config)
+    _check_batch(config)
+
+
+def _check_model(config: Config) -> None:
+    model, precision = config.model, config.training.precision
+    if model.hidden_size % model.num_heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} is not a multiple of "
+            f"model.num_heads={model.num_heads}: change one of them"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} over model.num_heads={model.num_heads} "
+            f"gives heads of odd width {config.head_dim}, which rotary embedding cannot turn: "
+            "change one of them to make it even"
+        )
+    if model.residual_dtype == "bf16" and precision == "fp32":
+        raise ConfigError(
+            "model.residual_dtype=bf16 with training.precision=fp32 would lose precision "
+            "between layers: set model.residual_dtype=fp32 or training.precision=bf16"
+        )
+    if model.attention == "flash" and precision == "fp32":
+        raise ConfigError(
+            "model.attention=flash has no training.precision=fp32: set model.attention=sdpa "
+            "or training.precision=bf16"
+        )
+    if model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "model.attention=flash needs the package flash-attn, which is not installed: "
+            "pip install 'sedd_scale[flash]' or set model.attention=sdpa"
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    if model.num_heads % parallel.tensor:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} is not a multiple of "
+            f"parallel.tensor={parallel.tensor}: set parallel.tensor to a divisor of it"
+        )
+    if parallel.pipeline > model.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} is more stages than "
+            f"model.num_layers={model.num_layers}: set parallel.pipeline<={model.num_layers}"
+        )
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} does not go with "
+            f"parallel.zero_stage={parallel.zero_stage}: set parallel.zero_stage=1 or "
+            "parallel.pipeline=1"
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true needs parallel.tensor>1, but parallel.tensor=1: "
+            "set parallel.sequence_parallel=false or raise parallel.tensor"
+        )
+    block_length = config.data.block_length
+    if parallel.sequence_parallel and block_length and block_length % parallel.tensor:
+        raise ConfigError(
+            f"data.block_length={block_length} is not a multiple of "
+            f"parallel.tensor={parallel.tensor}, which parallel.sequence_parallel=true needs: "
+            "change one of them or set parallel.sequence_parallel=false"
+        )
+    if parallel.recompute_every > model.num_layers:
+        raise ConfigError(
+            f"parallel.recompute_every={parallel.recompute_every} is more than "
+            f"model.num_layers={model.num_layers}: set it to 0 (none), 1 (every block) or "
+            f"at most {model.num_layers}"
+        )
+
+
+def _check_noise(config: Config) -> None:
+    noise = config.noise
+    if config.graph.name == "uniform" and config.model.scale_by_sigma:
+        raise ConfigError(
+            "graph.name=uniform has no scaled parametrisation, but model.scale_by_sigma=true: "
+            "set model.scale_by_sigma=null or graph.name=absorb"
+        )
+    if noise.name == "geometric" and noise.sigma_min >= noise.sigma_max:
+        raise ConfigError(
+            f"noise.sigma_min={noise.sigma_min} is not below "
+            f"noise.sigma_max={noise.sigma_max}: lower noise.sigma_min"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer, steps = config.optimizer, config.training.steps
+    schedule, warmup, decay = optimizer.schedule, optimizer.warmup_steps, optimizer.decay_steps
+    if schedule == "wsd" and decay == 0:
+        raise ConfigError(
+            "optimizer.schedule=wsd needs a final decay, but optimizer.decay_steps=0: "
+            "set optimizer.decay_steps>0 or optimizer.schedule=constant"
+        )
+    if schedule != "wsd" and decay > 0:
+        raise ConfigError(
+            f"optimizer.decay_steps={decay} has no effect with optimizer.schedule={schedule}: "
+            "set optimizer.decay_steps=0 or optimizer.schedule=wsd"
+        )
+    if schedule == "constant" and optimizer.min_lr_ratio > 0:
+        raise ConfigError(
+            f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} has no effect with "
+            "optimizer.schedule=constant: set it to 0 or choose cosine or wsd"
+        )
+    if schedule == "wsd" and warmup + decay > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} + optimizer.decay_steps={decay} is more than "
+            f"training.steps={steps}: lower them or raise training.steps"
+        )
+    if schedule == "cosine" and warmup >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup} leaves nothing of training.steps={steps} for "
+            "optimizer.schedule=cosine: lower optimizer.warmup_steps"
+        )
+
+
+def _check_batch(config: Config) -> None:
+    global_batch, micro_batch = config.training.global_batch, config.training.micro_batch
+    if global_batch % micro_batch:
+        raise ConfigError(
+            f"training.global_batch={global_batch} is not a multiple of "
+            f"training.micro_batch={micro_batch}: change one of them"
+        )
+    if not config.training.resume:
+        raise ConfigError("training.resume is empty: set it to auto, never or a path")

@@ -1,0 +1,434 @@
+"""Text to token ids and back: SentencePiece, GPT-2 byte-level BPE, bytes and the text8 alphabet.
+
+Every tokenizer has N real tokens, ids 0..N-1, of which one (`eos_id`) separates documents. The mask
+state of an absorbing graph is not one of them: it belongs to the graph.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sedd_scale.data.atomic import write_atomically
+from sedd_scale.errors import DataError
+
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_VERSION = 1
+KINDS = ("sentencepiece", "gpt2", "bytes", "text8")
+GPT2_EOS = "<|endoftext|>"
+
+# SentencePiece skips longer training sentences, so long lines are cut here.
+TRAINING_LINE_CHARACTERS = 1000
+SMALLEST_SENTENCEPIECE_VOCABULARY = 300
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Tokenizer(ABC):
+    """A reversible map between text and ids 0..N-1.
+
+    Attributes:
+        kind: one of `KINDS`.
+        vocab_size: N, the number of real tokens.
+        eos_id: the id written after every document.
+        unknown_id: the id that stands for text the vocabulary cannot spell, or None.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    eos_id: int
+    unknown_id: int | None = None
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        """The ids of each text, without EOS; one int64 array [tokens] per text."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids that are known to lie in 0..N-1."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """The files that define this tokenizer: name -> content."""
+
+    def normalize(self, text: str) -> str:
+        """The text whose characters the ids spell; only text8 changes it."""
+        return text
+
+    def encode(self, text: str) -> IntArray:
+        """The ids of one text, without EOS; int64 [tokens]."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a sequence of ids.
+
+        EOS becomes its own piece in gpt2 ("<|endoftext|>"), a space in text8, and nothing elsewhere.
+        Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id is outside 0..N-1, such as a mask state that was never unmasked.
+        """
+        known = [int(token) for token in ids]
+        for token in known:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"token id {token} is outside 0..{self.vocab_size - 1} of the {self.kind} "
+                    "tokenizer: replace mask states before decoding, or use the tokenizer that "
+                    "made these ids"
+                )
+        return self._decode(known)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the kind and of every defining file; equal tokenizers have equal ones."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, content in sorted(self.files().items()):
+            digest.update(f"\0{name}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the defining files into `directory`, and tokenizer.json last."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_atomically(target / name, content)
+        description = {
+            "version": FORMAT_VERSION,
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+            "files": sorted(self.files()),
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        write_atomically(target / TOKENIZER_FILE, text.encode())
+
+
+class BytesTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0..255 and EOS as 256: N = 257."""
+
+    kind = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if token != self.eos_id).decode(errors="replace")
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+class Text8Tokenizer(Tokenizer):
+    """The 27 symbols of text8: space is 0, a..z are 1..26; N = 27.
+
+    Text is normalised as Mahoney's text8 was: lower case, each digit spelled out as a word, every
+    other character a space, runs of spaces one space. The space also separates documents.
+    """
+
+    kind = "text8"
+    vocab_size = 27
+    eos_id = 0
+
+    _ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+    _DIGIT_NAMES = "zero one two three four five six seven eight nine".split()
+    _SPELL = {ord(str(digit)): f" {name} " for digit, name in enumerate(_DIGIT_NAMES)}
+    _OTHER = re.compile(r"[^a-z]+")
+
+    def normalize(self, text: str) -> str:
+        return self._OTHER.sub(" ", text.lower().translate(self._SPELL)).strip(" ")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        ids = []
+        for text in texts:
+            letters = np.frombuffer(self.normalize(text).encode("ascii"), dtype=np.uint8)
+            ids.append(np.where(letters == ord(" "), 0, letters - np.uint8(96)).astype(np.int64))
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return "".join(self._ALPHABET[token] for token in ids)
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; EOS is the model's own end-of-sentence piece.
+
+    Args:
+        model: the bytes of a `.model` file.
+        name: what errors call it.
+
+    Raises:
+        DataError: the bytes are no SentencePiece model, or the model has no EOS piece.
+    """
+
+    kind = "sentencepiece"
+    MODEL_FILE = "sentencepiece.model"
+
+    def __init__(self, model: bytes, *, name: str = "the SentencePiece model") -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(
+                f"{name} is not a SentencePiece model, or is cut short: give a .model file that "
+                "sentencepiece wrote"
+            ) from error
+        self._model = model
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise DataError(
+                f"{name} has no end-of-sentence piece to separate documents with: train it with "
+                "--eos_id set"
+            )
+        self.unknown_id = self._processor.unk_id()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        lists = self._processor.encode(list(texts), out_type=int, num_threads=available_cores())
+        return [np.array(ids, dtype=np.int64) for ids in lists]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
+
+    def files(self) -> dict[str, bytes]:
+        return {self.MODEL_FILE: self._model}
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE from its vocabulary and merges; EOS is `<|endoftext|>`.
+
+    The text "<|endoftext|>" inside a document is ordinary text and never becomes EOS.
+
+    Args:
+        vocabulary: the bytes of vocab.json (piece -> id).
+        merges: the bytes of merges.txt.
+        name: what errors call the vocabulary.
+
+    Raises:
+        DataError: a file is malformed, or the two do not belong together.
+    """
+
+    kind = "gpt2"
+    VOCABULARY_FILE = "vocab.json"
+    MERGES_FILE = "merges.txt"
+
+    def __init__(self, vocabulary: bytes, merges: bytes, *, name: str = VOCABULARY_FILE) -> None:
+        from tokenizers import Tokenizer as Pipeline
+        from tokenizers import decoders, models, pre_tokenizers
+
+        ids_of_pieces = _parse_gpt2_vocabulary(vocabulary, name)
+        pairs = _parse_gpt2_merges(merges, ids_of_pieces, name)
+        for symbol in pre_tokenizers.ByteLevel.alphabet():
+            if symbol not in ids_of_pieces:
+                raise DataError(f"{name} is not a byte-level vocabulary: it lacks {symbol!r}")
+        self._files = {self.VOCABULARY_FILE: vocabulary, self.MERGES_FILE: merges}
+        self._pipeline = Pipeline(models.BPE(vocab=ids_of_pieces, merges=pairs))
+        self._pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        self._pipeline.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        self.vocab_size = len(ids_of_pieces)
+        self.eos_id = ids_of_pieces[GPT2_EOS]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        encodings = self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._pipeline.decode(ids, skip_special_tokens=False))
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
+
+
+def _parse_gpt2_vocabulary(vocabulary: bytes, name: str) -> dict[str, int]:
+    try:
+        parsed = json.loads(vocabulary)
+    except ValueError as error:
+        raise DataError(f"{name} is not JSON ({error}): give GPT-2's vocab.json") from error
+    if not isinstance(parsed, dict) or sorted(
+        token for token in parsed.values() if isinstance(token, int)
+    ) != list(range(len(parsed))):
+        raise DataError(f"{name} does not map pieces to the ids 0..N-1: give GPT-2's vocab.json")
+    if GPT2_EOS not in parsed:
+        raise DataError(f"{name} lacks {GPT2_EOS}, which separates documents: add it")
+    return parsed
+
+
+def _parse_gpt2_merges(
+    merges: bytes, ids_of_pieces: dict[str, int], name: str
+) -> list[tuple[str, str]]:
+    try:
+        lines = merges.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the merges of {name} are not UTF-8: give GPT-2's merges.txt") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2 or parts[0] + parts[1] not in ids_of_pieces:
+            raise DataError(
+                f"line {number} of the merges does not fit {name}: {line!r}; give the merges.txt "
+                "that belongs to it"
+            )
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """Train a SentencePiece unigram model of exactly `vocab_size` pieces.
+
+    The model loses nothing: no Unicode normalisation, whitespace kept, newline a piece of its own, and
+    characters it does not know spelled as bytes. (One exception is SentencePiece's own: U+2581, its
+    mark for a space, comes back as a space.) Training is single-threaded, so equal texts give an
+    equal model, byte for byte. Piece 0 is unknown, piece 1 is EOS.
+
+    Raises:
+        DataError: `vocab_size` is too small for bytes and characters, or too large for the text.
+    """
+    import sentencepiece
+
+    if vocab_size < SMALLEST_SENTENCEPIECE_VOCABULARY:
+        raise DataError(
+            f"--vocab-size {vocab_size} leaves no room beside the 256 byte pieces: give at least "
+            f"{SMALLEST_SENTENCEPIECE_VOCABULARY}, or use --tokenizer bytes"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            byte_fallback=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        too_high = re.search(r"too high \(\d+\).*<= (\d+)", message, re.DOTALL)
+        if too_high is not None:
+            raise DataError(
+                f"--vocab-size {vocab_size} is too large for this text: give at most "
+                f"{too_high.group(1)}, or more text"
+            ) from error
+        too_small = re.search(r"required_chars. \d+ vs (\d+)", message)
+        if too_small is not None:
+            raise DataError(
+                f"--vocab-size {vocab_size} is too small for this text's characters: give more "
+                f"than {too_small.group(1)}"
+            ) from error
+        raise DataError(
+            f"sentencepiece cannot learn {vocab_size} pieces from this text ({message}): give "
+            "another --vocab-size or more text"
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Non-empty lines of at most TRAINING_LINE_CHARACTERS; NUL would end a sentence early."""
+    for text in texts:
+        for line in text.replace("\0", "").split("\n"):
+            for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
+                yield line[start : start + TRAINING_LINE_CHARACTERS]
+
+
+def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
+    """The SentencePiece tokenizer of a `.model` file, or of a directory that holds exactly one."""
+    given = Path(path)
+    if given.is_dir():
+        models = sorted(given.glob("*.model"))
+        if len(models) != 1:
+            raise DataError(f"{given} holds {len(models)} .model files: name the one to use")
+        given = models[0]
+    return SentencePieceTokenizer(_read(given), name=str(given))
+
+
+def open_gpt2(path: str | os.PathLike[str]) -> GPT2Tokenizer:
+    """The GPT-2 tokenizer of a directory, or of a vocab.json with its merges.txt beside it.
+
+    The files may also be named gpt2-vocab.json and gpt2-merges.txt.
+    """
+    given = Path(path)
+    names = (GPT2Tokenizer.VOCABULARY_FILE, "gpt2-" + GPT2Tokenizer.VOCABULARY_FILE)
+    if given.is_dir():
+        found = [given / name for name in names if (given / name).is_file()]
+        if not found:
+            raise DataError(f"{given} holds neither {names[0]} nor {names[1]}: add it")
+        given = found[0]
+    elif not given.name.endswith(GPT2Tokenizer.VOCABULARY_FILE):
+        raise DataError(f"{given} is neither a directory nor a file named *{names[0]}")
+    stem = given.name[: -len(GPT2Tokenizer.VOCABULARY_FILE)]
+    merges = given.with_name(stem + GPT2Tokenizer.MERGES_FILE)
+    return GPT2Tokenizer(_read(given), _read(merges), name=str(given))
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into `directory`.
+
+    Raises:
+        DataError: the directory holds none, a file is missing, or its files were changed since.
+    """
+    source = Path(directory)
+    path = source / TOKENIZER_FILE
+    if not path.is_file():
+        raise DataError(f"{source} holds no {TOKENIZER_FILE}: give a directory that prepare_data made")
+    try:
+        description: Any = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
+    kind = description.get("kind") if isinstance(description, dict) else None
+    makers: dict[str, Callable[[], Tokenizer]] = {
+        "sentencepiece": lambda: open_sentencepiece(source / SentencePieceTokenizer.MODEL_FILE),
+        "gpt2": lambda: open_gpt2(source / GPT2Tokenizer.VOCABULARY_FILE),
+        "bytes": BytesTokenizer,
+        "text8": Text8Tokenizer,
+    }
+    if kind not in makers or description.get("version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} names kind {kind!r}, version {description.get('version') if kind else None!r}: "
+            f"this version reads {', '.join(KINDS)}, version {FORMAT_VERSION}"
+        )
+    tokenizer = makers[kind]()
+    if tokenizer.fingerprint != description.get("fingerprint"):
+        raise DataError(
+            f"the tokenizer files in {source} are not the ones that were saved (their fingerprint "
+            "differs): restore them or prepare the data again"
+        )
+    return tokenizer
+
+
+def available_cores() -> int:
+    """The number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError(f"tokenizer file {path} does not exist: give the path of an existing one")
+    return path.read_bytes()

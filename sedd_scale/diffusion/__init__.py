@@ -1,0 +1,1 @@
+"""The mathematics of score-entropy diffusion: no processes, no files, no network."""

@@ -1,0 +1,158 @@
+"""Keyed corruption: every random number is a pure function of (seed, stream, step, global sample index).
+
+Whoever makes sample 37 of step 900 makes the same noisy tokens: every tensor-parallel peer, both ends of a pipeline,
+a resumed run, a run under another layout. Draws come from the counter-based Philox generator, with the seed and the
+name of the stream as its key and (step, sample) in its counter, and from its raw words only, whose values numpy keeps
+fixed from release to release.
+
+Times are stratified over the whole global batch: [0, 1) is cut into as many strata as the batch has samples and each
+sample takes a different one, so that the loss varies less and does not depend on how the batch is split.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.schedules import Schedule
+
+SampleIds = Tensor | npt.NDArray[np.int64] | Sequence[int]
+
+_WORD = 2**64
+# The word of the counter that names the sample, where a draw belongs to the whole batch.
+_WHOLE_BATCH = _WORD - 1
+
+
+class NoisyBatch(NamedTuple):
+    """A corrupted batch on the host: int64 tokens, float64 noise."""
+
+    noisy_BL: Tensor
+    clean_BL: Tensor
+    t_B: Tensor
+    """Time in [t_min, 1]."""
+    sigma_B: Tensor
+    """Total noise, nats."""
+    rate_B: Tensor
+    """d sigma / dt."""
+    rate_over_expm1_B: Tensor
+    """rate / (e^sigma - 1)."""
+    dropout_key_B: Tensor
+    """Int64 in [0, 2^31): seeds what else is random about the sample."""
+
+
+def keyed_words(
+    count: int, *, seed: int, stream: str, step: int, sample: int | None = None
+) -> npt.NDArray[np.uint64]:
+    """`count` random 64-bit words of a named stream at a step, for one sample or (None) for the whole batch."""
+    digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
+    key = np.array([seed % _WORD, int.from_bytes(digest, "little")], dtype=np.uint64)
+    # The first word counts blocks of output within the draw, so no two draws overlap.
+    place = _WHOLE_BATCH if sample is None else sample % _WORD
+    counter = np.array([0, 0, place, step % _WORD], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def keyed_uniforms(
+    count: int, *, seed: int, stream: str, step: int, sample: int | None = None
+) -> npt.NDArray[np.float64]:
+    """`count` float64 uniforms in [0, 1) with 53 random bits each; arguments as `keyed_words`."""
+    words = keyed_words(count, seed=seed, stream=stream, step=step, sample=sample)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def stratified_times(
+    *,
+    seed: int,
+    step: int,
+    global_batch: int,
+    sample_ids_B: SampleIds,
+    t_min: float,
+    stream: str = "train",
+) -> Tensor:
+    """Times [B] in [t_min, 1), float64, of those samples of a step: one in each stratum of the global batch.
+
+    A sample's place in its batch is its id modulo `global_batch`, so the ids of a step must be distinct modulo
+    `global_batch`, as consecutive ids are. The strata are dealt by a keyed permutation and share one offset.
+    """
+    assert global_batch > 0, global_batch
+    ids_B = _as_ids(sample_ids_B)
+    order = keyed_words(global_batch, seed=seed, stream=f"{stream}/strata", step=step)
+    stratum = np.argsort(order, kind="stable")[ids_B % global_batch]
+    offset = keyed_uniforms(1, seed=seed, stream=f"{stream}/offset", step=step)[0]
+    u_B = (stratum + offset) / global_batch
+    return torch.from_numpy(t_min + (1.0 - t_min) * u_B)
+
+
+def corrupt_batch(
+    clean_BL: Tensor,
+    *,
+    sample_ids_B: SampleIds,
+    step: int,
+    seed: int,
+    global_batch: int,
+    graph: Graph,
+    schedule: Schedule,
+    t_min: float,
+    t_B: Tensor | None = None,
+    stream: str = "train",
+) -> NoisyBatch:
+    """Draw times and noise for samples of a step; a sample's draws do not depend on which others are asked for.
+
+    clean_BL holds token ids on the host, sample_ids_B their global sample indices (see `stratified_times`). `t_B`
+    replaces the drawn times. `stream` separates uses that share a seed, such as training and validation. Raises
+    DataError for an id outside the graph's tokens.
+    """
+    graph.check_tokens(clean_BL)
+    clean_BL = clean_BL.long()
+    ids_B = _as_ids(sample_ids_B)
+    batch, length = clean_BL.shape
+    assert ids_B.shape == (batch,), (ids_B.shape, clean_BL.shape)
+    if t_B is None:
+        t_B = stratified_times(
+            seed=seed,
+            step=step,
+            global_batch=global_batch,
+            sample_ids_B=ids_B,
+            t_min=t_min,
+            stream=stream,
+        )
+    t_B = t_B.double()
+    sigma_B = schedule.sigma(t_B)
+
+    def per_token(purpose: str) -> Tensor:
+        rows = [
+            keyed_uniforms(length, seed=seed, stream=f"{stream}/{purpose}", step=step, sample=i)
+            for i in ids_B.tolist()
+        ]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length).double()
+
+    noisy_BL = graph.corrupt(
+        clean_BL,
+        sigma_B,
+        per_token("moves"),
+        per_token("tokens") if graph.mask_id is None else None,
+    )
+    keys = [
+        int(keyed_words(1, seed=seed, stream=f"{stream}/dropout", step=step, sample=i)[0] >> 33)
+        for i in ids_B.tolist()
+    ]
+    return NoisyBatch(
+        noisy_BL=noisy_BL,
+        clean_BL=clean_BL,
+        t_B=t_B,
+        sigma_B=sigma_B,
+        rate_B=schedule.rate(t_B),
+        rate_over_expm1_B=schedule.rate_over_expm1(t_B),
+        dropout_key_B=torch.tensor(keys, dtype=torch.int64),
+    )
+
+
+def _as_ids(sample_ids_B: SampleIds) -> npt.NDArray[np.int64]:
+    ids_B = np.asarray(sample_ids_B, dtype=np.int64)
+    assert ids_B.ndim == 1 and (ids_B.size == 0 or ids_B.min() >= 0), ids_B
+    return ids_B

@@ -1,0 +1,210 @@
+"""Score entropy of a position from a few statistics of its logits, with the gradient in closed form.
+
+The loss of a position with noisy state x and clean token x0 is (arXiv 2310.16834, section 3,
+diffusion-weighted denoising score entropy)
+
+    rate * sum over y != x of Q(y -> x) * ( s_y - r_y ln s_y + K(r_y) ),   K(r) = r (ln r - 1),
+
+where s is the model's score, r_y = p(y | x0) / p(x | x0) the true ratio and Q the graph's rates. Both graphs need
+only a maximum, a sum of exponentials, the logit of x0 and (uniform) a plain sum: the scores are never stored.
+
+Counted columns y: absorb counts all N tokens, and its rows are masked positions only (other positions lose nothing);
+uniform counts every token but x itself. Letters: z logits, e1 = e^sigma - 1, a = e1 / (e1 + N).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_scale.diffusion.graphs import Absorb, Graph, Uniform, over_positions
+from sedd_scale.errors import ConfigError, TrainingError
+
+
+class RowNoise(NamedTuple):
+    """Noise at each row, [M] each; float64 keeps every digit of the weights."""
+
+    sigma: Tensor
+    """Total noise, nats."""
+    rate: Tensor
+    """g = d sigma / dt."""
+    rate_over_expm1: Tensor
+    """g / (e^sigma - 1)."""
+
+
+class Statistics(NamedTuple):
+    """What the loss needs to know of each row's logits, [M] each."""
+
+    max: Tensor
+    """Greatest counted logit (any finite shift near it is as good)."""
+    sum_exp: Tensor
+    """Sum of e^(z_y - max) over counted columns."""
+    target: Tensor
+    """Logit of the clean token; any finite number where that column is not counted."""
+    total: Tensor | None
+    """Plain sum of counted logits; None for absorb, which does not need it."""
+
+
+class RowLoss(NamedTuple):
+    """Loss of each row in nats and its gradient, [M] each, in the dtype of the statistics.
+
+    Over counted columns dloss/dz_y = grad_exp * e^(z_y - max) + grad_rest + grad_target * [y = x0].
+    """
+
+    loss: Tensor
+    grad_exp: Tensor
+    grad_rest: Tensor
+    grad_target: Tensor
+
+
+def row_statistics(logits_MN: Tensor, target_M: Tensor, own_M: Tensor | None = None) -> Statistics:
+    """Statistics of whole rows of N logits; `own_M` (uniform: the noisy token) is the column not to count."""
+    counted_MN = logits_MN
+    if own_M is not None:
+        # Excluded inside the reductions: subtracting it afterwards would cancel.
+        counted_MN = logits_MN.scatter(1, own_M[:, None], -torch.inf)
+    max_M = counted_MN.amax(1)
+    sum_exp_M = torch.exp(counted_MN - max_M[:, None]).sum(1)
+    target = logits_MN.gather(1, target_M[:, None]).squeeze(1)
+    if own_M is None:
+        return Statistics(max_M, sum_exp_M, target, None)
+    return Statistics(max_M, sum_exp_M, target, logits_MN.scatter(1, own_M[:, None], 0.0).sum(1))
+
+
+def row_loss(
+    statistics: Statistics,
+    noise: RowNoise,
+    *,
+    graph: Graph,
+    scaled: bool,
+    unchanged_M: Tensor | None = None,
+) -> RowLoss:
+    """Score entropy of each row in nats, weighted by the rate, with its gradient coefficients.
+
+    statistics and noise are [M]; `scaled` says that the log-score is z - ln(e^sigma - 1) - ln N (absorb only);
+    `unchanged_M` (uniform only) marks rows whose noisy token is the clean one. The rows are combined in float64, so
+    the only rounding is that of the statistics. A logit too large for the dtype of the statistics gives an infinite
+    loss, which `check_finite` reports. Raises ConfigError for a scaled uniform graph.
+    """
+    noise = RowNoise(*(part.double() for part in noise))
+    if isinstance(graph, Absorb):
+        rows = _absorb_rows(statistics, noise, graph.num_tokens, scaled)
+    else:
+        assert isinstance(graph, Uniform), graph
+        if scaled:
+            raise ConfigError(
+                "model.scale_by_sigma=true with graph.name=uniform: set scale_by_sigma=false"
+            )
+        assert unchanged_M is not None, "the uniform graph needs to know which rows are unchanged"
+        rows = _uniform_rows(statistics, noise, graph.num_tokens, unchanged_M)
+    return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
+
+
+def overflowed(rows: RowLoss) -> Tensor:
+    """Scalar bool tensor: some loss or gradient is not finite (no synchronisation with the device)."""
+    return ~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp)).all()
+
+
+def check_finite(rows: RowLoss) -> None:
+    """Raise TrainingError when a score overflowed or a logit was not a number (synchronises)."""
+    if bool(overflowed(rows)):
+        bad = int((~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp))).sum())
+        raise TrainingError(
+            f"the score entropy of {bad} of {rows.loss.numel()} positions is not finite: a logit outgrew e^z; "
+            "lower optimizer.lr or optimizer.clip, or lengthen optimizer.warmup_steps"
+        )
+
+
+def log_scores_from_logits(
+    logits_V: Tensor, states: Tensor, sigma: Tensor, *, graph: Graph, scaled: bool
+) -> Tensor:
+    """Log-scores [.., V] from logits [.., V]: the shift by sigma where scaled, and 0 at the state's own entry.
+
+    states [..] are the noisy ids, sigma has their leading shape. Scaled: z - ln(e^sigma - 1) - ln N on every column
+    (arXiv 2310.16834, appendix C). Raises ConfigError for a scaled uniform graph.
+    """
+    if scaled:
+        if not isinstance(graph, Absorb):
+            raise ConfigError(
+                "model.scale_by_sigma=true with graph.name=uniform: set scale_by_sigma=false"
+            )
+        shift = log_expm1(over_positions(sigma.double(), states)) + math.log(graph.num_tokens)
+        logits_V = logits_V - shift.unsqueeze(-1).to(logits_V.dtype)
+    return logits_V.scatter(-1, states.long().unsqueeze(-1), 0.0)
+
+
+def log_score_score_entropy(
+    log_score_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, noise: RowNoise, *, graph: Graph
+) -> Tensor:
+    """Score entropy [B, L] in nats by its definition, from whole log-scores: differentiable, large, plain.
+
+    noise holds [B] or [B, L]. The result has the dtype of the log-scores; the true ratios come from the forward law
+    in float64. Source: arXiv 2310.16834, section 3 (diffusion-weighted denoising score entropy).
+    """
+    rates_BLV = graph.incoming_rates(noisy_BL)
+    law_BLV = graph.transition_probabilities(clean_BL, noise.sigma)
+    ratio_BLV = law_BLV / law_BLV.gather(-1, noisy_BL.unsqueeze(-1))
+    constant_BLV = torch.special.xlogy(ratio_BLV, ratio_BLV) - ratio_BLV
+    weight_BLV = over_positions(noise.rate.double(), noisy_BL).unsqueeze(-1) * rates_BLV
+    dtype = log_score_BLV.dtype
+    cross_BLV = torch.where(ratio_BLV > 0, ratio_BLV.to(dtype) * log_score_BLV, 0.0)
+    term_BLV = log_score_BLV.exp() - cross_BLV + constant_BLV.to(dtype)
+    return torch.where(rates_BLV > 0, weight_BLV.to(dtype) * term_BLV, 0.0).sum(-1)
+
+
+def log_expm1(x: Tensor) -> Tensor:
+    """ln(e^x - 1) for x > 0, exact for small x and free of overflow for large x."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def _absorb_rows(statistics: Statistics, noise: RowNoise, num_tokens: int, scaled: bool) -> RowLoss:
+    top, target = statistics.max.double(), statistics.target.double()
+    log_sum = torch.log(statistics.sum_exp.double())
+    weight = noise.rate_over_expm1
+    if scaled:
+        # Cross-entropy plus the price of not being normalised; the sigma shift has cancelled on paper.
+        cross_entropy = (top - target) + log_sum
+        excess = top - math.log(num_tokens)
+        loss = weight * (cross_entropy + _expm1_minus(excess + log_sum))
+        grad_exp = weight * torch.exp(excess)
+    else:
+        # g * (e^lse - r z[x0] + K(r)) with r = 1/e1 and g r = weight.
+        log_odds = log_expm1(noise.sigma)
+        loss = noise.rate * torch.exp(top + log_sum) - weight * (target + log_odds + 1.0)
+        grad_exp = noise.rate * torch.exp(top)
+    return RowLoss(loss, grad_exp, torch.zeros_like(loss), -weight)
+
+
+def _uniform_rows(
+    statistics: Statistics, noise: RowNoise, num_tokens: int, unchanged_M: Tensor
+) -> RowLoss:
+    assert statistics.total is not None, "the uniform graph needs the sum of the counted logits"
+    top, target = statistics.max.double(), statistics.target.double()
+    score_sum = torch.exp(top) * statistics.sum_exp.double()
+    total = statistics.total.double()
+    scale = noise.rate / num_tokens
+    # N / e1 and not e1 / N: a = 1 / (1 + N / e1) then never cancels, nor does ln a.
+    odds = num_tokens * torch.exp(-log_expm1(noise.sigma))
+    log_a = -torch.log1p(odds)
+    a = 1.0 / (1.0 + odds)
+    # Unchanged: every other token has ratio a. Sum of e^z - a z + K(a).
+    same = score_sum - a * (total - (num_tokens - 1) * (log_a - 1.0))
+    # Changed: x0 has ratio 1/a = 1 + odds, the N - 2 others have ratio 1.
+    others = score_sum - (total - target) - (num_tokens - 2)
+    differs = others - (1.0 + odds) * (target + log_a + 1.0)
+    zero = torch.zeros_like(scale)
+    return RowLoss(
+        loss=scale * torch.where(unchanged_M, same, differs),
+        grad_exp=scale * torch.exp(top),
+        grad_rest=-scale * torch.where(unchanged_M, a, 1.0),
+        grad_target=torch.where(unchanged_M, zero, -noise.rate_over_expm1),
+    )
+
+
+def _expm1_minus(u: Tensor) -> Tensor:
+    """e^u - 1 - u: non-negative, u^2 / 2 near 0."""
+    series = u.square() * (
+        1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720 + u / 5040))))
+    )
+    return torch.where(u.abs() < 1e-2, series, torch.expm1(u) - u)

@@ -1,0 +1,21 @@
+"""Errors a user can mend: each message names the thing, its value and the fix, in one line."""
+
+
+class SeddScaleError(Exception):
+    """Base of every error that is the input's fault and not the program's."""
+
+
+class ConfigError(SeddScaleError):
+    """A configuration key, value or combination of values that cannot be run."""
+
+
+class DataError(SeddScaleError):
+    """Text, a tokenizer or a prepared dataset that is missing, damaged or does not fit."""
+
+
+class CheckpointError(SeddScaleError):
+    """A checkpoint that is missing, damaged, incomplete or of another model."""
+
+
+class TrainingError(SeddScaleError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""

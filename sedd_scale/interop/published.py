@@ -1,0 +1,202 @@
+"""The published checkpoint format: a directory with config.json and model.safetensors.
+
+Its parameter names and its row order of the joint query-key-value matrix differ from ours; each
+published tensor corresponds to exactly one of ours and back, and so do gradients.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.errors import CheckpointError, ConfigError
+
+_FIXED_NAMES = {
+    "vocab_embed.embedding": "embedding.tokens.weight",
+    "sigma_map.mlp.0.weight": "embedding.sigma.linear1.weight",
+    "sigma_map.mlp.0.bias": "embedding.sigma.linear1.bias",
+    "sigma_map.mlp.2.weight": "embedding.sigma.linear2.weight",
+    "sigma_map.mlp.2.bias": "embedding.sigma.linear2.bias",
+    "output_layer.norm_final.weight": "head.norm.weight",
+    "output_layer.adaLN_modulation.weight": "head.modulation.linear.weight",
+    "output_layer.adaLN_modulation.bias": "head.modulation.linear.bias",
+    "output_layer.linear.weight": "head.linear.weight",
+    "output_layer.linear.bias": "head.linear.bias",
+}
+_BLOCK_NAMES = {
+    "norm1.weight": "norm1.weight",
+    "attn_qkv.weight": "attention.linear_qkv.weight",
+    "attn_out.weight": "attention.linear_proj.weight",
+    "norm2.weight": "norm2.weight",
+    "mlp.0.weight": "mlp.linear_fc1.weight",
+    "mlp.0.bias": "mlp.linear_fc1.bias",
+    "mlp.2.weight": "mlp.linear_fc2.weight",
+    "mlp.2.bias": "mlp.linear_fc2.bias",
+    "adaLN_modulation.weight": "modulation.linear.weight",
+    "adaLN_modulation.bias": "modulation.linear.bias",
+}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_QKV = "attention.linear_qkv.weight"
+INV_FREQ = "rotary_emb.inv_freq"
+
+
+def logical_name(published: str) -> str | None:
+    """Our name of a published parameter, or None if it is not one."""
+    if published in _FIXED_NAMES:
+        return _FIXED_NAMES[published]
+    match = _BLOCK.fullmatch(published)
+    if match and match[2] in _BLOCK_NAMES:
+        return f"blocks.{match[1]}.{_BLOCK_NAMES[match[2]]}"
+    return None
+
+
+def published_names(num_layers: int) -> dict[str, str]:
+    """Published name to logical name of every parameter of a model."""
+    names = dict(_FIXED_NAMES)
+    for index in range(num_layers):
+        for theirs, ours in _BLOCK_NAMES.items():
+            names[f"blocks.{index}.{theirs}"] = f"blocks.{index}.{ours}"
+    return names
+
+
+def to_logical(published: Mapping[str, Tensor], *, num_heads: int) -> dict[str, Tensor]:
+    """Published tensors under our names, in our row order; the rotary buffer is left out."""
+    logical: dict[str, Tensor] = {}
+    for name, tensor in published.items():
+        ours = logical_name(name)
+        if ours is not None:
+            logical[ours] = _heads_first(tensor, num_heads) if ours.endswith(_QKV) else tensor
+    return logical
+
+
+def to_published(
+    logical: Mapping[str, Tensor], *, num_layers: int, num_heads: int
+) -> dict[str, Tensor]:
+    """Our tensors (weights or gradients) under the published names, in the published row order."""
+    return {
+        theirs: _kinds_first(logical[ours], num_heads) if ours.endswith(_QKV) else logical[ours]
+        for theirs, ours in published_names(num_layers).items()
+    }
+
+
+def _heads_first(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows [q|k|v, head, dim] to [head, q|k|v, dim]."""
+    rows, columns = weight.shape
+    shaped = weight.view(3, num_heads, rows // (3 * num_heads), columns)
+    return shaped.transpose(0, 1).reshape(rows, columns)
+
+
+def _kinds_first(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows [head, q|k|v, dim] to [q|k|v, head, dim]."""
+    rows, columns = weight.shape
+    shaped = weight.view(num_heads, 3, rows // (3 * num_heads), columns)
+    return shaped.transpose(0, 1).reshape(rows, columns)
+
+
+def read_published_config(directory: Path) -> Config:
+    """The configuration a published directory describes.
+
+    Raises:
+        CheckpointError: config.json is missing, is not JSON, or lacks a key we need.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no config.json; give a directory in the published SEDD format"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch the file again") from None
+    try:
+        model, noise = raw["model"], raw["noise"]
+        sections: dict[str, Any] = {
+            "model": {
+                "hidden_size": model["hidden_size"],
+                "num_layers": model["n_blocks"],
+                "num_heads": model["n_heads"],
+                "cond_dim": model["cond_dim"],
+                "dropout": model.get("dropout", 0.1),
+                "scale_by_sigma": model["scale_by_sigma"],
+                "vocab_size": raw["tokens"],
+            },
+            "graph": {"name": raw["graph"]["type"]},
+            "noise": {
+                "name": noise["type"],
+                "sigma_min": noise.get("sigma_min", 1e-4),
+                "sigma_max": noise.get("sigma_max", 20.0),
+                "eps": noise.get("eps", 1e-3),
+            },
+            "data": {"block_length": model["length"]},
+        }
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} lacks the key {error}; it must have tokens, graph.type, noise.type and "
+            "model.{hidden_size, n_blocks, n_heads, cond_dim, scale_by_sigma, length}"
+        ) from None
+    try:
+        config = config_from_dict(sections)
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config
+
+
+def published_config(config: Config, *, num_tokens: int, block_length: int) -> dict[str, Any]:
+    """What config.json of the published format says of a model of ours."""
+    model = config.model
+    return {
+        "graph": {"file": "data", "report_all": False, "type": config.graph.name},
+        "model": {
+            "cond_dim": model.cond_dim,
+            "dropout": model.dropout,
+            "hidden_size": model.hidden_size,
+            "length": block_length,
+            "n_blocks": model.num_layers,
+            "n_heads": model.num_heads,
+            "name": "sedd_scale",
+            "scale_by_sigma": config.resolved_scale_by_sigma,
+            "type": "ddit",
+        },
+        "ngpus": 1,
+        "noise": {
+            "eps": config.noise.eps,
+            "sigma_max": config.noise.sigma_max,
+            "sigma_min": config.noise.sigma_min,
+            "type": config.noise.name,
+        },
+        "tokens": num_tokens,
+    }
+
+
+def read_published_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of pytorch_model.bin where there is no other.
+
+    Raises:
+        CheckpointError: neither file is there, or it cannot be read.
+    """
+    safetensors_path = directory / "model.safetensors"
+    pickle_path = directory / "pytorch_model.bin"
+    if safetensors_path.exists():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(safetensors_path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{safetensors_path} is damaged ({error}); fetch it again"
+            ) from None
+    if pickle_path.exists():
+        import pickle
+
+        try:
+            return dict(torch.load(pickle_path, map_location="cpu", weights_only=True))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{pickle_path} is damaged ({error}); fetch it again") from None
+    raise CheckpointError(f"{directory} has neither model.safetensors nor pytorch_model.bin")

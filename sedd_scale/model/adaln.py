@@ -1,0 +1,80 @@
+"""Time conditioning: the embedding of the noise level and adaptive layer norm.
+
+L positions (this rank's share under sequence parallelism), B sequences, H hidden width, C width of
+the conditioning vector.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from sedd_scale.parallel.layout import Layout
+
+NUM_FREQUENCIES = 128
+MAX_PERIOD = 10_000.0
+NORM_EPSILON = 1e-5
+
+
+class SigmaEmbedding(nn.Module):
+    """Total noise sigma to a conditioning vector (Lou et al., the DiT time embedding of sigma)."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(2 * NUM_FREQUENCIES, cond_dim)
+        self.linear2 = nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, sigma_B: Tensor) -> Tensor:
+        """sigma_B (nats of total noise, any float type) to c_BC in the weights' type.
+
+        The angles are taken in float32 whatever the weights are.
+        """
+        index = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=sigma_B.device)
+        frequency = MAX_PERIOD ** (-index / NUM_FREQUENCIES)
+        angle = sigma_B.float()[:, None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        features = features.to(self.linear1.weight.dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(features))))
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm without bias, then the shift and scale of adaLN; computed in float32."""
+
+    def __init__(self, hidden_size: int, layout: Layout) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.layout = layout
+
+    def forward(self, hidden_LBH: Tensor, shift_BH: Tensor, scale_BH: Tensor) -> Tensor:
+        """LN(hidden) * (1 + scale) + shift, [L, B, H] in the weights' type."""
+        weight = sum_gradient_over_sequence(self.weight, self.layout)
+        normed = F.layer_norm(
+            hidden_LBH.float(), (self.weight.numel(),), weight.float(), None, NORM_EPSILON
+        )
+        return (normed * (1 + scale_BH.float()) + shift_BH.float()).to(self.weight.dtype)
+
+
+class Modulation(nn.Module):
+    """The linear map from c to the shifts, scales and gates of one layer (zero at the start)."""
+
+    def __init__(self, cond_dim: int, hidden_size: int, num_vectors: int, layout: Layout) -> None:
+        super().__init__()
+        self.linear = nn.Linear(cond_dim, num_vectors * hidden_size)
+        self.num_vectors = num_vectors
+        self.layout = layout
+
+    def forward(self, cond_BC: Tensor) -> tuple[Tensor, ...]:
+        """c_BC to `num_vectors` tensors of shape [B, H]."""
+        vectors = sum_gradient_over_sequence(self.linear(cond_BC), self.layout)
+        return vectors.chunk(self.num_vectors, dim=-1)
+
+
+def sum_gradient_over_sequence(value: Tensor, layout: Layout) -> Tensor:
+    """A replicated value used on this rank's part of the sequence: its gradient is summed.
+
+    Under sequence parallelism each tensor rank sees only its positions, so the gradient of anything
+    replicated must be added up over the ranks; elsewhere this is the identity.
+    """
+    if not layout.sequence_parallel:
+        return value
+    return copy_to_tensor_model_parallel_region(value, group=layout.tensor_group)

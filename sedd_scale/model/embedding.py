@@ -1,0 +1,46 @@
+"""The first layer: noisy tokens and sigma to the residual stream and the conditioning vector."""
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from sedd_scale.model.adaln import SigmaEmbedding
+from sedd_scale.model.block import Stream
+from sedd_scale.parallel.layout import Layout
+
+
+class Embedding(nn.Module):
+    """Vocabulary-parallel token embedding (one row per state, padded) and the sigma embedding."""
+
+    def __init__(
+        self,
+        num_states: int,
+        padded_states: int,
+        cond_dim: int,
+        config: TransformerConfig,
+        layout: Layout,
+        residual_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.logical_name = "embedding"
+        self.vocab_rows = {"tokens.weight": num_states}
+        self.layout = layout
+        self.residual_dtype = residual_dtype
+        self.tokens = VocabParallelEmbedding(
+            padded_states,
+            config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=layout.sequence_parallel,
+            config=config,
+            tp_group=layout.tensor_group,
+        )
+        self.sigma = SigmaEmbedding(cond_dim)
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
+        """(noisy_BL, sigma_B, keys_B) to (hidden_LBH, cond_BC, keys_B)."""
+        noisy_BL, sigma_B, keys_B = inputs
+        hidden = self.tokens(noisy_BL)
+        if not self.layout.sequence_parallel:
+            hidden = hidden.transpose(0, 1).contiguous()
+        return hidden.to(self.residual_dtype), self.sigma(sigma_B), keys_B

@@ -1,0 +1,108 @@
+"""The last layer: adaptive norm, then the vocabulary-parallel map to scores and its loss."""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.model.adaln import AdaptiveNorm, Modulation
+from sedd_scale.model.block import Stream
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.parallel.vocab import (
+    ScoreTargets,
+    VocabShard,
+    gathered_logits,
+    linear_score_entropy,
+    linear_score_entropy_per_sequence,
+)
+
+
+class ScoreLinear(ColumnParallelLinear):
+    """Megatron-core's column-parallel map whose forward is the score-entropy loss itself.
+
+    Under ZeRO 3 a weight is whole only inside its own module's forward, so the loss is called
+    there. A pipeline's last stage calls the same function with the weight it is handed.
+    """
+
+    shard: VocabShard
+
+    def forward(self, hidden_LBH: Tensor, targets: ScoreTargets, per_sequence: bool) -> Tensor:  # type: ignore[override]
+        """Mean nats per token (a scalar), or nats of each sequence [B]."""
+        function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
+        return function(hidden_LBH, self.weight, self.bias, targets, self.shard)
+
+
+class Head(nn.Module):
+    """norm, adaLN shift and scale, linear map to one logit a state (padded to the tensor ranks)."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        scaled: bool,
+        padded_states: int,
+        cond_dim: int,
+        config: TransformerConfig,
+        layout: Layout,
+    ) -> None:
+        super().__init__()
+        self.logical_name = "head"
+        self.vocab_rows = {"linear.weight": graph.num_states, "linear.bias": graph.num_states}
+        self.num_states = graph.num_states
+        self.layout = layout
+        self.norm = AdaptiveNorm(config.hidden_size, layout)
+        self.modulation = Modulation(cond_dim, config.hidden_size, 2, layout)
+        self.linear = ScoreLinear(
+            config.hidden_size,
+            padded_states,
+            config=config,
+            init_method=config.init_method,
+            tp_group=layout.tensor_group,
+        )
+        columns = padded_states // layout.tensor
+        start = columns * layout.tensor_rank
+        self.linear.shard = VocabShard(
+            graph=graph,
+            scaled=scaled,
+            start=start,
+            length=max(0, min(columns, graph.num_tokens - start)),
+            group=layout.tensor_group,
+        )
+
+    def prepare(self, stream: Stream) -> Tensor:
+        """The linear map's input: normed, and with every position on every tensor rank."""
+        hidden_LBH, cond_BC, _ = stream
+        normed = self.norm(hidden_LBH, *self.modulation(cond_BC))
+        if self.layout.sequence_parallel:
+            return gather_from_sequence_parallel_region(normed, group=self.layout.tensor_group)
+        return copy_to_tensor_model_parallel_region(normed, group=self.layout.tensor_group)
+
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """A pipeline's last layer: (hidden_LBH, weight, bias), for `pipeline_loss`."""
+        return self.prepare(stream), self.linear.weight, self.linear.bias
+
+    def loss(self, stream: Stream, targets: ScoreTargets, *, per_sequence: bool) -> Tensor:
+        """Score entropy: mean nats per token, or nats of each sequence [B]."""
+        return self.linear(self.prepare(stream), targets, per_sequence)
+
+    @torch.no_grad()
+    def logits(self, rows_MH: Tensor) -> Tensor:
+        """Float32 logits [M, V] of rows of `prepare`'s output, over the whole vocabulary."""
+        return gathered_logits(
+            rows_MH,
+            self.linear.weight,
+            self.linear.bias,
+            num_columns=self.num_states,
+            tensor_group=self.layout.tensor_group,
+        ).float()
+
+    def loss_of_outputs(self, outputs: Any, targets: ScoreTargets, per_sequence: bool) -> Tensor:
+        """The same loss from what `forward` returned (a pipeline's loss function)."""
+        function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
+        return function(*outputs, targets, self.linear.shard)

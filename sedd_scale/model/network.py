@@ -1,0 +1,143 @@
+"""The score network as a list of layers: embedding, blocks, head.
+
+A pipeline takes the list and keeps its stage's part; everything else runs it whole.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from sedd_scale.config import ModelConfig
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.model.block import Block
+from sedd_scale.model.embedding import Embedding
+from sedd_scale.model.head import Head
+from sedd_scale.model.parameters import initialize_parameters, split_over_tensor_ranks
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.parallel.vocab import ScoreTargets
+
+LayerBuilder = Callable[[], nn.Module]
+
+
+def layer_builders(
+    model: ModelConfig,
+    graph: Graph,
+    layout: Layout,
+    *,
+    scaled: bool,
+    seed: int = 0,
+    recompute_every: int = 0,
+) -> list[LayerBuilder]:
+    """One builder a layer; calling it makes the layer with its initial weights (on the CPU).
+
+    The weights are float32 and the same under every layout; an engine casts them.
+
+    Args:
+        scaled: whether the head's outputs are log-scores up to the known shift of sigma.
+        seed: keys the initial weights.
+        recompute_every: 0, or k to recompute every k-th block's activations in the backward pass.
+    """
+    mlp_config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=model.mlp_ratio * model.hidden_size,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        activation_func=functools.partial(F.gelu, approximate="tanh"),
+        add_bias_linear=True,
+        gated_linear_unit=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        params_dtype=torch.float32,
+    )
+    attention_config = dataclasses.replace(mlp_config, add_bias_linear=False)
+    padded_states = -(-graph.num_states // layout.tensor) * layout.tensor
+    residual_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.residual_dtype]
+
+    def embedding() -> nn.Module:
+        return Embedding(
+            graph.num_states, padded_states, model.cond_dim, mlp_config, layout, residual_dtype
+        )
+
+    def block(index: int) -> nn.Module:
+        recompute = recompute_every > 0 and index % recompute_every == 0
+        return Block(index, model, attention_config, mlp_config, layout, recompute=recompute)
+
+    def head() -> nn.Module:
+        return Head(graph, scaled, padded_states, model.cond_dim, mlp_config, layout)
+
+    def initialized(build: LayerBuilder) -> nn.Module:
+        layer = build()
+        _mark_split_parameters(layer)
+        initialize_parameters(layer, layout, seed=seed, zero_init=model.zero_init)
+        return layer
+
+    builders: list[LayerBuilder] = [embedding]
+    builders += [functools.partial(block, index) for index in range(model.num_layers)]
+    builders += [head]
+    return [functools.partial(initialized, build) for build in builders]
+
+
+def _mark_split_parameters(layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            split_over_tensor_ranks(module.weight, 0)
+        elif isinstance(module, RowParallelLinear):
+            split_over_tensor_ranks(module.weight, 1)
+
+
+class ScoreNetwork(nn.Module):
+    """The whole list of layers in one process (of a tensor-parallel group)."""
+
+    def __init__(self, builders: list[LayerBuilder]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(build() for build in builders)
+
+    @property
+    def head(self) -> Head:
+        """The last layer."""
+        head = self.layers[-1]
+        assert isinstance(head, Head)
+        return head
+
+    def forward(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        targets: ScoreTargets,
+        per_sequence: bool = False,
+    ) -> Tensor:
+        """Score entropy of a noisy batch: mean nats per token, or nats of each sequence [B].
+
+        Args:
+            inputs: noisy_BL, sigma_B and the dropout keys_B.
+        """
+        return self.head.loss(self._stream(inputs), targets, per_sequence=per_sequence)
+
+    def hidden(self, noisy_BL: Tensor, sigma_B: Tensor) -> Tensor:
+        """The head's input [L, B, H] for noisy tokens at noise sigma."""
+        return self.head.prepare(
+            self._stream((noisy_BL, sigma_B, torch.zeros_like(noisy_BL[:, 0])))
+        )
+
+    def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        stream = inputs
+        for layer in self.layers[:-1]:
+            stream = layer(stream)
+        return stream

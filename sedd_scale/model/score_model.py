@@ -1,0 +1,159 @@
+"""A trained network with its graph and schedule: log-scores and losses, without an engine."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedd_scale.config import Config
+from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.diffusion.schedules import Schedule, make_schedule
+from sedd_scale.diffusion.score_entropy import log_scores_from_logits
+from sedd_scale.errors import DataError
+from sedd_scale.model.network import ScoreNetwork, layer_builders
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.parallel.vocab import score_targets
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The noise schedule a configuration names."""
+    noise = config.noise
+    return make_schedule(
+        noise.name, eps=noise.eps, sigma_min=noise.sigma_min, sigma_max=noise.sigma_max
+    )
+
+
+class ScoreModel(nn.Module):
+    """The score network s_theta(x, sigma) with the process it was trained for.
+
+    Attributes:
+        config: the configuration it was built from.
+        graph: the forward process; `graph.num_tokens` is N and `graph.num_states` is V.
+        schedule: the noise schedule sigma(t).
+        tokenizer: the tokenizer of its training data, or None where the format carries none.
+        block_length: L of its training.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        num_tokens: int,
+        layout: Layout,
+        *,
+        block_length: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        self.graph: Graph = make_graph(config.graph.name, num_tokens)
+        self.schedule = schedule_of(config)
+        self.scaled = config.resolved_scale_by_sigma
+        self.block_length = block_length
+        self.tokenizer = tokenizer
+        self.network = ScoreNetwork(
+            layer_builders(
+                config.model, self.graph, layout, scaled=self.scaled, seed=config.training.seed
+            )
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def log_score(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
+        """log s_theta(x, sigma)_y for every state y: float32 [B, L, V], own-token entries 0.
+
+        Args:
+            tokens_BL: noisy tokens, ids 0..V-1.
+            sigma_B: total noise sigma(t) of each sequence.
+
+        Raises:
+            DataError: a token that is not a state of the graph.
+
+        Source: Lou et al., section 3 and the scaling of section 5.
+        """
+        tokens_BL = self._checked(tokens_BL, self.graph.num_states)
+        sigma_B = sigma_B.to(self.device)
+        hidden_LBH = self.network.hidden(tokens_BL, sigma_B)
+        length, batch, width = hidden_LBH.shape
+        rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
+        logits_BLV = self.network.head.logits(rows).view(batch, length, -1)
+        return log_scores_from_logits(
+            logits_BLV, tokens_BL, sigma_B, graph=self.graph, scaled=self.scaled
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
+        """Raw head outputs, float32 [M, V], at chosen positions only.
+
+        Args:
+            rows_M: indices into the flattened [B * L] positions.
+        """
+        hidden_LBH = self.network.hidden(tokens_BL.to(self.device), sigma_B.to(self.device))
+        length, batch, width = hidden_LBH.shape
+        rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
+        return self.network.head.logits(rows.index_select(0, rows_M.to(self.device)))
+
+    def loss(
+        self,
+        x0_BL: Tensor,
+        t_B: Tensor | None = None,
+        xt_BL: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Diffusion-weighted score entropy in nats of each sequence, [B], differentiable.
+
+        Args:
+            x0_BL: clean tokens, ids 0..N-1.
+            t_B: times in (0, 1]; drawn uniformly from [noise.t_min, 1] when not given.
+            xt_BL: noisy tokens; drawn from the forward process at t when not given.
+            generator: the source of what is drawn (a CPU generator).
+
+        Raises:
+            DataError: a token that is not one of the N, or xt of another shape than x0.
+
+        Source: Lou et al., equation of the denoising score entropy loss.
+        """
+        x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
+        if t_B is None:
+            t_min = self.config.noise.t_min
+            uniform_B = torch.rand(len(x0_BL), generator=generator, dtype=torch.float64)
+            t_B = t_min + (1 - t_min) * uniform_B
+        t_B = t_B.cpu().double()
+        noise_B3 = noise_columns(self.schedule, t_B)
+        if xt_BL is None:
+            move, token = (
+                torch.rand(x0_BL.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+            )
+            xt_BL = self.graph.corrupt(x0_BL, noise_B3[:, 0], move, token)
+        elif xt_BL.shape != x0_BL.shape:
+            raise DataError(
+                f"xt has shape {tuple(xt_BL.shape)} and x0 {tuple(x0_BL.shape)}; give equal shapes"
+            )
+        xt_BL = self._checked(xt_BL, self.graph.num_states).cpu()
+        targets = score_targets(self.graph, clean_BL=x0_BL, noisy_BL=xt_BL, noise_B3=noise_B3)
+        inputs = (xt_BL, noise_B3[:, 0].float(), torch.zeros(len(x0_BL), dtype=torch.int64))
+        return self.network(
+            tuple(tensor.to(self.device) for tensor in inputs),
+            targets.to(self.device),
+            per_sequence=True,
+        )
+
+    def _checked(self, tokens_BL: Tensor, limit: int) -> Tensor:
+        if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < limit:
+            raise DataError(
+                f"token ids {int(tokens_BL.min())}..{int(tokens_BL.max())} do not fit this model's "
+                f"0..{limit - 1}; use the tokenizer it was trained with"
+            )
+        return tokens_BL.to(self.device)
+
+
+def noise_columns(schedule: Schedule, t_B: Tensor) -> Tensor:
+    """sigma, its rate g and g / (e^sigma - 1) at times t, float64 [B, 3]."""
+    t_B = t_B.double()
+    return torch.stack(
+        [schedule.sigma(t_B), schedule.rate(t_B), schedule.rate_over_expm1(t_B)], dim=1
+    )

@@ -1,0 +1,1 @@
+"""Process layout, vocabulary-parallel operations and the DeepSpeed engines."""

@@ -1,0 +1,153 @@
+"""Where this process stands: tensor x pipeline x data coordinates, groups and device.
+
+Ranks are ordered as Megatron-core and DeepSpeed order them: tensor fastest, then data, then
+pipeline.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from sedd_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process's place in the tensor x pipeline x data grid.
+
+    Sizes count processes; each rank counts from 0 within its axis.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    rank: int
+    device: torch.device
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes in all."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the head and computes the loss."""
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The processes that share every matrix of this stage."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The processes that hold the same shard and see other samples."""
+        return parallel_state.get_data_parallel_group()
+
+
+def launched_world_size() -> int:
+    """Number of processes the launcher started (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """The GPU of this process's local rank, or the CPU where there is none.
+
+    Raises:
+        ConfigError: more processes on this node than it has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node has "
+            f"{torch.cuda.device_count()}; start at most that many processes on it"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def initialize_layout(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence_parallel: bool = False,
+    timeout_minutes: float = 30.0,
+) -> Layout:
+    """Start the process group and Megatron-core's groups; every process calls this once.
+
+    Without a launcher's environment a group of one process is made, with no port opened.
+
+    Raises:
+        ConfigError: the number of processes is not a multiple of tensor x pipeline.
+    """
+    device = local_device()
+    world_size = launched_world_size()
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"{world_size} processes do not fit parallel.tensor={tensor} x "
+            f"parallel.pipeline={pipeline}; start a multiple of {tensor * pipeline}"
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    if device.type == "cpu":
+        _answer_current_device_with_cpu()
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+    return Layout(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        data=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        rank=dist.get_rank(),
+        device=device,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups, so that a launcher sees a clean end."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _answer_current_device_with_cpu() -> None:
+    """Several of Megatron-core's functions ask CUDA for a device; without a GPU that is the CPU."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+class ModelParallelUnit:
+    """Megatron-core's `parallel_state` under the older names DeepSpeed asks its `mpu` for."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return getattr(
+            parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel")
+        )

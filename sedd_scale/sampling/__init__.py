@@ -1,0 +1,1 @@
+"""Reverse-process samplers and infilling."""

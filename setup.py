@@ -1,0 +1,50 @@
+"""The package and its dependencies, pinned to what was tested; everything else is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_scale/__init__.py").read_text())
+README = HERE / "README.md"
+assert VERSION is not None
+
+setup(
+    name="sedd_scale",
+    version=VERSION[1],
+    description="Distributed pretraining of Score Entropy Discrete Diffusion language models",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The sedd_scale authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["sedd_scale", "sedd_scale.*"]),
+    package_data={"sedd_scale": ["py.typed"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch==2.13.0",
+        "deepspeed==0.19.8",
+        "megatron-core==0.16.1",  # the last that runs on Python 3.10 and 3.11
+        "webdataset==1.0.2",
+        "sentencepiece==0.2.3",
+        "tokenizers==0.23.3",
+        "safetensors==0.8.0",
+        "pyyaml==6.0.3",
+        "wandb==0.31.0",
+        "rich==15.0.0",
+        # No one release of these two serves Python 3.10 to 3.12; tested with 2.4.6 and 3.11.2.
+        "numpy>=1.26,<3",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6,<3"],
+        "dev": [
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML==6.0.12.20261113",
+            "scipy>=1.13,<2",  # as with numpy; tested with 1.17.1
+        ],
+    },
+)
