@@ -1,4 +1,4 @@
-"""The package and its dependencies, pinned to what was tested; everything else is in pyproject.toml."""
+"""The package and its dependencies, pinned to what was tested."""
 
 import re
 from pathlib import Path
@@ -34,8 +34,8 @@ setup(
         "wandb==0.31.0",
         "rich==15.0.0",
         # No one release of these two serves Python 3.10 to 3.12; tested with 2.4.6 and 3.11.2.
-        "numpy>=1.26,<3",
-        "matplotlib>=3.9,<4",
+        "numpy>=1.26,<2.5",
+        "matplotlib>=3.9,<3.12",
     ],
     extras_require={
         "flash": ["flash-attn>=2.6,<3"],
@@ -44,7 +44,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML==6.0.12.20261113",
-            "scipy>=1.13,<2",  # as with numpy; tested with 1.17.1
+            "scipy>=1.13,<1.18",  # as with numpy; tested with 1.17.1
         ],
     },
 )

@@ -119,7 +119,7 @@ def _check_noise(config: Config) -> None:
     if noise.name == "geometric" and noise.sigma_min >= noise.sigma_max:
         raise ConfigError(
             f"noise.sigma_min={noise.sigma_min} is not below "
-            f"noise.sigma_max={noise.sigma_max}: lower noise.sigma_min"
+            f"noise.sigma_max={noise.sigma_max} (noise.name=geometric): lower noise.sigma_min"
         )
 
 
@@ -144,7 +144,7 @@ def _check_optimizer(config: Config) -> None:
     if schedule == "wsd" and warmup + decay > steps:
         raise ConfigError(
             f"optimizer.warmup_steps={warmup} + optimizer.decay_steps={decay} is more than "
-            f"training.steps={steps}: lower them or raise training.steps"
+            f"training.steps={steps} of optimizer.schedule=wsd: lower them or raise training.steps"
         )
     if schedule == "cosine" and warmup >= steps:
         raise ConfigError(

@@ -7,8 +7,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference numbers beside the repository; tests that need it skip where it is absent."""
-    folder = Path(__file__).resolve().parents[1].parent / "shared"
+    """The folder of reference numbers beside the repository; skips the test where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(f"no reference numbers: {folder} is absent")
     return folder

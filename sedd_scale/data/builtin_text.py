@@ -1,10 +1,10 @@
 """Text that every Python installation carries, for a first run without a download.
 
-The documents, in this order: each pydoc topic (the language reference); the docstrings of each module
-of the standard library; the source of each module without those docstrings. Modules are read as files,
-never imported, in sorted order. Left out: tests, installed packages, IDLE, and packages that are mostly
-tables or data. The sum stops at 12 MB of UTF-8, and a file that is not UTF-8 or does not parse is
-skipped. The text depends on the Python version and on nothing else.
+The documents, in this order: each pydoc topic (the language reference); the docstrings of each
+module of the standard library; the source of each module without those docstrings. Modules are read
+as files, never imported, in sorted order. Left out: tests, installed packages, IDLE, and packages
+that are mostly tables or data. The sum stops at 12 MB of UTF-8, and a file that is not UTF-8 or
+does not parse is skipped. The text depends on the Python version and on nothing else.
 """
 
 import ast
@@ -57,7 +57,7 @@ def builtin_python_documents() -> tuple[dict[str, str], ...]:
         documents.append({"text": text})
     if not documents:
         raise DataError(
-            "builtin:python finds no text, since this Python has no sources of its standard library: "
+            "builtin:python finds no text: this Python has no sources of its standard library; "
             "give --input a file"
         )
     return tuple(documents)

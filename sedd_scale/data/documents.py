@@ -1,9 +1,9 @@
 """Documents out of text files, one at a time, in an order that depends on their names only.
 
 Inputs are globs of .txt, .jsonl and their .gz and .xz, or `builtin:python` (see builtin_text). In a
-.jsonl each line is a document, the text under one field. A .txt is one document, with one exception:
-when a lone .txt is the whole input, it is cut into documents at blank lines, each of at least
-2,000 characters, so that a single file can give both training and validation text.
+.jsonl each line is a document, the text under one field. A .txt is one document, with one
+exception: when a lone .txt is the whole input, it is cut into documents at blank lines, each of at
+least 2,000 characters, so that a single file can give both training and validation text.
 """
 
 import codecs
@@ -16,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from sedd_scale.data.builtin_text import builtin_python_documents
 from sedd_scale.errors import DataError
@@ -25,6 +25,8 @@ BUILTIN_PYTHON = "builtin:python"
 PIECE_CHARACTERS = 2_000
 LONGEST_PIECE_CHARACTERS = 20_000
 READ_BYTES = 1 << 20
+
+_Stream = BinaryIO | gzip.GzipFile | lzma.LZMAFile
 
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n\s*")
 _FORMATS = re.compile(r"\.(txt|jsonl)(\.gz|\.xz)?$")
@@ -45,8 +47,9 @@ class DocumentStream:
         field: the field of a .jsonl line that holds the text.
 
     Raises:
-        DataError: a glob matches no file, a file has no known format or is empty; while iterating, a
-            byte is not UTF-8, a line is not JSON, a field is missing, or a compressed file is damaged.
+        DataError: a glob matches no file, a file has no known format or is empty; while iterating,
+            a byte is not UTF-8, a line is not JSON, a field is missing, or a compressed file is
+            damaged.
     """
 
     def __init__(self, inputs: Sequence[str], *, field: str = "text") -> None:
@@ -55,7 +58,7 @@ class DocumentStream:
         self.files = _expand([pattern for pattern in inputs if pattern != BUILTIN_PYTHON])
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         self._finished_bytes = 0
-        self._raw: IO[bytes] | None = None
+        self._raw: BinaryIO | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -72,7 +75,8 @@ class DocumentStream:
             with open(path, "rb") as raw:
                 self._raw = raw
                 with _decompressed(raw, path) as stream:
-                    if ".jsonl" in path.suffixes:
+                    known = _FORMATS.search(path.name)
+                    if known is not None and known.group(1) == "jsonl":
                         yield from _json_lines(stream, path, self.field)
                     elif lone_file:
                         yield from _pieces(stream, path)
@@ -95,7 +99,8 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
                 raise DataError(f"--input {name} is a directory: give a glob such as {name}/*.txt")
             if _FORMATS.search(path.name) is None:
                 raise DataError(
-                    f"--input {name} has no known format: give .txt or .jsonl, plain or with .gz or .xz"
+                    f"--input {name} has no known format: give .txt or .jsonl, plain or with .gz "
+                    "or .xz"
                 )
             if path.stat().st_size == 0:
                 raise DataError(f"--input {name} is empty: remove it or give a file with text")
@@ -103,7 +108,7 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
+def _decompressed(raw: BinaryIO, path: Path) -> _Stream:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".xz":
@@ -111,7 +116,7 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     return raw
 
 
-def _read(stream: IO[bytes], size: int, path: Path, *, line: bool = False) -> bytes:
+def _read(stream: _Stream, size: int, path: Path, *, line: bool = False) -> bytes:
     """Read `size` bytes or a line, naming the file when its compression is damaged."""
     try:
         return stream.readline() if line else stream.read(size)
@@ -137,7 +142,7 @@ def _not_utf8(path: Path, offset: int, byte: int) -> DataError:
     )
 
 
-def _json_lines(stream: IO[bytes], path: Path, field: str) -> Iterator[Document]:
+def _json_lines(stream: _Stream, path: Path, field: str) -> Iterator[Document]:
     offset = 0
     number = 0
     while line := _read(stream, 0, path, line=True):
@@ -174,7 +179,7 @@ def _json_lines(stream: IO[bytes], path: Path, field: str) -> Iterator[Document]
         yield Document(value, where)
 
 
-def _pieces(stream: IO[bytes], path: Path) -> Iterator[Document]:
+def _pieces(stream: _Stream, path: Path) -> Iterator[Document]:
     """Documents of a lone .txt; never holds more than a piece and a read of it in memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
@@ -191,8 +196,8 @@ def _pieces(stream: IO[bytes], path: Path) -> Iterator[Document]:
         if offset == 0:
             pending = pending.removeprefix("\ufeff")
         offset += len(content)
-        # A piece is cut only where its longest possible extent has been read, so that the cuts do not
-        # depend on the size of a read.
+        # A piece is cut only where its longest possible extent has been read, so that the cuts do
+        # not depend on the size of a read.
         begin = 0
         while len(pending) - begin > (LONGEST_PIECE_CHARACTERS if content else 0):
             end, following = _piece_end(pending, begin)
@@ -207,8 +212,8 @@ def _pieces(stream: IO[bytes], path: Path) -> Iterator[Document]:
 def _piece_end(text: str, begin: int) -> tuple[int, int]:
     """Where the piece from `begin` ends, and where the next one begins.
 
-    The first blank line after PIECE_CHARACTERS ends it; failing that within LONGEST_PIECE_CHARACTERS,
-    the last line end, or the last space, or the limit itself.
+    The first blank line after PIECE_CHARACTERS ends it; failing that within
+    LONGEST_PIECE_CHARACTERS, the last line end, or the last space, or the limit itself.
     """
     limit = begin + LONGEST_PIECE_CHARACTERS
     blank = _BLANK_LINE.search(text, begin + PIECE_CHARACTERS, limit)

@@ -1,9 +1,9 @@
 """The order of training: batch k holds the same blocks on any number of ranks, and costs no state.
 
-Samples are counted from 0 over the whole run. Sample s belongs to epoch s // num_blocks, and within an
-epoch a permutation keyed by (seed, epoch) names its block, so the only state of the data is how many
-samples were consumed. The permutation is computed per sample, never stored: a run may start at sample
-10^9 as fast as at 0.
+Samples are counted from 0 over the whole run. Sample s belongs to epoch s // num_blocks, and within
+an epoch a permutation keyed by (seed, epoch) names its block, so the only state of the data is how
+many samples were consumed. The permutation is computed per sample, never stored: a run may start at
+sample 10^9 as fast as at 0.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ Item = TypeVar("Item")
 class BlockOrder:
     """For each epoch a permutation of 0..num_blocks-1, a pure function of (seed, epoch).
 
-    Numbers are written as (left, right) in mixed radix over a near-square grid, and each round adds to
-    one half a keyed hash of the other: a generalised Feistel network (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002). Where the grid is larger than num_blocks, a result beyond it is
-    permuted again until it falls inside ("cycle walking").
+    Numbers are written as (left, right) in mixed radix over a near-square grid, and each round adds
+    to one half a keyed hash of the other: a generalised Feistel network (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). Where the grid is larger than num_blocks, a
+    result beyond it is permuted again until it falls inside ("cycle walking").
 
     Args:
         num_blocks: blocks per epoch, at least 1.
@@ -47,9 +47,9 @@ class BlockOrder:
         self._keys_of_epoch: tuple[int, _Words] | None = None
 
     def block_of_sample(self, sample_ids: npt.ArrayLike) -> IntArray:
-        """The block that each sample reads, for samples counted from the start of the run; int64."""
+        """The block that each sample of the run reads; int64, the shape of `sample_ids`."""
         samples = np.asarray(sample_ids, dtype=np.int64)
-        assert samples.size == 0 or samples.min() >= 0
+        assert np.all(samples >= 0)
         epochs, places = np.divmod(samples, self.num_blocks)
         blocks = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -100,9 +100,9 @@ def _mix(words: _Words) -> _Words:
 class TrainLoader:
     """The blocks of each global batch, or of any part of it.
 
-    Step k (from 0) consists of the samples kB..kB+B-1, B the global batch. A data-parallel rank asks for
-    the positions it needs; together the ranks read each sample once. A dataset smaller than a batch
-    runs on into its next epoch.
+    Step k (from 0) consists of the samples kB..kB+B-1, B the global batch. A data-parallel rank
+    asks for the positions it needs; together the ranks read each sample once. A dataset smaller
+    than a batch runs on into its next epoch.
 
     Args:
         reader: the training split.
@@ -116,8 +116,8 @@ class TrainLoader:
     def __init__(self, reader: BlockReader, *, seed: int, global_batch: int) -> None:
         if len(reader) == 0:
             raise DataError(
-                f"{reader.dataset.path} ({reader.split}) holds no block: prepare it with more text or a "
-                "shorter --block-length"
+                f"{reader.dataset.path} ({reader.split}) holds no block: prepare it with more text "
+                "or a shorter --block-length"
             )
         assert global_batch >= 1
         self.reader = reader
@@ -127,7 +127,7 @@ class TrainLoader:
     def sample_ids(self, step: int, positions_B: npt.ArrayLike) -> IntArray:
         """The samples at these positions (0..B-1) of a step, counted from the start of the run."""
         positions = np.asarray(positions_B, dtype=np.int64)
-        assert positions.size == 0 or (0 <= positions.min() and positions.max() < self.global_batch)
+        assert np.all((positions >= 0) & (positions < self.global_batch))
         return step * self.global_batch + positions
 
     def read_samples(self, sample_ids_B: npt.ArrayLike) -> IntArray:

@@ -5,12 +5,11 @@ state of an absorbing graph is not one of them: it belongs to the graph.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +23,6 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 KINDS = ("sentencepiece", "gpt2", "bytes", "text8")
 GPT2_EOS = "<|endoftext|>"
-
-# SentencePiece skips longer training sentences, so long lines are cut here.
-TRAINING_LINE_CHARACTERS = 1000
-SMALLEST_SENTENCEPIECE_VOCABULARY = 300
 
 IntArray = npt.NDArray[np.int64]
 
@@ -70,8 +65,8 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a sequence of ids.
 
-        EOS becomes its own piece in gpt2 ("<|endoftext|>"), a space in text8, and nothing elsewhere.
-        Bytes that are no UTF-8 become U+FFFD.
+        EOS becomes its own piece in gpt2 ("<|endoftext|>"), a space in text8, and nothing
+        elsewhere. Bytes that are no UTF-8 become U+FFFD.
 
         Raises:
             DataError: an id is outside 0..N-1, such as a mask state that was never unmasked.
@@ -88,7 +83,7 @@ class Tokenizer(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the kind and of every defining file; equal tokenizers have equal ones."""
+        """SHA-256 (hex) of the kind and of every defining file."""
         digest = hashlib.sha256(self.kind.encode())
         for name, content in sorted(self.files().items()):
             digest.update(f"\0{name}\0{len(content)}\0".encode())
@@ -130,6 +125,11 @@ class BytesTokenizer(Tokenizer):
         return {}
 
 
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SPELL_DIGITS = {ord(str(digit)): f" {name} " for digit, name in enumerate(_DIGITS)}
+_NOT_LETTERS = re.compile(r"[^a-z]+")
+
+
 class Text8Tokenizer(Tokenizer):
     """The 27 symbols of text8: space is 0, a..z are 1..26; N = 27.
 
@@ -142,12 +142,9 @@ class Text8Tokenizer(Tokenizer):
     eos_id = 0
 
     _ALPHABET = " abcdefghijklmnopqrstuvwxyz"
-    _DIGIT_NAMES = "zero one two three four five six seven eight nine".split()
-    _SPELL = {ord(str(digit)): f" {name} " for digit, name in enumerate(_DIGIT_NAMES)}
-    _OTHER = re.compile(r"[^a-z]+")
 
     def normalize(self, text: str) -> str:
-        return self._OTHER.sub(" ", text.lower().translate(self._SPELL)).strip(" ")
+        return _NOT_LETTERS.sub(" ", text.lower().translate(_SPELL_DIGITS)).strip(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
         ids = []
@@ -238,8 +235,8 @@ class GPT2Tokenizer(Tokenizer):
                 raise DataError(f"{name} is not a byte-level vocabulary: it lacks {symbol!r}")
         self._files = {self.VOCABULARY_FILE: vocabulary, self.MERGES_FILE: merges}
         self._pipeline = Pipeline(models.BPE(vocab=ids_of_pieces, merges=pairs))
-        self._pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-        self._pipeline.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        self._pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._pipeline.decoder = decoders.ByteLevel()
         self.vocab_size = len(ids_of_pieces)
         self.eos_id = ids_of_pieces[GPT2_EOS]
 
@@ -289,73 +286,6 @@ def _parse_gpt2_merges(
     return pairs
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a SentencePiece unigram model of exactly `vocab_size` pieces.
-
-    The model loses nothing: no Unicode normalisation, whitespace kept, newline a piece of its own, and
-    characters it does not know spelled as bytes. (One exception is SentencePiece's own: U+2581, its
-    mark for a space, comes back as a space.) Training is single-threaded, so equal texts give an
-    equal model, byte for byte. Piece 0 is unknown, piece 1 is EOS.
-
-    Raises:
-        DataError: `vocab_size` is too small for bytes and characters, or too large for the text.
-    """
-    import sentencepiece
-
-    if vocab_size < SMALLEST_SENTENCEPIECE_VOCABULARY:
-        raise DataError(
-            f"--vocab-size {vocab_size} leaves no room beside the 256 byte pieces: give at least "
-            f"{SMALLEST_SENTENCEPIECE_VOCABULARY}, or use --tokenizer bytes"
-        )
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            byte_fallback=True,
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        message = str(error)
-        too_high = re.search(r"too high \(\d+\).*<= (\d+)", message, re.DOTALL)
-        if too_high is not None:
-            raise DataError(
-                f"--vocab-size {vocab_size} is too large for this text: give at most "
-                f"{too_high.group(1)}, or more text"
-            ) from error
-        too_small = re.search(r"required_chars. \d+ vs (\d+)", message)
-        if too_small is not None:
-            raise DataError(
-                f"--vocab-size {vocab_size} is too small for this text's characters: give more "
-                f"than {too_small.group(1)}"
-            ) from error
-        raise DataError(
-            f"sentencepiece cannot learn {vocab_size} pieces from this text ({message}): give "
-            "another --vocab-size or more text"
-        ) from error
-    return SentencePieceTokenizer(model.getvalue())
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Non-empty lines of at most TRAINING_LINE_CHARACTERS; NUL would end a sentence early."""
-    for text in texts:
-        for line in text.replace("\0", "").split("\n"):
-            for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
-                yield line[start : start + TRAINING_LINE_CHARACTERS]
-
-
 def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     """The SentencePiece tokenizer of a `.model` file, or of a directory that holds exactly one."""
     given = Path(path)
@@ -395,7 +325,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     source = Path(directory)
     path = source / TOKENIZER_FILE
     if not path.is_file():
-        raise DataError(f"{source} holds no {TOKENIZER_FILE}: give a directory that prepare_data made")
+        raise DataError(
+            f"{source} holds no {TOKENIZER_FILE}: give a directory that prepare_data made"
+        )
     try:
         description: Any = json.loads(_read(path))
     except ValueError as error:
@@ -407,10 +339,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         "bytes": BytesTokenizer,
         "text8": Text8Tokenizer,
     }
-    if kind not in makers or description.get("version") != FORMAT_VERSION:
+    if kind not in makers or description["version"] != FORMAT_VERSION:
         raise DataError(
-            f"{path} names kind {kind!r}, version {description.get('version') if kind else None!r}: "
-            f"this version reads {', '.join(KINDS)}, version {FORMAT_VERSION}"
+            f"{path} describes no tokenizer that this program reads ({', '.join(KINDS)}, version "
+            f"{FORMAT_VERSION}): prepare the data again"
         )
     tokenizer = makers[kind]()
     if tokenizer.fingerprint != description.get("fingerprint"):

@@ -1,12 +1,13 @@
-"""Keyed corruption: every random number is a pure function of (seed, stream, step, global sample index).
+"""Keyed corruption: every draw is a pure function of (seed, stream, step, global sample index).
 
-Whoever makes sample 37 of step 900 makes the same noisy tokens: every tensor-parallel peer, both ends of a pipeline,
-a resumed run, a run under another layout. Draws come from the counter-based Philox generator, with the seed and the
-name of the stream as its key and (step, sample) in its counter, and from its raw words only, whose values numpy keeps
-fixed from release to release.
+Whoever makes sample 37 of step 900 makes the same noisy tokens: every tensor-parallel peer, both
+ends of a pipeline, a resumed run, a run under another layout. Draws come from the counter-based
+Philox generator, with the seed and the name of the stream as its key and (step, sample) in its
+counter, and from its raw words only, whose values numpy keeps fixed from release to release.
 
-Times are stratified over the whole global batch: [0, 1) is cut into as many strata as the batch has samples and each
-sample takes a different one, so that the loss varies less and does not depend on how the batch is split.
+Times are stratified over the whole global batch: [0, 1) is cut into as many strata as the batch has
+samples and each sample takes a different one, so that the loss varies less and does not depend on
+how the batch is split.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ class NoisyBatch(NamedTuple):
 def keyed_words(
     count: int, *, seed: int, stream: str, step: int, sample: int | None = None
 ) -> npt.NDArray[np.uint64]:
-    """`count` random 64-bit words of a named stream at a step, for one sample or (None) for the whole batch."""
+    """`count` random 64-bit words of a stream at a step, for a sample or (None) the whole batch."""
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
     key = np.array([seed % _WORD, int.from_bytes(digest, "little")], dtype=np.uint64)
     # The first word counts blocks of output within the draw, so no two draws overlap.
@@ -74,10 +75,11 @@ def stratified_times(
     t_min: float,
     stream: str = "train",
 ) -> Tensor:
-    """Times [B] in [t_min, 1), float64, of those samples of a step: one in each stratum of the global batch.
+    """Times [B] in [t_min, 1), float64, of samples of a step: one a stratum over the global batch.
 
-    A sample's place in its batch is its id modulo `global_batch`, so the ids of a step must be distinct modulo
-    `global_batch`, as consecutive ids are. The strata are dealt by a keyed permutation and share one offset.
+    A sample's place in its batch is its id modulo `global_batch`, so the ids of a step must be
+    distinct modulo `global_batch`, as consecutive ids are. The strata are dealt by a keyed
+    permutation and share one offset.
     """
     assert global_batch > 0, global_batch
     ids_B = _as_ids(sample_ids_B)
@@ -101,11 +103,11 @@ def corrupt_batch(
     t_B: Tensor | None = None,
     stream: str = "train",
 ) -> NoisyBatch:
-    """Draw times and noise for samples of a step; a sample's draws do not depend on which others are asked for.
+    """Draw times and noise for samples of a step; no draw depends on which others are asked for.
 
-    clean_BL holds token ids on the host, sample_ids_B their global sample indices (see `stratified_times`). `t_B`
-    replaces the drawn times. `stream` separates uses that share a seed, such as training and validation. Raises
-    DataError for an id outside the graph's tokens.
+    clean_BL holds token ids on the host, sample_ids_B their global sample indices (see
+    `stratified_times`). `t_B` replaces the drawn times. `stream` separates uses that share a seed,
+    such as training and validation. Raises DataError for an id outside the graph's tokens.
     """
     graph.check_tokens(clean_BL)
     clean_BL = clean_BL.long()

@@ -1,10 +1,10 @@
 """Graphs: to which states the noise moves a token (arXiv 2310.16834, section 3.3).
 
-Tokens are ids 0..N-1. `Absorb` turns a token into one more state, the mask (id N), and leaves it there;
-`Uniform` draws it again among all N. States number V: N + 1 and N.
+Tokens are ids 0..N-1. `Absorb` turns a token into one more state, the mask (id N), and leaves it
+there; `Uniform` draws it again among all N. States number V: N + 1 and N.
 
-Wherever a function takes tokens and a noise level, the noise level has the leading shape of the tokens
-(sigma_B for tokens_BL, or a full sigma_BL).
+Wherever a function takes tokens and a noise level, the noise level has the leading shape of the
+tokens (sigma_B for tokens_BL, or a full sigma_BL).
 """
 
 import math
@@ -18,7 +18,7 @@ from sedd_scale.errors import ConfigError, DataError
 
 
 def over_positions(values: Tensor, tokens: Tensor) -> Tensor:
-    """View a [..]-shaped quantity so that it broadcasts over the remaining dimensions of `tokens`."""
+    """View `values` so that it broadcasts over the remaining dimensions of `tokens`."""
     assert values.dim() <= tokens.dim(), (values.shape, tokens.shape)
     return values.reshape(values.shape + (1,) * (tokens.dim() - values.dim()))
 
@@ -30,7 +30,9 @@ class Graph(ABC):
 
     def __init__(self, num_tokens: int) -> None:
         if num_tokens < 2:
-            raise ConfigError(f"model.vocab_size={num_tokens}: a vocabulary needs at least 2 tokens")
+            raise ConfigError(
+                f"model.vocab_size={num_tokens}: a vocabulary needs at least 2 tokens"
+            )
         self.num_tokens = num_tokens
 
     def __repr__(self) -> str:
@@ -48,11 +50,14 @@ class Graph(ABC):
 
     @abstractmethod
     def transition_probabilities(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """Law of the noisy token given the state it started from: float64 [.., V], rows sum to 1."""
+        """Law of the noisy token given the state it started from: float64 [.., V]."""
 
     @abstractmethod
     def incoming_rates(self, states: Tensor) -> Tensor:
-        """Rate at which each other state jumps into `states` per unit of noise: float64 [.., V], own entry 0."""
+        """Rate, per unit of noise, of jumps from each other state into `states`: float64 [.., V].
+
+        The own entry is 0.
+        """
 
     @abstractmethod
     def corrupt(
@@ -64,13 +69,13 @@ class Graph(ABC):
     ) -> Tensor:
         """Noisy tokens [B, L] at noise sigma_B, a fixed function of uniforms in [0, 1).
 
-        A token moves where move_uniform < 1 - e^(-sigma); token_uniform (unused by absorb, which takes None)
-        chooses where to.
+        A token moves where move_uniform < 1 - e^(-sigma); token_uniform (unused by absorb, which
+        takes None) chooses where to.
         """
 
     @abstractmethod
     def prior_kl_per_token(self, sigma: Tensor) -> Tensor:
-        """KL(p(x_1 | x_0) || prior) in nats per token at final noise sigma: the bound's terminal term."""
+        """The bound's terminal term, KL(p(x_1 | x_0) || prior), in nats per token at sigma."""
 
     @abstractmethod
     def sample_prior(
@@ -79,7 +84,7 @@ class Graph(ABC):
         """Int64 tokens of that shape from the limit of the noise, on the generator's device."""
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise DataError unless every id is a real token, 0..N-1 (reads the tensor: for the host)."""
+        """Raise DataError unless every id is a real token, 0..N-1; for tensors on the host."""
         if tokens.numel() == 0:
             return
         low, high = int(tokens.min()), int(tokens.max())
@@ -134,11 +139,12 @@ class Absorb(Graph):
         return clean_BL.masked_fill(moved_BL, self.mask_id)
 
     def prior_kl_per_token(self, sigma: Tensor) -> Tensor:
-        """KL in nats per token against a prior that leaves room for the tokens not yet masked at t = 1.
+        """KL in nats per token against a prior with room for the tokens not yet masked at t = 1.
 
-        Against a prior of all masks the KL is infinite, since a token is still visible with probability e^(-sigma).
-        The bound holds for any prior, so the prior here is: mask with probability 1 - e^(-sigma), else one of the N
-        tokens uniformly. The KL is then e^(-sigma) ln N: the visible tokens are paid for at ln N nats each.
+        Against a prior of all masks the KL is infinite, since a token is still visible with
+        probability e^(-sigma). The bound holds for any prior, so the prior here is: mask with
+        probability 1 - e^(-sigma), else one of the N tokens uniformly. The KL is then e^(-sigma) ln
+        N: the visible tokens are paid for at ln N nats each.
         """
         return (torch.exp(-sigma.double()) * math.log(self.num_tokens)).to(sigma.dtype)
 
@@ -186,12 +192,14 @@ class Uniform(Graph):
         )
 
     def prior_kl_per_token(self, sigma: Tensor) -> Tensor:
-        """KL(p(x_1 | x_0) || uniform) in nats per token, a sum of non-negative terms without cancellation."""
+        """KL(p(x_1 | x_0) || uniform) in nats per token, as a sum of non-negative terms."""
         keep = torch.exp(-sigma.double())
         others = self.num_tokens - 1
-        # N p(y) = 1 + excess with excess (N-1)e^(-sigma) at x_0 and -e^(-sigma) elsewhere: they sum to 0, so
-        # sum p ln(N p) = mean of (1 + excess) ln(1 + excess) - excess.
-        nats = (_relative_excess(others * keep) + others * _relative_excess(-keep)) / self.num_tokens
+        # N p(y) = 1 + excess with excess (N-1)e^(-sigma) at x_0 and -e^(-sigma) elsewhere: they sum
+        # to 0, so sum p ln(N p) = mean of (1 + excess) ln(1 + excess) - excess.
+        nats = (
+            _relative_excess(others * keep) + others * _relative_excess(-keep)
+        ) / self.num_tokens
         return nats.to(sigma.dtype)
 
     def sample_prior(
@@ -204,7 +212,7 @@ class Uniform(Graph):
 
 
 def make_graph(name: str, num_tokens: int) -> Graph:
-    """Build the graph of that name over `num_tokens` real tokens; ConfigError for an unknown name or N < 2."""
+    """Build the graph of that name over `num_tokens` tokens; ConfigError if unknown or below 2."""
     if name == Absorb.name:
         return Absorb(num_tokens)
     if name == Uniform.name:

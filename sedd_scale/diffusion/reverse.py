@@ -1,11 +1,12 @@
 """Reverse-step laws as float64 probability tables, and exact draws from them.
 
-A step goes from time t to an earlier time s at one position whose noisy state is x. The tables are the formulas as they
-stand: rows sum to 1, but a step too large for the rate (Euler), or a score that is no ratio of probabilities (an
-untrained model), can make an entry negative. `as_distribution` clamps those, as a draw must.
+A step goes from time t to an earlier time s at one position whose noisy state is x. The tables are
+the formulas as they stand: rows sum to 1, but a step too large for the rate (Euler), or a score
+that is no ratio of probabilities (an untrained model), can make an entry negative.
+`as_distribution` clamps those, as a draw must.
 
-Source: arXiv 2310.16834, section 4 (Euler, Tweedie tau-leaping). States x have shape [..], noise levels the leading
-shape of x, log-scores and tables [.., V].
+Source: arXiv 2310.16834, section 4 (Euler, Tweedie tau-leaping). States x have shape [..], noise
+levels the leading shape of x, log-scores and tables [.., V].
 """
 
 import math
@@ -29,9 +30,12 @@ def analytic_probabilities(
     if isinstance(graph, Absorb):
         return _absorb_table(torch.expm1(step) * score_V, states, graph)
     assert isinstance(graph, Uniform), graph
-    # e^(-step Q) s, the ratios at s over the probability of x at t, times the chance of the jump y -> x.
+    # e^(-step Q) s, the ratios at s over the probability of x at t, times the chance of the jump y
+    # -> x.
     staggered_V = (score_V + torch.expm1(-step) * score_V.mean(-1, keepdim=True)) * torch.exp(step)
-    return staggered_V * graph.transition_probabilities(states, step.squeeze(-1).expand(states.shape))
+    return staggered_V * graph.transition_probabilities(
+        states, step.squeeze(-1).expand(states.shape)
+    )
 
 
 def euler_probabilities(
@@ -53,8 +57,8 @@ def denoise_probabilities(
 ) -> Tensor:
     """Last step, from noise sigma to none: table [.., V], rows sum to 1.
 
-    absorb: a masked position takes a real token with probability proportional to its score (the mask's column is 0);
-    uniform: the analytic step to sigma 0, raw.
+    absorb: a masked position takes a real token with probability proportional to its score (the
+    mask's column is 0); uniform: the analytic step to sigma 0, raw.
     """
     if not isinstance(graph, Absorb):
         return analytic_probabilities(log_score_V, states, sigma, torch.zeros_like(sigma), graph)
@@ -69,10 +73,10 @@ def as_distribution(table_V: Tensor) -> Tensor:
 
 
 def absorb_step_rows(logits_MN: Tensor, log_factor_M: Tensor) -> tuple[Tensor, Tensor]:
-    """One absorb step of masked positions only: float64 probabilities [M, N] of the tokens and [M] of staying.
+    """One absorb step of masked positions: float64 probabilities [M, N] of tokens, [M] of staying.
 
-    P(y) = factor * e^(z_y). Where that adds up to more than 1, it is scaled to 1 and the mask does not stay.
-    Factors: `analytic_log_factor`, `euler_log_factor`.
+    P(y) = factor * e^(z_y). Where that adds up to more than 1, it is scaled to 1 and the mask does
+    not stay. Factors: `analytic_log_factor`, `euler_log_factor`.
     """
     logits_MN = logits_MN.double()
     log_leave_M = torch.logsumexp(logits_MN, -1) + log_factor_M.double()
@@ -83,7 +87,10 @@ def absorb_step_rows(logits_MN: Tensor, log_factor_M: Tensor) -> tuple[Tensor, T
 def analytic_log_factor(
     sigma_t: Tensor, sigma_s: Tensor, *, num_tokens: int, scaled: bool
 ) -> Tensor:
-    """ln of (e^(sigma_t - sigma_s) - 1), over N (e^sigma_t - 1) where logits are scaled: for `absorb_step_rows`."""
+    """Analytic step for `absorb_step_rows`: ln of expm1(sigma_t - sigma_s) [/ (N expm1(sigma_t))].
+
+    The divisor belongs to scaled logits. Float64, of the shape of the noise levels.
+    """
     log_factor = log_expm1(sigma_t.double() - sigma_s.double())
     if scaled:
         log_factor = log_factor - log_expm1(sigma_t.double()) - math.log(num_tokens)
@@ -98,17 +105,21 @@ def euler_log_factor(
     num_tokens: int,
     scaled: bool,
 ) -> Tensor:
-    """ln of step_size * rate, over N (e^sigma - 1) where logits are scaled: for `absorb_step_rows`."""
+    """Euler step for `absorb_step_rows`: ln of step_size * rate [/ (N expm1(sigma))].
+
+    The divisor belongs to scaled logits. Float64, of the shape of the rates.
+    """
     if scaled:
         return torch.log(rate_over_expm1.double() * step_size) - math.log(num_tokens)
     return torch.log(rate.double() * step_size)
 
 
 def draw_categorical(probabilities_V: Tensor, uniform: Tensor) -> Tensor:
-    """Int64 states [..] drawn from non-negative rows [.., V] by inverting their float64 cumulative sums.
+    """Int64 states [..] drawn from non-negative rows [.., V] by inverting their cumulative sums.
 
-    `uniform` [..] lies in [0, 1) and should be float64: single precision cuts the tail off and so lowers the
-    temperature (arXiv 2409.02908). Rows need not sum to 1. A state of probability 0 is never drawn.
+    `uniform` [..] lies in [0, 1) and should be float64: single precision cuts the tail off and so
+    lowers the temperature (arXiv 2409.02908). Rows need not sum to 1. A state of probability 0 is
+    never drawn.
     """
     cumulative_V = probabilities_V.double().cumsum(-1)
     total = cumulative_V[..., -1:]
@@ -123,7 +134,7 @@ def _scores(log_score_V: Tensor, states: Tensor) -> Tensor:
 
 
 def _absorb_table(leave_V: Tensor, states: Tensor, graph: Absorb) -> Tensor:
-    """Masked rows: probabilities of leaving, the mask keeping the rest. Other rows: the state stays."""
+    """Masked rows: chances of leaving, the mask keeps the rest. Other rows: the state stays."""
     masked = (states == graph.mask_id).unsqueeze(-1)
     mask_state = torch.full_like(states, graph.mask_id, dtype=torch.int64).unsqueeze(-1)
     leave_V = torch.where(masked, leave_V.scatter(-1, mask_state, 0.0), 0.0)

@@ -1,12 +1,14 @@
 """Noise schedules: how much total noise sigma(t) a token has met at time t in [0, 1].
 
-A schedule is one curve. Either the move probability m(t) = 1 - e^(-sigma(t)) is given, with its slope
-m'(t) (`MoveCurve`), or the total noise sigma(t) is, with its slope (`NoiseCurve`); everything else follows:
+A schedule is one curve. Either the move probability m(t) = 1 - e^(-sigma(t)) is given, with its
+slope m'(t) (`MoveCurve`), or the total noise sigma(t) is, with its slope (`NoiseCurve`); everything
+else follows:
 
     sigma = -log1p(-m)    rate g = m' / (1 - m)    g / (e^sigma - 1) = m' / m
 
 The arithmetic is float64 whatever the dtype of t, and the answer comes back in the dtype of t.
-Source: arXiv 2310.16834, section 3.3 and appendix C; arXiv 2406.07524, appendix E, for cosine and linear.
+Source: arXiv 2310.16834, section 3.3 and appendix C; arXiv 2406.07524, appendix E, for cosine and
+linear.
 """
 
 import math
@@ -21,7 +23,7 @@ from sedd_scale.errors import ConfigError
 
 
 class Schedule(ABC):
-    """Total noise over time; all methods map a float tensor of any shape to one of its shape and dtype."""
+    """Noise over time; all methods map a float tensor to one of its shape and dtype."""
 
     name: ClassVar[str]
 
@@ -42,7 +44,7 @@ class Schedule(ABC):
         return self._log_slope(t.double()).to(t.dtype)
 
     def time_of_move_probability(self, m: Tensor) -> Tensor:
-        """Time t at which the move probability is m; an m out of the curve's range gives its nearest end."""
+        """Time t at which the move probability is m; the nearest end where m is out of range."""
         return self._time(m.double()).clamp(0.0, 1.0).to(m.dtype)
 
     @abstractmethod
@@ -62,7 +64,7 @@ class Schedule(ABC):
 
 
 class MoveCurve(Schedule):
-    """A schedule given by m(t): a subclass writes `_move`, its slope `_slope`, m'/m and the inverse `_time`."""
+    """A schedule given by m(t): a subclass writes it, m', m'/m and the inverse `_time`."""
 
     @abstractmethod
     def _slope(self, t: Tensor) -> Tensor: ...
@@ -75,7 +77,7 @@ class MoveCurve(Schedule):
 
 
 class NoiseCurve(Schedule):
-    """A schedule given by sigma(t): a subclass writes `_sigma`, its slope `_rate` and its inverse."""
+    """A schedule given by sigma(t): a subclass writes it, its slope `_rate` and its inverse."""
 
     @abstractmethod
     def _time_of_sigma(self, sigma: Tensor) -> Tensor: ...
@@ -92,7 +94,7 @@ class NoiseCurve(Schedule):
 
 @dataclass(frozen=True)
 class LogLinear(MoveCurve):
-    """m(t) = (1 - eps) t: tokens are masked at a constant pace; the weight of the loss is exactly 1/t."""
+    """m(t) = (1 - eps) t: a constant pace; the weight of the absorbing loss is exactly 1/t."""
 
     eps: float = 1e-3
     name: ClassVar[str] = "loglinear"
@@ -115,7 +117,7 @@ class LogLinear(MoveCurve):
 
 @dataclass(frozen=True)
 class Cosine(MoveCurve):
-    """m(t) = (1 - eps)(1 - cos(pi t / 2)): slow at first, fastest at t = 1 (arXiv 2406.07524, appendix E)."""
+    """m(t) = (1 - eps)(1 - cos(pi t / 2)): fastest at t = 1 (arXiv 2406.07524, appendix E)."""
 
     eps: float = 1e-3
     name: ClassVar[str] = "cosine"
@@ -140,7 +142,7 @@ class Cosine(MoveCurve):
 
 @dataclass(frozen=True)
 class Geometric(NoiseCurve):
-    """sigma(t) = sigma_min^(1-t) sigma_max^t: noise grows by a constant factor (arXiv 2310.16834, appendix C)."""
+    """sigma(t) = sigma_min^(1-t) sigma_max^t (arXiv 2310.16834, appendix C)."""
 
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
@@ -169,7 +171,7 @@ class Geometric(NoiseCurve):
 
 @dataclass(frozen=True)
 class Linear(NoiseCurve):
-    """sigma(t) = sigma_max t: noise at a constant rate (the "linear" of arXiv 2406.07524, appendix E).
+    """sigma(t) = sigma_max t: a constant rate ("linear" in arXiv 2406.07524, appendix E).
 
     It is not linear in m: that curve is `LogLinear`.
     """
@@ -196,8 +198,8 @@ def make_schedule(
 ) -> Schedule:
     """Build the schedule of that name from the numbers it uses.
 
-    `eps` serves loglinear and cosine, `sigma_min` geometric, `sigma_max` geometric and linear. Raises
-    ConfigError for an unknown name or for numbers that give no schedule.
+    `eps` serves loglinear and cosine, `sigma_min` geometric, `sigma_max` geometric and linear.
+    Raises ConfigError for an unknown name or for numbers that give no schedule.
     """
     if name == LogLinear.name:
         return LogLinear(eps)

@@ -1,15 +1,17 @@
-"""Score entropy of a position from a few statistics of its logits, with the gradient in closed form.
+"""Score entropy of a position from a few statistics of its logits, with its closed-form gradient.
 
 The loss of a position with noisy state x and clean token x0 is (arXiv 2310.16834, section 3,
 diffusion-weighted denoising score entropy)
 
     rate * sum over y != x of Q(y -> x) * ( s_y - r_y ln s_y + K(r_y) ),   K(r) = r (ln r - 1),
 
-where s is the model's score, r_y = p(y | x0) / p(x | x0) the true ratio and Q the graph's rates. Both graphs need
-only a maximum, a sum of exponentials, the logit of x0 and (uniform) a plain sum: the scores are never stored.
+where s is the model's score, r_y = p(y | x0) / p(x | x0) the true ratio and Q the graph's rates.
+Both graphs need only a maximum, a sum of exponentials, the logit of x0 and (uniform) a plain sum:
+the scores are never stored.
 
-Counted columns y: absorb counts all N tokens, and its rows are masked positions only (other positions lose nothing);
-uniform counts every token but x itself. Letters: z logits, e1 = e^sigma - 1, a = e1 / (e1 + N).
+Counted columns y: absorb counts all N tokens, and its rows are masked positions only (other
+positions lose nothing); uniform counts every token but x itself. Letters: z logits,
+e1 = e^sigma - 1, a = e1 / (e1 + N).
 """
 
 import math
@@ -59,7 +61,7 @@ class RowLoss(NamedTuple):
 
 
 def row_statistics(logits_MN: Tensor, target_M: Tensor, own_M: Tensor | None = None) -> Statistics:
-    """Statistics of whole rows of N logits; `own_M` (uniform: the noisy token) is the column not to count."""
+    """Statistics of rows of N logits; `own_M` (uniform: the noisy token) is not to be counted."""
     counted_MN = logits_MN
     if own_M is not None:
         # Excluded inside the reductions: subtracting it afterwards would cancel.
@@ -82,10 +84,11 @@ def row_loss(
 ) -> RowLoss:
     """Score entropy of each row in nats, weighted by the rate, with its gradient coefficients.
 
-    statistics and noise are [M]; `scaled` says that the log-score is z - ln(e^sigma - 1) - ln N (absorb only);
-    `unchanged_M` (uniform only) marks rows whose noisy token is the clean one. The rows are combined in float64, so
-    the only rounding is that of the statistics. A logit too large for the dtype of the statistics gives an infinite
-    loss, which `check_finite` reports. Raises ConfigError for a scaled uniform graph.
+    statistics and noise are [M]; `scaled` says that the log-score is z - ln(e^sigma - 1) - ln N
+    (absorb only); `unchanged_M` (uniform only) marks rows whose noisy token is the clean one. The
+    rows are combined in float64, so the only rounding is that of the statistics. A logit too large
+    for the dtype of the statistics gives an infinite loss, which `check_finite` reports. Raises
+    ConfigError for a scaled uniform graph.
     """
     noise = RowNoise(*(part.double() for part in noise))
     if isinstance(graph, Absorb):
@@ -102,7 +105,7 @@ def row_loss(
 
 
 def overflowed(rows: RowLoss) -> Tensor:
-    """Scalar bool tensor: some loss or gradient is not finite (no synchronisation with the device)."""
+    """Scalar bool tensor, on the device: some loss or gradient is not finite."""
     return ~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp)).all()
 
 
@@ -111,18 +114,19 @@ def check_finite(rows: RowLoss) -> None:
     if bool(overflowed(rows)):
         bad = int((~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp))).sum())
         raise TrainingError(
-            f"the score entropy of {bad} of {rows.loss.numel()} positions is not finite: a logit outgrew e^z; "
-            "lower optimizer.lr or optimizer.clip, or lengthen optimizer.warmup_steps"
+            f"the score entropy of {bad} of {rows.loss.numel()} positions is not finite: "
+            "a logit outgrew e^z; lower optimizer.lr or optimizer.clip, "
+            "or lengthen optimizer.warmup_steps"
         )
 
 
 def log_scores_from_logits(
     logits_V: Tensor, states: Tensor, sigma: Tensor, *, graph: Graph, scaled: bool
 ) -> Tensor:
-    """Log-scores [.., V] from logits [.., V]: the shift by sigma where scaled, and 0 at the state's own entry.
+    """Log-scores [.., V] from logits [.., V]: shifted by sigma where scaled, own entry 0.
 
-    states [..] are the noisy ids, sigma has their leading shape. Scaled: z - ln(e^sigma - 1) - ln N on every column
-    (arXiv 2310.16834, appendix C). Raises ConfigError for a scaled uniform graph.
+    states [..] are the noisy ids, sigma has their leading shape. Scaled: z - ln(e^sigma - 1) - ln N
+    on every column (arXiv 2310.16834, appendix C). Raises ConfigError for a scaled uniform graph.
     """
     if scaled:
         if not isinstance(graph, Absorb):
@@ -137,10 +141,11 @@ def log_scores_from_logits(
 def log_score_score_entropy(
     log_score_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, noise: RowNoise, *, graph: Graph
 ) -> Tensor:
-    """Score entropy [B, L] in nats by its definition, from whole log-scores: differentiable, large, plain.
+    """Score entropy [B, L] in nats by its definition, from whole log-scores; differentiable.
 
-    noise holds [B] or [B, L]. The result has the dtype of the log-scores; the true ratios come from the forward law
-    in float64. Source: arXiv 2310.16834, section 3 (diffusion-weighted denoising score entropy).
+    noise holds [B] or [B, L]. The result has the dtype of the log-scores; the true ratios come from
+    the forward law in float64. Source: arXiv 2310.16834, section 3 (diffusion-weighted denoising
+    score entropy).
     """
     rates_BLV = graph.incoming_rates(noisy_BL)
     law_BLV = graph.transition_probabilities(clean_BL, noise.sigma)
@@ -163,7 +168,8 @@ def _absorb_rows(statistics: Statistics, noise: RowNoise, num_tokens: int, scale
     log_sum = torch.log(statistics.sum_exp.double())
     weight = noise.rate_over_expm1
     if scaled:
-        # Cross-entropy plus the price of not being normalised; the sigma shift has cancelled on paper.
+        # Cross-entropy plus the price of not being normalised; the sigma shift has cancelled on
+        # paper.
         cross_entropy = (top - target) + log_sum
         excess = top - math.log(num_tokens)
         loss = weight * (cross_entropy + _expm1_minus(excess + log_sum))

@@ -1,1 +1,4 @@
-"""Bounds on the likelihood."""
+"""How well a model predicts text: the bound on its likelihood, and the text it is measured on."""
+
+PROTOCOLS = ("low-variance", "paper")
+DATASETS = ("wikitext2", "wikitext103", "ptb", "lambada", "lm1b", "text8", "openwebtext")

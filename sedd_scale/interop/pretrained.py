@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sedd_scale.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.published import (
     INV_FREQ,
@@ -54,18 +55,16 @@ def load_pretrained(
 
 def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
     from sedd_scale.config import config_from_dict
-    from sedd_scale.data.tokenizers import load_tokenizer
     from sedd_scale.training.checkpoint import find_checkpoint, load_weights, read_meta
 
     step_directory = find_checkpoint(path)
     meta = read_meta(step_directory)
-    tokenizer_directory = step_directory / "tokenizer"
     model = ScoreModel(
         config_from_dict(meta["config"]),
         meta["num_tokens"],
         layout,
         block_length=meta["block_length"],
-        tokenizer=load_tokenizer(tokenizer_directory) if tokenizer_directory.exists() else None,
+        tokenizer=_tokenizer_in(step_directory),
     )
     parameters = list(logical_parameters(model.network, layout))
     load_weights(step_directory, parameters, layout, weights=weights)
@@ -76,7 +75,13 @@ def _load_published(path: Path, layout: Layout) -> ScoreModel:
     config = read_published_config(path)
     num_tokens = config.model.vocab_size
     assert num_tokens is not None
-    model = ScoreModel(config, num_tokens, layout, block_length=config.data.block_length)
+    model = ScoreModel(
+        config,
+        num_tokens,
+        layout,
+        block_length=config.data.block_length,
+        tokenizer=_tokenizer_in(path),
+    )
     tensors = read_published_tensors(path)
     check_published_tensors(model, tensors, path)
     logical = to_logical(tensors, num_heads=config.model.num_heads)
@@ -86,9 +91,13 @@ def _load_published(path: Path, layout: Layout) -> ScoreModel:
     return model
 
 
-def check_published_tensors(
-    model: ScoreModel, tensors: Mapping[str, Tensor], source: Path
-) -> None:
+def _tokenizer_in(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer that a checkpoint's directory carries, if any."""
+    directory = checkpoint / "tokenizer"
+    return load_tokenizer(directory) if directory.is_dir() else None
+
+
+def check_published_tensors(model: ScoreModel, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuse a set of published tensors that is not exactly this model's.
 
     Raises:

@@ -1,7 +1,5 @@
 """The last layer: adaptive norm, then the vocabulary-parallel map to scores and its loss."""
 
-from typing import Any
-
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -27,8 +25,8 @@ from sedd_scale.parallel.vocab import (
 class ScoreLinear(ColumnParallelLinear):
     """Megatron-core's column-parallel map whose forward is the score-entropy loss itself.
 
-    Under ZeRO 3 a weight is whole only inside its own module's forward, so the loss is called
-    there. A pipeline's last stage calls the same function with the weight it is handed.
+    Under ZeRO 3 a weight is whole only inside its own module's forward, so the loss is computed
+    there.
     """
 
     shard: VocabShard
@@ -75,25 +73,24 @@ class Head(nn.Module):
             group=layout.tensor_group,
         )
 
-    def prepare(self, stream: Stream) -> Tensor:
-        """The linear map's input: normed, and with every position on every tensor rank."""
+    def forward(self, stream: Stream) -> Tensor:
+        """The linear map's input [L, B, H]: normed, every position on every tensor rank.
+
+        A pipeline's last stage calls `linear` on it in the engine's loss function.
+        """
         hidden_LBH, cond_BC, _ = stream
         normed = self.norm(hidden_LBH, *self.modulation(cond_BC))
         if self.layout.sequence_parallel:
             return gather_from_sequence_parallel_region(normed, group=self.layout.tensor_group)
         return copy_to_tensor_model_parallel_region(normed, group=self.layout.tensor_group)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        """A pipeline's last layer: (hidden_LBH, weight, bias), for `pipeline_loss`."""
-        return self.prepare(stream), self.linear.weight, self.linear.bias
-
     def loss(self, stream: Stream, targets: ScoreTargets, *, per_sequence: bool) -> Tensor:
         """Score entropy: mean nats per token, or nats of each sequence [B]."""
-        return self.linear(self.prepare(stream), targets, per_sequence)
+        return self.linear(self(stream), targets, per_sequence)
 
     @torch.no_grad()
     def logits(self, rows_MH: Tensor) -> Tensor:
-        """Float32 logits [M, V] of rows of `prepare`'s output, over the whole vocabulary."""
+        """Float32 logits [M, V] of rows of `forward`'s output, over the whole vocabulary."""
         return gathered_logits(
             rows_MH,
             self.linear.weight,
@@ -101,8 +98,3 @@ class Head(nn.Module):
             num_columns=self.num_states,
             tensor_group=self.layout.tensor_group,
         ).float()
-
-    def loss_of_outputs(self, outputs: Any, targets: ScoreTargets, per_sequence: bool) -> Tensor:
-        """The same loss from what `forward` returned (a pipeline's loss function)."""
-        function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
-        return function(*outputs, targets, self.linear.shard)

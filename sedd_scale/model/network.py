@@ -132,9 +132,7 @@ class ScoreNetwork(nn.Module):
 
     def hidden(self, noisy_BL: Tensor, sigma_B: Tensor) -> Tensor:
         """The head's input [L, B, H] for noisy tokens at noise sigma."""
-        return self.head.prepare(
-            self._stream((noisy_BL, sigma_B, torch.zeros_like(noisy_BL[:, 0])))
-        )
+        return self.head(self._stream((noisy_BL, sigma_B, torch.zeros_like(noisy_BL[:, 0]))))
 
     def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         stream = inputs

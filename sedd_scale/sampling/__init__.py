@@ -1,1 +1,3 @@
-"""Reverse-process samplers and infilling."""
+"""Drawing text from a trained model: samplers, infilling and batch generation."""
+
+SAMPLERS = ("analytic", "euler")

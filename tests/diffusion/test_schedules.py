@@ -1,4 +1,4 @@
-"""Every schedule is one curve: its parts must be each other's derivatives, inverses and quotients."""
+"""Every schedule is one curve: its parts are each other's derivatives, inverses and quotients."""
 
 import math
 
@@ -41,7 +41,8 @@ def test_noise_grows_and_ends_finite(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_inverse(name):
     schedule = make_schedule(name)
-    # Where sigma nears 20, m is within 1e-9 of 1 and holds few digits of t: invert the m that a float can tell apart.
+    # Where sigma nears 20, m is within 1e-9 of 1 and holds few digits of t: invert the m that a
+    # float can tell apart.
     t = TIMES[schedule.sigma(TIMES) < 12]
     back = schedule.time_of_move_probability(schedule.move_probability(t))
     torch.testing.assert_close(back, t, rtol=1e-9, atol=1e-9)
@@ -79,7 +80,7 @@ def test_known_values():
 
 
 def test_refuses_what_is_no_schedule():
-    with pytest.raises(ConfigError, match="sqrt.*loglinear"):
+    with pytest.raises(ConfigError, match=r"sqrt.*loglinear"):
         make_schedule("sqrt")
     with pytest.raises(ConfigError, match=r"noise\.eps"):
         make_schedule("loglinear", eps=0.0)

@@ -1,0 +1,408 @@
+"""A bound on the negative log-likelihood of text: integrated score entropy and its two ends.
+
+For a block x0 of L tokens (arXiv 2310.16834, theorem 3.6), with the noise run from t_min to 1,
+
+    -log p(x0)  <=  integral from t_min to 1 of  E[ score entropy of x_t ] dt      diffusion
+                    + KL( p(x_1 | x0) || prior )                                   prior
+                    + E[ -log p(x0 | x_tmin) ]                                     reconstruction
+
+p is the model that draws x_1 from the prior, runs the reverse process with the learned rates to
+t_min and decodes every position there independently. Any decoder gives a bound; this one is
+
+    absorb    softmax of the logits at masked positions: the samplers' own last step;
+    uniform   P(y) proportional to s_y T(x, y), with s_x = 1 and T the chance of the jump y -> x
+              under the noise of t_min. It agrees with the samplers' last step to first order in
+              that noise and, unlike it, never gives a token no chance.
+
+The prior of `graph.prior_kl_per_token` leaves room for tokens not yet masked at time 1.
+
+Two protocols:
+
+    low-variance  t stratified over each block's draws, all three terms: a true bound.
+    paper         t independent and uniform; the mean over [t_min, 1] stands for the integral over
+                  [0, 1] and the ends are left out, which is how the paper's perplexities are made.
+
+Every random number is a pure function of (seed, block, draw). A block's draws always share batches
+with the same other draws, so a result is the same to the last digit on any number of ranks (with
+equal --tensor, batch size and threads a process).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sedd_scale.diffusion.corruption import keyed_uniforms
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.evaluation import PROTOCOLS
+from sedd_scale.evaluation.standard_error import estimate_from_replicates
+from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling.logits import logit_chunks
+
+DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000}
+DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024}
+# Degrees of freedom below which an interval is too wide to be of use.
+_ENOUGH_FREEDOM = 30
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BoundResult:
+    """The bound on a set of blocks; nats are per token, averaged over all of them.
+
+    Attributes:
+        nats_per_token: the bound.
+        stderr: its standard error from the draws, for these blocks (another seed).
+        stderr_text: its standard error as an estimate for the source the blocks come from (other
+            blocks and another seed); None for a single block.
+        ci95: 95% interval from `stderr`.
+        terms: nats per token of diffusion, prior and reconstruction; None where the protocol
+            leaves a term out.
+        draws: times drawn a block.
+        replicates: independent replicates the draws of a block fall into.
+        blocks: number of blocks.
+        tokens: number of tokens in them.
+        network_calls: sequences that went through the network, over all ranks.
+        protocol: "low-variance" or "paper".
+        t_min: where the integral begins.
+        seconds: wall time.
+        block_nats_n: nats per token of each block.
+    """
+
+    nats_per_token: float
+    stderr: float
+    stderr_text: float | None
+    ci95: tuple[float, float]
+    terms: dict[str, float | None]
+    draws: int
+    replicates: int
+    blocks: int
+    tokens: int
+    network_calls: int
+    protocol: str
+    t_min: float
+    seconds: float
+    block_nats_n: FloatArray
+
+    @property
+    def bits_per_token(self) -> float:
+        """The bound in bits."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token), infinite beyond what a float holds."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate_bound(
+    model: ScoreModel,
+    blocks_nL: IntArray | Tensor,
+    *,
+    draws: int | None = None,
+    replicates: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    protocol: str = "low-variance",
+    t_min: float | None = None,
+    block_ids_n: Sequence[int] | IntArray | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BoundResult:
+    """Estimate the bound on blocks of tokens; collective over the model's data-parallel ranks.
+
+    Args:
+        blocks_nL: clean tokens, the same on every rank.
+        draws: times a block (default 16; paper 1000).
+        replicates: independent stratified samples the draws of a block are split into, a divisor of
+            `draws`, at least 2; by default as few as give a reliable standard error. The paper
+            protocol has one a draw.
+        seed: of all draws.
+        batch_size: sequences in one network call.
+        t_min: where the integral begins; the model's noise.t_min by default.
+        block_ids_n: what a block's draws are keyed by; its place by default.
+        on_progress: called with (groups of blocks done, all groups of this rank).
+
+    Raises:
+        ConfigError: draws, replicates, protocol, batch_size or t_min that cannot be used.
+        DataError: no block, or a token that is not one of the model's.
+        CheckpointError: the model's loss is not finite.
+    """
+    start = time.perf_counter()
+    blocks = torch.as_tensor(blocks_nL)
+    if blocks.dim() != 2 or not blocks.numel():
+        raise DataError(
+            f"nothing to evaluate: the text gives blocks of shape {tuple(blocks.shape)}; give more "
+            "text"
+        )
+    model.graph.check_tokens(blocks)
+    plan = _plan(
+        len(blocks),
+        draws=draws,
+        replicates=replicates,
+        seed=seed,
+        batch_size=batch_size,
+        protocol=protocol,
+        t_min=model.config.noise.t_min if t_min is None else t_min,
+    )
+    ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
+    assert ids_n.shape == (len(blocks),), ids_n.shape
+    size = max(1, batch_size // plan.draws)
+    groups = [range(at, min(at + size, len(blocks))) for at in range(0, len(blocks), size)]
+    layout = model.layout
+    own = range(layout.data_rank, len(groups), layout.data)
+    results: dict[int, _GroupNats] = {}
+    for done, which in enumerate(own, start=1):
+        group = groups[which]
+        chosen = slice(group.start, group.stop)
+        results[which] = _group_nats(model, blocks[chosen], ids_n[chosen], plan)
+        on_progress(done, len(own))
+    of_ranks: list[Any] = [results]
+    if layout.data > 1:
+        of_ranks = [None] * layout.data
+        dist.all_gather_object(of_ranks, results, group=layout.data_group)
+    merged = {which: nats for part in of_ranks for which, nats in part.items()}
+    return _combine(model, [merged[which] for which in range(len(groups))], blocks, plan, start)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    draws: int
+    replicates: int
+    seed: int
+    batch_size: int
+    protocol: str
+    t_min: float
+
+    @property
+    def has_ends(self) -> bool:
+        return self.protocol == "low-variance"
+
+    def times(self, block_id: int) -> FloatArray:
+        """Times of a block's draws, replicate after replicate, each stratified over [t_min, 1]."""
+        strata = self.draws // self.replicates
+        uniform = self.uniforms("time", self.draws, block_id, 0)
+        place = np.tile(np.arange(strata), self.replicates)
+        return self.t_min + (1.0 - self.t_min) * (place + uniform) / strata
+
+    def uniforms(self, purpose: str, count: int, block_id: int, draw: int) -> FloatArray:
+        return keyed_uniforms(
+            count, seed=self.seed, stream=f"bound/{purpose}", step=draw, sample=block_id
+        )
+
+
+class _GroupNats(NamedTuple):
+    """Nats of whole blocks: at each drawn time [g, K], and of decoding at t_min [g, R]."""
+
+    diffusion_gK: FloatArray
+    reconstruction_gR: FloatArray
+    network_calls: int
+
+
+def _plan(
+    num_blocks: int,
+    *,
+    draws: int | None,
+    replicates: int | None,
+    seed: int,
+    batch_size: int,
+    protocol: str,
+    t_min: float,
+) -> _Plan:
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol {protocol!r} is unknown: choose {' or '.join(PROTOCOLS)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} is too small: give at least 1")
+    if not 0.0 < t_min < 1.0:
+        raise ConfigError(f"t_min={t_min} is not between 0 and 1: give such as 1e-3")
+    draws = DEFAULT_DRAWS[protocol] if draws is None else draws
+    if draws < 2:
+        raise ConfigError(
+            f"{draws} draws a block leave no way to tell a standard error: give at least 2"
+        )
+    if protocol == "paper":
+        if replicates not in (None, draws):
+            raise ConfigError(
+                f"replicates={replicates}: the draws of protocol paper are all independent; leave "
+                "replicates out"
+            )
+        replicates = draws
+    elif replicates is None:
+        divisors = [count for count in range(2, draws + 1) if draws % count == 0]
+        enough = [count for count in divisors if num_blocks * (count - 1) >= _ENOUGH_FREEDOM]
+        replicates = enough[0] if enough else draws
+    if replicates < 2 or draws % replicates:
+        raise ConfigError(
+            f"replicates={replicates} does not split {draws} draws: give a divisor of at least 2"
+        )
+    return _Plan(draws, replicates, seed, batch_size, protocol, t_min)
+
+
+def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Plan) -> _GroupNats:
+    times_gK = np.stack([plan.times(int(block)) for block in ids_g])
+    diffusion, calls = _in_batches(
+        blocks_gL,
+        ids_g,
+        plan.draws,
+        plan,
+        lambda clean_BL, draw_B, place_B: _diffusion_nats(
+            model,
+            clean_BL,
+            torch.from_numpy(times_gK[place_B, draw_B]),
+            ids_g[place_B],
+            draw_B,
+            plan,
+        ),
+    )
+    if not plan.has_ends:
+        return _GroupNats(diffusion, np.empty((len(ids_g), 0)), calls)
+    reconstruction, more = _in_batches(
+        blocks_gL,
+        ids_g,
+        plan.replicates,
+        plan,
+        lambda clean_BL, draw_B, place_B: _reconstruction_nats(
+            model, clean_BL, ids_g[place_B], draw_B, plan
+        ),
+    )
+    return _GroupNats(diffusion, reconstruction, calls + more)
+
+
+def _in_batches(
+    blocks_gL: Tensor,
+    ids_g: IntArray,
+    count: int,
+    plan: _Plan,
+    nats: Callable[[Tensor, IntArray, IntArray], tuple[Tensor, int]],
+) -> tuple[FloatArray, int]:
+    """`count` draws of each block of a group, [g, count] nats, and the network calls made."""
+    place_M, draw_M = np.divmod(np.arange(len(ids_g) * count), count)
+    values = np.empty(len(place_M))
+    calls = 0
+    for at in range(0, len(place_M), plan.batch_size):
+        batch = slice(at, at + plan.batch_size)
+        place_B = place_M[batch]
+        nats_B, made = nats(blocks_gL[place_B], draw_M[batch], place_B)
+        values[batch] = nats_B.double().cpu().numpy()
+        calls += made
+        bad = np.flatnonzero(~np.isfinite(values[batch]))
+        if len(bad):
+            raise CheckpointError(
+                f"the bound of block {ids_g[place_B[bad[0]]]} is not finite: the checkpoint's "
+                "weights are damaged or its training diverged; use another checkpoint"
+            )
+    return values.reshape(len(ids_g), count), calls
+
+
+def _diffusion_nats(
+    model: ScoreModel,
+    clean_BL: Tensor,
+    t_B: Tensor,
+    ids_B: IntArray,
+    draw_B: IntArray,
+    plan: _Plan,
+) -> tuple[Tensor, int]:
+    noisy_BL = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "noise")
+    return model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL), len(clean_BL)
+
+
+def _reconstruction_nats(
+    model: ScoreModel, clean_BL: Tensor, ids_B: IntArray, draw_B: IntArray, plan: _Plan
+) -> tuple[Tensor, int]:
+    """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
+    t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
+    noisy_BL = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "decode")
+    graph = model.graph
+    clean_R, noisy_R = (tensor.flatten().to(model.device) for tensor in (clean_BL, noisy_BL))
+    if graph.mask_id is not None:
+        rows_M = (noisy_R == graph.mask_id).nonzero().squeeze(1)
+    else:
+        rows_M = torch.arange(len(noisy_R), device=model.device)
+    nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
+    sigma_B = model.schedule.sigma(t_B)
+    move = float(model.schedule.move_probability(t_B[:1]))
+    chunks = logit_chunks(model, noisy_BL.to(model.device), sigma_B.to(model.device), rows_M)
+    for chunk, logits_mV in chunks:
+        weights_mN = logits_mV[:, : graph.num_tokens].double()
+        if graph.mask_id is None:
+            jump, stay = move / graph.num_tokens, 1.0 - move + move / graph.num_tokens
+            own_m1 = noisy_R[rows_M[chunk]][:, None]
+            weights_mN = (weights_mN + math.log(jump)).scatter(1, own_m1, math.log(stay))
+        target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
+        nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m
+    return nats_R.view(clean_BL.shape).sum(dim=1), len(clean_BL) if len(rows_M) else 0
+
+
+def _corrupted(
+    model: ScoreModel,
+    clean_BL: Tensor,
+    t_B: Tensor,
+    ids_B: IntArray,
+    draw_B: IntArray,
+    plan: _Plan,
+    purpose: str,
+) -> Tensor:
+    length = clean_BL.shape[1]
+
+    def uniforms(which: str) -> Tensor:
+        rows = [
+            plan.uniforms(f"{purpose}/{which}", length, int(block), int(draw))
+            for block, draw in zip(ids_B, draw_B)
+        ]
+        return torch.from_numpy(np.stack(rows))
+
+    return model.graph.corrupt(
+        clean_BL.long(),
+        model.schedule.sigma(t_B),
+        uniforms("moves"),
+        uniforms("tokens") if model.graph.mask_id is None else None,
+    )
+
+
+def _combine(
+    model: ScoreModel, groups: Sequence[_GroupNats], blocks: Tensor, plan: _Plan, start: float
+) -> BoundResult:
+    """Mean and error of all blocks in their order, in float64."""
+    num_blocks, length = blocks.shape
+    width = (1.0 - plan.t_min) if plan.has_ends else 1.0
+    diffusion_nK = np.concatenate([group.diffusion_gK for group in groups])
+    diffusion_nR = width * diffusion_nK.reshape(num_blocks, plan.replicates, -1).mean(axis=2)
+    values_nR = diffusion_nR / length
+    terms: dict[str, float | None] = {
+        "diffusion": float(values_nR.mean(axis=1).mean()),
+        "prior": None,
+        "reconstruction": None,
+    }
+    if plan.has_ends:
+        last = model.schedule.sigma(torch.ones((), dtype=torch.float64))
+        prior = float(model.graph.prior_kl_per_token(last))
+        decode_nR = np.concatenate([group.reconstruction_gR for group in groups]) / length
+        terms["prior"] = prior
+        terms["reconstruction"] = float(decode_nR.mean(axis=1).mean())
+        values_nR = values_nR + decode_nR + prior
+    estimate = estimate_from_replicates(values_nR)
+    return BoundResult(
+        nats_per_token=estimate.mean,
+        stderr=estimate.stderr,
+        stderr_text=estimate.stderr_text,
+        ci95=estimate.ci95,
+        terms=terms,
+        draws=plan.draws,
+        replicates=plan.replicates,
+        blocks=num_blocks,
+        tokens=num_blocks * length,
+        network_calls=sum(group.network_calls for group in groups),
+        protocol=plan.protocol,
+        t_min=plan.t_min,
+        seconds=time.perf_counter() - start,
+        block_nats_n=values_nR.mean(axis=1),
+    )

@@ -1,0 +1,109 @@
+"""The flags by which commands name a trained model, and the model they name."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sedd_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from sedd_scale.data.tokenizers import Tokenizer
+    from sedd_scale.model.score_model import ScoreModel
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, --weights, --tokenizer, --tensor and --precision."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a run directory, one of its checkpoints/step-N, or a directory in the published "
+        "format (config.json and model.safetensors)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "master"),
+        default="ema",
+        help="of a run's checkpoint, the averaged weights or the last ones (%(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="for a checkpoint that carries none: a prepared dataset's tokenizer directory, a "
+        "directory with vocab.json and merges.txt, or a sentencepiece .model file",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share one model; the others work on other samples (%(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="number format of the network; statistics stay fp32 or finer (%(default)s)",
+    )
+
+
+def open_model(arguments: argparse.Namespace) -> "ScoreModel":
+    """The model that the flags name, in the layout they ask for, with its tokenizer if any.
+
+    Raises:
+        ConfigError: the number of processes does not fit --tensor.
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the tokenizer cannot be read or does not fit the checkpoint.
+    """
+    import torch
+
+    from sedd_scale.interop.pretrained import load_pretrained
+    from sedd_scale.parallel.layout import initialize_layout
+
+    tokenizer = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
+    model = load_pretrained(
+        arguments.checkpoint,
+        weights=arguments.weights,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision],
+        layout=initialize_layout(tensor=arguments.tensor),
+    )
+    if tokenizer is not None:
+        own = model.tokenizer
+        if own is not None and own.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"--tokenizer {arguments.tokenizer} ({tokenizer.kind}, "
+                f"{tokenizer.fingerprint[:12]}) is not the tokenizer of {arguments.checkpoint} "
+                f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer out"
+            )
+        model.tokenizer = tokenizer
+    check_tokenizer_fits(model)
+    return model
+
+
+def open_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer of a .model file, or of a directory that holds one of ours or GPT-2's files.
+
+    Raises:
+        DataError: nothing readable there.
+    """
+    from sedd_scale.data.tokenizers import load_tokenizer, open_gpt2, open_sentencepiece
+
+    if path.suffix == ".model":
+        return open_sentencepiece(path)
+    if path.suffix == ".json" or any(
+        (path / name).is_file() for name in ("vocab.json", "gpt2-vocab.json")
+    ):
+        return open_gpt2(path)
+    return load_tokenizer(path)
+
+
+def check_tokenizer_fits(model: "ScoreModel") -> None:
+    """Raise DataError where the model's tokenizer has another vocabulary than the model."""
+    tokenizer = model.tokenizer
+    if tokenizer is not None and tokenizer.vocab_size != model.graph.num_tokens:
+        raise DataError(
+            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens and the checkpoint "
+            f"{model.graph.num_tokens}: use the tokenizer it was trained with"
+        )

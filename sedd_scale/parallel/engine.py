@@ -1,0 +1,240 @@
+"""One training step under any layout: DeepSpeed's engines behind one small interface.
+
+Without pipeline stages a `DeepSpeedEngine` (ZeRO 1, 2, 3) runs the whole network; with them a
+`PipelineEngine` (ZeRO 1) runs the list of layers in stages. Both take the same micro-batches, made
+on the host, and give the same losses and gradient norms.
+"""
+
+import contextlib
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from sedd_scale.config import Config
+from sedd_scale.errors import TrainingError
+from sedd_scale.model.network import LayerBuilder, ScoreNetwork
+from sedd_scale.model.parameters import LogicalParameter, logical_parameters
+from sedd_scale.parallel.fragments import ZeroFragments
+from sedd_scale.parallel.layout import Layout, ModelParallelUnit
+from sedd_scale.parallel.stages import PipelineStage
+from sedd_scale.parallel.vocab import ScoreTargets
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one rank, on the host: (noisy_BL, sigma_B, keys_B) and the targets."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    targets: ScoreTargets
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch on `device`."""
+        noisy, sigma, keys = (tensor.to(device, non_blocking=True) for tensor in self.inputs)
+        return MicroBatch((noisy, sigma, keys), self.targets.to(device))
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports, equal on all ranks."""
+
+    loss: float
+    """Mean score entropy over the global batch, nats per token."""
+    grad_norm: float
+    """Euclidean norm of the whole gradient before clipping."""
+
+
+class Engine(ABC):
+    """A network with its optimizer under one layout.
+
+    Attributes:
+        layout: where this process stands.
+        parameters: this process's parameters under their logical names.
+        fragments: this process's ZeRO fragments of masters, moments and averages.
+    """
+
+    layout: Layout
+    parameters: list[LogicalParameter]
+    fragments: ZeroFragments
+    _deepspeed: Any
+    _optimizer: torch.optim.Optimizer
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+        """Accumulate the gradient over this rank's micro-batches and update the weights.
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite (on every rank alike).
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._deepspeed.train()
+        loss = self._accumulate_and_step(micro_batches)
+        result = StepResult(loss, float(self._deepspeed.get_global_grad_norm()))
+        if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
+            raise TrainingError(
+                f"loss {result.loss} with gradient norm {result.grad_norm} is not finite; resume "
+                "from the last checkpoint with a lower optimizer.lr or optimizer.clip"
+            )
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Score entropy of each sequence of this rank's micro-batches, on the CPU, float64 nats."""
+        self._deepspeed.eval()
+        losses = self._per_sequence_losses(micro_batches).double().cpu()
+        self._deepspeed.train()
+        return losses
+
+    @abstractmethod
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float: ...
+
+    @abstractmethod
+    def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
+
+
+class WholeNetworkEngine(Engine):
+    """Tensor and data parallelism with ZeRO 1, 2 or 3; no pipeline stages."""
+
+    def __init__(
+        self,
+        builders: list[LayerBuilder],
+        layout: Layout,
+        config: Config,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
+        network = ScoreNetwork(builders)
+        self.layout = layout
+        self._optimizer = make_optimizer(network.parameters())
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=self._optimizer,
+            config=_deepspeed_config(config, layout),
+            mpu=ModelParallelUnit(),
+        )
+        _assert_same_group(self._deepspeed.data_parallel_group, layout.data_group)
+        self.parameters = list(logical_parameters(self._deepspeed.module, layout))
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters)
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float:
+        total = torch.zeros((), dtype=torch.float32, device=self.layout.device)
+        for micro_batch in micro_batches:
+            on_device = micro_batch.to(self.layout.device)
+            loss = self._deepspeed(on_device.inputs, on_device.targets)
+            total += loss.detach()
+            self._deepspeed.backward(loss)
+            self._deepspeed.step()
+        total /= len(micro_batches) * self.layout.data
+        dist.all_reduce(total, group=self.layout.data_group)
+        return float(total)
+
+    def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        losses = []
+        for micro_batch in micro_batches:
+            on_device = micro_batch.to(self.layout.device)
+            losses.append(
+                self._deepspeed(on_device.inputs, on_device.targets, per_sequence=True)
+            )
+        return torch.cat(losses)
+
+
+class PipelineStageEngine(Engine):
+    """Tensor, data and pipeline parallelism with ZeRO 1."""
+
+    def __init__(
+        self,
+        builders: list[LayerBuilder],
+        layout: Layout,
+        config: Config,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
+        self.layout = layout
+        self._module = module = PipelineStage(builders, config.model.cond_dim, layout)
+        self._optimizer = make_optimizer(module.parameters())
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=_deepspeed_config(config, layout)
+        )
+        assert module.grid.get_slice_parallel_rank() == layout.tensor_rank
+        assert module.stage_id == layout.pipeline_rank
+        _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
+        self.parameters = list(logical_parameters(module, layout))
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters)
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float:
+        batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
+        return float(self._deepspeed.train_batch(batches))
+
+    def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
+        # DeepSpeed adds what it finds here to the losses of sequences.
+        self._deepspeed.total_loss = None
+        outputs = self._deepspeed.eval_batch(
+            batches, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+        )
+        num_sequences = sum(len(batch.inputs[1]) for batch in micro_batches)
+        losses = torch.zeros(num_sequences, dtype=torch.float32, device=self.layout.device)
+        if self.layout.is_last_stage:
+            losses.copy_(torch.cat(outputs))
+        source = self._module.grid.stage_to_global(self.layout.pipeline - 1)
+        dist.broadcast(losses, source, group=self._module.grid.get_pipe_parallel_group())
+        return losses
+
+
+def make_engine(
+    builders: list[LayerBuilder],
+    layout: Layout,
+    config: Config,
+    make_optimizer: OptimizerFactory,
+) -> Engine:
+    """Build this process's layers and put them in the engine its layout asks for.
+
+    Args:
+        builders: the whole network, a builder a layer.
+        make_optimizer: makes the optimizer of the parameters it is given.
+    """
+    _start_deepspeed()
+    engine = PipelineStageEngine if layout.pipeline > 1 else WholeNetworkEngine
+    with contextlib.redirect_stdout(None):  # it prints its memory at every stage of its start
+        return engine(builders, layout, config, make_optimizer)
+
+
+def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
+    training = config.training
+    return {
+        "train_batch_size": training.global_batch,
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(layout.world_size),
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # A stage's loss reaches the head's gradient before DeepSpeed's own start of a backward pass,
+        # which clears what is not yet in float32: so each gradient goes there at once.
+        "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
+        # Without this bf16 gradients accumulate in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Stage boundaries carry (hidden, conditioning, keys): only whole tensors can travel so.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 2**62,
+    }
+
+
+def _assert_same_group(ours: Any, theirs: Any) -> None:
+    assert dist.get_process_group_ranks(ours) == dist.get_process_group_ranks(theirs), (
+        "Megatron-core and DeepSpeed disagree on who shares data-parallel work"
+    )
+
+
+def _start_deepspeed() -> None:
+    """Let DeepSpeed adopt our process groups, without its banner lines."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed would compile this extension on first use, in every process at once; it serves its
+    # inference engine only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False)

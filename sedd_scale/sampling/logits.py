@@ -1,0 +1,81 @@
+"""Head outputs at chosen positions, a chunk of rows at a time, so that [B, L, V] never exists."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.errors import CheckpointError
+from sedd_scale.model.score_model import ScoreModel
+
+CHUNK_BYTES = 16 * 2**20
+_SMALLEST_CHUNK_ROWS = 16
+
+
+class LogitModel(Protocol):
+    """What sampling needs of a model; `ScoreModel` is one, an exact score table may be another.
+
+    Attributes:
+        graph: the forward process.
+        schedule: the noise schedule.
+        scaled: whether logits are log-scores up to the known shift of sigma (absorb only).
+        device: where its tensors live.
+    """
+
+    graph: Graph
+    schedule: Schedule
+    scaled: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
+        """[M, V] at the positions `rows_M` of the flattened [B * L]."""
+        ...
+
+
+def logit_chunks(
+    model: LogitModel,
+    tokens_BL: Tensor,
+    sigma_B: Tensor,
+    rows_M: Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[slice, Tensor]]:
+    """One network call, then (slice of `rows_M`, logits [m, V]) chunk by chunk.
+
+    Args:
+        tokens_BL: noisy tokens.
+        sigma_B: total noise of each sequence, nats.
+        rows_M: positions of the flattened [B * L]; none: no network call is made.
+        chunk_bytes: memory for a chunk of logits, counted in float32.
+
+    Raises:
+        CheckpointError: an output is not a finite number.
+    """
+    if not len(rows_M):
+        return
+    step = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
+    chunks = [slice(start, start + step) for start in range(0, len(rows_M), step)]
+    if isinstance(model, ScoreModel):
+        hidden_LBH = model.network.hidden(tokens_BL, sigma_B)
+        hidden_RH = hidden_LBH.transpose(0, 1).reshape(-1, hidden_LBH.shape[-1])
+        for chunk in chunks:
+            logits_mV = model.network.head.logits(hidden_RH.index_select(0, rows_M[chunk]))
+            yield chunk, _finite(logits_mV)
+    else:
+        logits_MV = _finite(model.logits(tokens_BL, sigma_B, rows_M))
+        for chunk in chunks:
+            yield chunk, logits_MV[chunk]
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError(
+            "the network's outputs are not finite: its weights are damaged or its training "
+            "diverged; use another checkpoint"
+        )
+    return logits

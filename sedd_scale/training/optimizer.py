@@ -1,0 +1,82 @@
+"""AdamW that keeps the exponential moving average (EMA) of the weights beside its moments.
+
+As one more state tensor the average is partitioned, saved and resumed with everything else that
+AdamW holds, under every ZeRO stage and pipeline layout.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdamWithEMA(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and the EMA of the weights it makes.
+
+    A parameter's state is `step` (updates so far) and `exp_avg`, `exp_avg_sq` and `ema`, each of
+    the parameter's shape and type. The average starts as a copy of the weights before the first
+    update; the n-th update moves it by 1 - min(ema_decay, (1 + n) / (10 + n)), as Lou et al.
+    (arXiv 2310.16834) train.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.9999,
+    ) -> None:
+        assert 0.0 <= ema_decay < 1.0, ema_decay
+        super().__init__(
+            parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
+        )
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def initialize_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter's state, made as before a first update if there is none yet."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            # AdamW makes its own state only where it finds none, so all of it is made here.
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["ema"] = parameter.detach().clone()
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, then fold it into its average."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for parameter in parameters:
+            self.initialize_state(parameter)
+        super().step()
+        by_update: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(
+            lambda: ([], [])
+        )
+        for parameter in parameters:
+            averages, weights = by_update[int(self.state[parameter]["step"])]
+            averages.append(self.state[parameter]["ema"])
+            weights.append(parameter)
+        for n, (averages, weights) in by_update.items():
+            torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_after(n, self.ema_decay))
+        return loss
+
+
+def ema_decay_after(n: int, ema_decay: float) -> float:
+    """Decay of the average at the n-th update, counted from 1: it warms up from 2/11."""
+    return min(ema_decay, (1 + n) / (10 + n))

@@ -1,0 +1,184 @@
+"""Bound the perplexity of a trained model on text."""
+
+import argparse
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.cli import make_parser, run_command
+from sedd_scale.errors import ConfigError
+from sedd_scale.evaluation import DATASETS, PROTOCOLS
+from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+
+if TYPE_CHECKING:
+    from sedd_scale.evaluation.bound import BoundResult
+    from sedd_scale.evaluation.corpora import Corpus
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "Bound the perplexity of a trained model on text: a table, then one line of JSON.",
+        "torchrun --nproc-per-node 2 tools/eval_ppl.py --checkpoint runs/books --data data/books",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a dataset of tools/prepare_data.py, or a file: .jsonl (one document a line) or any "
+        "text (one document), plain or with .gz or .xz",
+    )
+    source.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        metavar="NAME",
+        help=f"{', '.join(DATASETS)}: not fetched by this version, which answers with the file to "
+        "give to --data",
+    )
+    add("--split", default="valid", help="of a prepared dataset (%(default)s)")
+    add("--field", default="text", help="of a .jsonl line, the text (%(default)s)")
+    add("--block-length", type=int, metavar="L", help="for a file (the checkpoint's)")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=PROTOCOLS[0],
+        help="low-variance: stratified times, a true bound with all its terms; paper: independent "
+        "times, the diffusion term alone (%(default)s)",
+    )
+    add("--draws", type=int, metavar="K", help="times drawn a block (16; paper 1000)")
+    add(
+        "--max-blocks",
+        type=int,
+        metavar="K",
+        help="at most so many blocks, evenly spread (all; paper 1024)",
+    )
+    add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
+    add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (%(default)s)")
+    add("--json", action="store_true", help="print the line of JSON only")
+    return parser
+
+
+def report_of(
+    arguments: argparse.Namespace, result: "BoundResult", corpus: "Corpus"
+) -> dict[str, Any]:
+    """The JSON object of an evaluation."""
+    return {
+        "nats_per_token": result.nats_per_token,
+        "bits_per_token": result.bits_per_token,
+        "bits_per_char": result.bits_per_token / corpus.characters_per_token,
+        "bits_per_byte": result.bits_per_token / corpus.bytes_per_token,
+        "perplexity": result.perplexity,
+        "stderr": result.stderr,
+        "stderr_text": result.stderr_text,
+        "ci95": list(result.ci95),
+        "terms": result.terms,
+        "draws": result.draws,
+        "replicates": result.replicates,
+        "blocks": result.blocks,
+        "source_blocks": corpus.source_blocks,
+        "block_length": corpus.block_length,
+        "tokens": result.tokens,
+        "dropped_tokens": corpus.dropped_tokens,
+        "network_calls": result.network_calls,
+        "protocol": result.protocol,
+        "t_min": result.t_min,
+        "seed": arguments.seed,
+        "data": corpus.name,
+        "data_fingerprint": corpus.fingerprint,
+        "checkpoint": str(arguments.checkpoint),
+        "weights": arguments.weights,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """The report for people."""
+
+    def number(value: float | None) -> str:
+        return "left out" if value is None else f"{value:.4f}"
+
+    low, high = report["ci95"]
+    terms = report["terms"]
+    text = report["stderr_text"]
+    rows = [
+        ("checkpoint", f"{report['checkpoint']} ({report['weights']})"),
+        ("data", report["data"]),
+        (
+            "blocks",
+            f"{report['blocks']:,} of {report['source_blocks']:,}, {report['block_length']} tokens "
+            f"each; {report['dropped_tokens']:,} tokens at the end dropped",
+        ),
+        ("protocol", f"{report['protocol']}, {report['draws']} draws a block"),
+        ("nats/token", f"{report['nats_per_token']:.4f} ± {report['stderr']:.4f}"),
+        ("  95% interval", f"{low:.4f} .. {high:.4f} (over draws)"),
+        ("  over blocks", "one block only" if text is None else f"± {text:.4f} (other text)"),
+        ("  diffusion", number(terms["diffusion"])),
+        ("  prior", number(terms["prior"])),
+        ("  reconstruction", number(terms["reconstruction"])),
+        ("bits/token", f"{report['bits_per_token']:.4f}"),
+        ("bits/char", f"{report['bits_per_char']:.4f}"),
+        ("bits/byte", f"{report['bits_per_byte']:.4f}"),
+        ("perplexity", f"{report['perplexity']:.3f}"),
+        ("seconds", f"{report['seconds']:.1f}"),
+    ]
+    return "\n".join(f"{name:18}{value}" for name, value in rows)
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    """Evaluate; the first process prints."""
+    if arguments.block_length is not None and arguments.block_length < 1:
+        raise ConfigError(f"--block-length {arguments.block_length}: give at least 1")
+    from sedd_scale.evaluation.corpora import open_corpus, refuse_dataset_by_name
+
+    if arguments.dataset is not None:
+        raise refuse_dataset_by_name(arguments.dataset)
+    from sedd_scale.evaluation.bound import DEFAULT_MAX_BLOCKS, evaluate_bound
+    from sedd_scale.parallel.layout import shutdown
+
+    model = open_model(arguments)
+    is_first = model.layout.rank == 0
+    corpus = open_corpus(
+        arguments.data,
+        tokenizer=model.tokenizer,
+        num_tokens=model.graph.num_tokens,
+        block_length=arguments.block_length or model.block_length,
+        split=arguments.split,
+        field=arguments.field,
+        max_blocks=arguments.max_blocks or DEFAULT_MAX_BLOCKS[arguments.protocol],
+    )
+    trained = model.block_length
+    if is_first and trained is not None and corpus.block_length != trained:
+        print(
+            f"note: blocks of {corpus.block_length} tokens, the model was trained on {trained}",
+            file=sys.stderr,
+        )
+
+    def show(done: int, total: int) -> None:
+        if is_first and sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rgroup {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    result = evaluate_bound(
+        model,
+        corpus.blocks_nL,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        protocol=arguments.protocol,
+        block_ids_n=corpus.block_ids_n,
+        on_progress=show,
+    )
+    if is_first:
+        report = report_of(arguments, result, corpus)
+        if not arguments.json:
+            print(format_table(report))
+        finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}
+        print(json.dumps(finite))
+    shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), eval_command))

@@ -1,0 +1,144 @@
+"""Turn text into a tokenised dataset: webdataset shards, their index and the tokenizer."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sedd_scale.cli import make_parser, run_command
+from sedd_scale.data.prepare import (
+    DEFAULT_BLOCKS_PER_SHARD,
+    DEFAULT_SENTENCEPIECE_VOCABULARY,
+    DEFAULT_TOKENIZER_SAMPLE,
+    DEFAULT_VALID_FRACTION,
+    Progress,
+    prepare,
+)
+from sedd_scale.data.report import format_report
+from sedd_scale.data.tokenizers import KINDS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "Turn text into tokenised webdataset shards with an index.",
+        "python tools/prepare_data.py --input 'corpus/*.jsonl.xz' --tokenizer sentencepiece "
+        "--vocab-size 8192 --block-length 256 --output data/corpus",
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        action="extend",
+        metavar="GLOB",
+        help=".txt or .jsonl files (also .gz, .xz), or builtin:python for text of this Python",
+    )
+    add("--field", default="text", help="field of a .jsonl line that holds the text")
+    add("--tokenizer", choices=KINDS, required=True, help="what turns text into token ids")
+    add(
+        "--tokenizer-path",
+        type=Path,
+        metavar="PATH",
+        help="sentencepiece: a .model file to load instead of training one; gpt2: the directory of "
+        "vocab.json and merges.txt, or vocab.json itself",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"tokens of the sentencepiece model to train ({DEFAULT_SENTENCEPIECE_VOCABULARY})",
+    )
+    add(
+        "--tokenizer-sample",
+        type=int,
+        default=DEFAULT_TOKENIZER_SAMPLE,
+        metavar="C",
+        help="characters of text to train sentencepiece on (%(default)s)",
+    )
+    add("--block-length", type=int, required=True, metavar="L", help="tokens per block")
+    add("--output", type=Path, required=True, metavar="DIR", help="directory of the new dataset")
+    add(
+        "--valid-fraction",
+        type=float,
+        default=DEFAULT_VALID_FRACTION,
+        metavar="F",
+        help="share of documents kept for validation (%(default)s)",
+    )
+    add(
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of documents kept for testing (%(default)s)",
+    )
+    add(
+        "--blocks-per-shard",
+        type=int,
+        default=DEFAULT_BLOCKS_PER_SHARD,
+        metavar="K",
+        help="blocks in a shard (%(default)s)",
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None, counts="")
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                description=progress.stage,
+                total=progress.total_bytes or None,
+                completed=progress.bytes_read,
+                counts=f"{progress.documents:,} documents, {progress.tokens:,} tokens",
+            )
+
+        yield show
+
+
+def prepare_command(arguments: argparse.Namespace) -> None:
+    """Prepare the dataset and print its report, the output's path last."""
+    start = time.perf_counter()
+    with progress_bar() as show:
+        index = prepare(
+            arguments.input,
+            output=arguments.output,
+            block_length=arguments.block_length,
+            tokenizer=arguments.tokenizer,
+            tokenizer_path=arguments.tokenizer_path,
+            vocab_size=arguments.vocab_size,
+            tokenizer_sample=arguments.tokenizer_sample,
+            field=arguments.field,
+            valid_fraction=arguments.valid_fraction,
+            test_fraction=arguments.test_fraction,
+            blocks_per_shard=arguments.blocks_per_shard,
+            on_progress=show,
+        )
+    seconds = time.perf_counter() - start
+    tokens = sum(split["tokens"] for split in index["splits"].values())
+    print(format_report(index))
+    print(f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), prepare_command))
