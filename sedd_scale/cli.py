@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from sedd_scale import __version__
@@ -32,14 +33,21 @@ def run_command(
     parser: argparse.ArgumentParser,
     command: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None = None,
+    *,
+    intermixed: bool = False,
 ) -> int:
     """Parse `argv`, run `command` and return its exit code.
+
+    With `intermixed` positional arguments may stand before and after options.
 
     A `SeddScaleError` or a file the system refuses becomes one line on stderr and exit code 2;
     with --debug the traceback is shown. In a job of several processes each rank that fails says so
     and leaves at once, so that the launcher stops the others.
     """
-    arguments = parser.parse_args(argv)
+    # Megatron-core warns of every optional package that is not installed, in every process.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    parse = parser.parse_intermixed_args if intermixed else parser.parse_args
+    arguments = parse(argv)
     try:
         return command(arguments) or 0
     except (SeddScaleError, FileNotFoundError, PermissionError, IsADirectoryError) as error:

@@ -10,6 +10,7 @@ does not parse is skipped. The text depends on the Python version and on nothing
 import ast
 import functools
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ _LEFT_OUT = {
     "distutils",
     "lib-dynload",
 }
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 _Commented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -115,4 +118,4 @@ def _split(path: Path) -> tuple[list[str], str]:
 
 def _is_plain(text: str) -> bool:
     """Whether UTF-8 can hold the text: an escape in a docstring may spell half a surrogate pair."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return _HALF_PAIR.search(text) is None

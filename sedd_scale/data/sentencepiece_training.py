@@ -15,7 +15,7 @@ SMALLEST_SENTENCEPIECE_VOCABULARY = 300
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """Train a SentencePiece unigram model of exactly `vocab_size` pieces.
 
-    The model loses nothing: no Unicode normalisation, whitespace kept, newline a piece of its own,
+    The model loses nothing: no Unicode normalisation, whitespace kept, a newline is one piece,
     and characters it does not know spelled as bytes. (One exception is SentencePiece's own: U+2581,
     its mark for a space, comes back as a space.) Training is single-threaded, so equal texts give
     an equal model, byte for byte. Piece 0 is unknown, piece 1 is EOS.
@@ -41,7 +41,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
             byte_fallback=True,
             unk_id=0,
             eos_id=1,

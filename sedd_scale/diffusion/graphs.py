@@ -78,6 +78,14 @@ class Graph(ABC):
         """The bound's terminal term, KL(p(x_1 | x_0) || prior), in nats per token at sigma."""
 
     @abstractmethod
+    def decoding_cost_per_token(self, sigma: Tensor) -> Tensor:
+        """E[-ln p(x_0 | x_t)] in nats per token when p is the forward law itself: needs no network.
+
+        With every clean token equally likely beforehand, p(x_0 | x_t) is the forward law turned
+        round; at the smallest time it closes a bound on the likelihood at little cost.
+        """
+
+    @abstractmethod
     def sample_prior(
         self, shape: tuple[int, ...], generator: torch.Generator | None = None
     ) -> Tensor:
@@ -148,6 +156,10 @@ class Absorb(Graph):
         """
         return (torch.exp(-sigma.double()) * math.log(self.num_tokens)).to(sigma.dtype)
 
+    def decoding_cost_per_token(self, sigma: Tensor) -> Tensor:
+        """A masked token is one of N: (1 - e^(-sigma)) ln N."""
+        return -torch.expm1(-sigma) * math.log(self.num_tokens)
+
     def sample_prior(
         self, shape: tuple[int, ...], generator: torch.Generator | None = None
     ) -> Tensor:
@@ -200,6 +212,14 @@ class Uniform(Graph):
         nats = (
             _relative_excess(others * keep) + others * _relative_excess(-keep)
         ) / self.num_tokens
+        return nats.to(sigma.dtype)
+
+    def decoding_cost_per_token(self, sigma: Tensor) -> Tensor:
+        """The entropy of a row of the forward law (which is symmetric)."""
+        other = -torch.expm1(-sigma.double()) / self.num_tokens
+        same = torch.exp(-sigma.double()) + other
+        others = self.num_tokens - 1
+        nats = -torch.special.xlogy(same, same) - others * torch.special.xlogy(other, other)
         return nats.to(sigma.dtype)
 
     def sample_prior(

@@ -18,7 +18,8 @@ The prior of `graph.prior_kl_per_token` leaves room for tokens not yet masked at
 
 Two protocols:
 
-    low-variance  t stratified over each block's draws, all three terms: a true bound.
+    low-variance  t stratified over each block's draws, and times and corruptions drawn where the
+                  loss is (see `draws`), with weights; all three terms: a true bound.
     paper         t independent and uniform; the mean over [t_min, 1] stands for the integral over
                   [0, 1] and the ends are left out, which is how the paper's perplexities are made.
 
@@ -42,6 +43,7 @@ from torch import Tensor
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation import PROTOCOLS
+from sedd_scale.evaluation.draws import moves_with_an_event, uniform_times, weighted_times
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.logits import logit_chunks
@@ -187,12 +189,15 @@ class _Plan:
     def has_ends(self) -> bool:
         return self.protocol == "low-variance"
 
-    def times(self, block_id: int) -> FloatArray:
-        """Times of a block's draws, replicate after replicate, each stratified over [t_min, 1]."""
+    def times(self, model: ScoreModel, block_id: int) -> tuple[Tensor, Tensor]:
+        """Times of a block's draws, replicate after replicate, and the weight of each."""
         strata = self.draws // self.replicates
         uniform = self.uniforms("time", self.draws, block_id, 0)
         place = np.tile(np.arange(strata), self.replicates)
-        return self.t_min + (1.0 - self.t_min) * (place + uniform) / strata
+        u_K = torch.from_numpy((place + uniform) / strata)
+        if self.has_ends:
+            return weighted_times(u_K, model.schedule, t_min=self.t_min, bounded=model.scaled)
+        return uniform_times(u_K, t_min=self.t_min)
 
     def uniforms(self, purpose: str, count: int, block_id: int, draw: int) -> FloatArray:
         return keyed_uniforms(
@@ -201,7 +206,7 @@ class _Plan:
 
 
 class _GroupNats(NamedTuple):
-    """Nats of whole blocks: at each drawn time [g, K], and of decoding at t_min [g, R]."""
+    """Nats of whole blocks: the integral by each draw [g, K], and decoding at t_min [g, R]."""
 
     diffusion_gK: FloatArray
     reconstruction_gR: FloatArray
@@ -248,7 +253,9 @@ def _plan(
 
 
 def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Plan) -> _GroupNats:
-    times_gK = np.stack([plan.times(int(block)) for block in ids_g])
+    timed = [plan.times(model, int(block)) for block in ids_g]
+    times_gK = torch.stack([times for times, _ in timed])
+    weights_gK = torch.stack([weights for _, weights in timed]).numpy()
     diffusion, calls = _in_batches(
         blocks_gL,
         ids_g,
@@ -257,12 +264,13 @@ def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Pl
         lambda clean_BL, draw_B, place_B: _diffusion_nats(
             model,
             clean_BL,
-            torch.from_numpy(times_gK[place_B, draw_B]),
+            times_gK[place_B, draw_B],
             ids_g[place_B],
             draw_B,
             plan,
         ),
     )
+    diffusion = diffusion * weights_gK
     if not plan.has_ends:
         return _GroupNats(diffusion, np.empty((len(ids_g), 0)), calls)
     reconstruction, more = _in_batches(
@@ -311,8 +319,9 @@ def _diffusion_nats(
     draw_B: IntArray,
     plan: _Plan,
 ) -> tuple[Tensor, int]:
-    noisy_BL = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "noise")
-    return model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL), len(clean_BL)
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "noise")
+    nats_B = model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL).double().cpu()
+    return nats_B * weight_B, len(clean_BL)
 
 
 def _reconstruction_nats(
@@ -320,7 +329,7 @@ def _reconstruction_nats(
 ) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
     t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
-    noisy_BL = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "decode")
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "decode")
     graph = model.graph
     clean_R, noisy_R = (tensor.flatten().to(model.device) for tensor in (clean_BL, noisy_BL))
     if graph.mask_id is not None:
@@ -339,7 +348,8 @@ def _reconstruction_nats(
             weights_mN = (weights_mN + math.log(jump)).scatter(1, own_m1, math.log(stay))
         target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
         nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m
-    return nats_R.view(clean_BL.shape).sum(dim=1), len(clean_BL) if len(rows_M) else 0
+    nats_B = nats_R.view(clean_BL.shape).sum(dim=1).cpu()
+    return nats_B * weight_B, len(clean_BL) if len(rows_M) else 0
 
 
 def _corrupted(
@@ -350,22 +360,30 @@ def _corrupted(
     draw_B: IntArray,
     plan: _Plan,
     purpose: str,
-) -> Tensor:
-    length = clean_BL.shape[1]
-
-    def uniforms(which: str) -> Tensor:
-        rows = [
-            plan.uniforms(f"{purpose}/{which}", length, int(block), int(draw))
-            for block, draw in zip(ids_B, draw_B)
-        ]
-        return torch.from_numpy(np.stack(rows))
-
-    return model.graph.corrupt(
+) -> tuple[Tensor, Tensor]:
+    """Noisy tokens [B, L] and the weight of each draw [B], on the host."""
+    length, graph = clean_BL.shape[1], model.graph
+    sigma_B = model.schedule.sigma(t_B)
+    moves, tokens, weights = [], [], []
+    for block, draw, sigma in zip(ids_B.tolist(), draw_B.tolist(), sigma_B.tolist()):
+        move_L = plan.uniforms(f"{purpose}/moves", length, block, draw)
+        weight = 1.0
+        if plan.has_ends:
+            choice = float(plan.uniforms(f"{purpose}/event", 1, block, draw)[0])
+            move_L, weight = moves_with_an_event(
+                move_L, choice, sigma, always=graph.mask_id is not None
+            )
+        moves.append(move_L)
+        weights.append(weight)
+        if graph.mask_id is None:
+            tokens.append(plan.uniforms(f"{purpose}/tokens", length, block, draw))
+    noisy_BL = graph.corrupt(
         clean_BL.long(),
-        model.schedule.sigma(t_B),
-        uniforms("moves"),
-        uniforms("tokens") if model.graph.mask_id is None else None,
+        sigma_B,
+        torch.from_numpy(np.stack(moves)),
+        torch.from_numpy(np.stack(tokens)) if tokens else None,
     )
+    return noisy_BL, torch.tensor(weights, dtype=torch.float64)
 
 
 def _combine(
@@ -373,9 +391,8 @@ def _combine(
 ) -> BoundResult:
     """Mean and error of all blocks in their order, in float64."""
     num_blocks, length = blocks.shape
-    width = (1.0 - plan.t_min) if plan.has_ends else 1.0
     diffusion_nK = np.concatenate([group.diffusion_gK for group in groups])
-    diffusion_nR = width * diffusion_nK.reshape(num_blocks, plan.replicates, -1).mean(axis=2)
+    diffusion_nR = diffusion_nK.reshape(num_blocks, plan.replicates, -1).mean(axis=2)
     values_nR = diffusion_nR / length
     terms: dict[str, float | None] = {
         "diffusion": float(values_nR.mean(axis=1).mean()),

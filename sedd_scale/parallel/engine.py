@@ -41,6 +41,12 @@ class MicroBatch(NamedTuple):
         noisy, sigma, keys = (tensor.to(device, non_blocking=True) for tensor in self.inputs)
         return MicroBatch((noisy, sigma, keys), self.targets.to(device))
 
+    def pin_memory(self) -> "MicroBatch":
+        """The same batch in page-locked memory, from where copies to a GPU do not wait."""
+        noisy, sigma, keys = (tensor.pin_memory() for tensor in self.inputs)
+        targets = ScoreTargets(*(tensor.pin_memory() for tensor in self.targets))
+        return MicroBatch((noisy, sigma, keys), targets)
+
 
 class StepResult(NamedTuple):
     """What one optimizer step reports, equal on all ranks."""

@@ -283,23 +283,25 @@ def _mismatch(
     allow_more: bool = False,
 ) -> str | None:
     """One line on how the checkpoint's tensors differ from the model's, or None."""
-    expected = {f"{name}/{key}": list(shape) for name, shape in shapes.items() for key in keys}
     found = {
-        name: list(tensor.size)
+        name: tuple(tensor.size)
         for name, tensor in metadata.state_dict_metadata.items()
-        if name.rsplit("/", 1)[-1] in keys and isinstance(tensor, TensorStorageMetadata)
+        if isinstance(tensor, TensorStorageMetadata)
     }
     lines = []
-    for name, shape in expected.items():
-        if name not in found:
-            lines.append(f"{name} {shape} is missing from it")
-        elif found[name] != shape:
-            lines.append(f"{name} is {shape} in the model and {found[name]} in it")
+    for name, shape in shapes.items():
+        saved = [found.get(f"{name}/{key}") for key in keys]
+        wrong = [size for size in saved if size is not None and size != tuple(shape)]
+        if wrong:
+            lines.append(f"{name} is {list(shape)} in the model and {list(wrong[0])} in it")
+        elif None in saved:
+            lines.append(f"{name} {list(shape)} is missing from it")
     if not allow_more:
+        extra = {name.rsplit("/", 1)[0]: shape for name, shape in found.items()}
         lines += [
-            f"{name} {shape} is not in the model"
-            for name, shape in found.items()
-            if name not in expected
+            f"{name} {list(shape)} is not in the model"
+            for name, shape in extra.items()
+            if name not in shapes
         ]
     if not lines:
         return None

@@ -189,7 +189,8 @@ class WandbRun:
         import wandb
 
         online = logging_config.wandb == "online"
-        if online and wandb.api.api_key is None:  # init would ask for one on the terminal
+        # `init` would ask for a missing key on the terminal, and wait.
+        if online and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key; run `wandb login` or set WANDB_API_KEY")
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():

@@ -65,6 +65,15 @@ def test_text_survives(tokenizers: dict[str, Tokenizer], kind: str, text: str) -
     assert tokenizers[kind].decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "bytes"])
+def test_parts_decode_to_parts(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.encode("\n").size == 1
+    ids = tokenizer.encode("the winter light\n  of a river").tolist()
+    for cut in range(len(ids)):
+        assert tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "bytes", "text8"])
 def test_batches_and_files(tokenizers: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
     tokenizer = tokenizers[kind]

@@ -8,11 +8,14 @@ asserted here.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from megatron.core import parallel_state
 from megatron.core import tensor_parallel as tensor_layers
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.model.parameters import initialize_parameters, logical_parameters
@@ -400,15 +404,39 @@ def save_scenario(folder: Path) -> dict[str, Any]:
     other = Run(Spec(tensor=2, pipeline=2, vocab=103))
     other.fragments.ensure_state()
     state, weights = other.fragment_copies(), other.working_weights()
-    results["errors"] = []
-    for path in (folder / "zero3", folder / "nothing"):
-        try:
-            other.load(path)
-        except CheckpointError as error:
-            results["errors"].append(str(error))
+    if other.layout.rank == 0:
+        shutil.copytree(folder / "zero3", folder / "short")
+        os.truncate(folder / "short" / "checkpoints" / "step-3" / "__2_0.distcp", 500)
+    results["load errors"] = [
+        error_of(lambda path=path: other.load(folder / path))
+        for path in ("zero3", "nothing", "short")
+    ]
     assert_equal(other.fragment_copies(), state)
     assert_equal(other.working_weights(), weights)
+
+    results["save errors"] = [error_of(lambda: other.save(folder / "tensors.pt", 1))]
+    if other.layout.rank == 3:
+        FileSystemWriter.write_data = full_disk
+    results["save errors"].append(error_of(lambda: other.save(folder / "zero3", 4)))
     return results
+
+
+def full_disk(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The CheckpointError that every process must raise alike."""
+    try:
+        call()
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    assert len(set(messages)) == 1, messages
+    return message
 
 
 def two_scenario(folder: Path) -> dict[str, Any]:
@@ -441,11 +469,40 @@ def one_scenario(folder: Path) -> dict[str, Any]:
     return results
 
 
+def reform(num_processes: int) -> bool:
+    """Go on with the first `num_processes` as if newly launched; whether this one is among them."""
+    rank = dist.get_rank()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = [probe.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    shutdown()
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+    os.environ["MASTER_PORT"] = str(port[0])
+    os.environ["WORLD_SIZE"] = str(num_processes)
+    if rank >= num_processes:
+        return False
+    initialize_layout()
+    return True
+
+
+def resume_scenario(folder: Path) -> dict[str, Any]:
+    """Four processes, then two, then one."""
+    results = save_scenario(folder)
+    for num_processes, scenario in ((2, two_scenario), (1, one_scenario)):
+        if not reform(num_processes):
+            return {}
+        results |= scenario(folder)
+    return results
+
+
 def main() -> None:
     scenario, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    results = globals()[f"{scenario}_scenario"](folder)
-    if dist.get_rank() == 0:
+    scenarios = {"fragments": fragments_scenario, "resume": resume_scenario}
+    results = scenarios[scenario](folder)
+    if os.environ["RANK"] == "0":
         (folder / f"{scenario}.json").write_text(json.dumps(results))
     shutdown()
 

@@ -30,17 +30,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "tokenizer" / "model").mkdir(parents=True)
     (folder / "tokenizer" / "model" / "vocab.txt").write_text("x")
-    Launch(4, "save", folder).wait()
-    launches = [Launch(2, "two", folder), Launch(1, "one", folder)]
-    for launch in launches:
-        launch.wait()
+    Launch(4, "resume", folder).wait()
     return folder
 
 
 def results(saved: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for scenario in ("save", "two", "one"):
-        found |= json.loads((saved / f"{scenario}.json").read_text())
+    found: dict[str, Any] = json.loads((saved / "resume.json").read_text())
     return found
 
 
@@ -207,10 +202,14 @@ def test_load_weights_casts_and_takes_a_stage(saved: Path) -> None:
 
 
 def test_another_model_is_refused_before_anything_is_written(saved: Path) -> None:
-    found = results(saved)["errors"]
-    assert len(found) == 2
-    assert "another model" in found[0] and "[103, 24]" in found[0] and "[101, 24]" in found[0]
-    assert "no checkpoint" in found[1] and "nothing" in found[1]
+    other, missing, short = results(saved)["load errors"]
+    assert other.endswith(
+        "is of another model: embedding.tokens.weight is [103, 24] in the model and [101, 24] in it; "
+        "head.linear.weight is [103, 24] in the model and [101, 24] in it; "
+        "head.linear.bias is [103] in the model and [101] in it"
+    )
+    assert "no checkpoint" in missing and "nothing" in missing
+    assert "__2_0.distcp is cut short: 500 of" in short
 
     wide = model(1, 0, vocab=103)
     with pytest.raises(CheckpointError, match=r"embedding.tokens.weight.*\[103, 24\].*\[101, 24\]"):
@@ -218,7 +217,7 @@ def test_another_model_is_refused_before_anything_is_written(saved: Path) -> Non
     assert all(parameter.parameter.isnan().all() for parameter in wide)
     with pytest.raises(CheckpointError, match="is not in the model"):
         load_weights(saved / "zero3", model(1, 0)[:-1], layout())
-    with pytest.raises(CheckpointError, match=r"extra.weight/ema \[3\] is missing"):
+    with pytest.raises(CheckpointError, match=r"extra.weight \[3\] is missing"):
         load_weights(saved / "zero3", [*model(1, 0), logical("extra.weight", (3,))], layout())
 
 
@@ -236,6 +235,14 @@ def test_the_directory_keeps_the_newest(saved: Path) -> None:
     assert meta["step"] == 8 and meta["optimizer_step"] == 6
     assert meta["shapes"]["head.linear.bias"] == [VOCAB]
     assert set(meta["versions"]) >= {"sedd_scale", "torch", "deepspeed", "megatron-core"}
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all_and_leaves_the_last(saved: Path) -> None:
+    no_folder, full = results(saved)["save errors"]
+    assert no_folder.startswith("cannot write checkpoint") and "Not a directory" in no_folder
+    assert "rank 3" in full and "No space left" in full and "\n" not in full
+    assert find_checkpoint(saved / "zero3").name == "step-3"
+    assert not (saved / "zero3" / "checkpoints" / "step-4").exists()
 
 
 def test_a_checkpoint_is_found_by_any_of_its_names(saved: Path) -> None:

@@ -151,11 +151,11 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> list[dict[str,
             raise Exception("no such project")
         return FakeRun(fails_at)
 
-    module = types.SimpleNamespace(
-        init=init,
-        Settings=dict,
-        api=types.SimpleNamespace(api_key=None if fails_at == "key" else "k"),
-    )
+    def login(*, prompt: bool, verify: bool) -> bool:
+        assert not prompt and not verify  # neither may keep a run waiting
+        return fails_at != "key"
+
+    module = types.SimpleNamespace(init=init, login=login, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls
 

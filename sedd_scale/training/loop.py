@@ -1,0 +1,251 @@
+"""The training loop: batch, step, log, validate, save.
+
+    torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first \\
+        data.path=data/books parallel.tensor=2
+"""
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.data.loader import Prefetcher
+from sedd_scale.data.shards import TOKENIZER_DIRECTORY, Dataset
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.model.network import layer_builders
+from sedd_scale.model.score_model import schedule_of
+from sedd_scale.parallel.engine import Engine, make_engine
+from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size, shutdown
+from sedd_scale.training.batches import TrainBatches, ValidationBatches
+from sedd_scale.training.checkpoint import (
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
+from sedd_scale.training.learning_rate import learning_rate
+from sedd_scale.training.metrics import MetricsLog
+from sedd_scale.training.optimizer import AdamWithEMA
+
+
+def train(config: Config, run_dir: Path) -> None:
+    """Train as configured; every process of the job calls this.
+
+    Everything that can be refused is refused before a process group starts.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the configuration, the dataset or the checkpoint
+            to resume from does not fit.
+        TrainingError: a loss or gradient that is not finite.
+    """
+    config, dataset = fit_to_dataset(config)
+    source = find_resume(config, run_dir, dataset)
+    parallel = config.parallel
+    layout = initialize_layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    graph = make_graph(config.graph.name, dataset.vocab_size)
+    schedule = schedule_of(config)
+    builders = layer_builders(
+        config.model,
+        graph,
+        layout,
+        scaled=config.resolved_scale_by_sigma,
+        seed=config.training.seed,
+        recompute_every=parallel.recompute_every,
+    )
+    engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
+    first_step = 0
+    if source is not None:
+        meta = load_checkpoint(
+            source, engine_fragments=engine.fragments, parameters=engine.parameters, layout=layout
+        )
+        first_step = meta["step"]
+    if layout.rank == 0:
+        describe_run(config, run_dir, layout)
+    log = MetricsLog(
+        run_dir,
+        config.logging,
+        is_main=layout.rank == 0,
+        total_steps=config.training.steps,
+        resumed_step=None if source is None else first_step,
+        run_config=config.to_dict(),
+    )
+    if source is not None:
+        log.say(f"resumed {source} at step {first_step}")
+    batches = TrainBatches(dataset.reader("train"), config, graph, schedule, layout)
+    validation = None
+    if config.training.valid_every:
+        validation = ValidationBatches(dataset.reader("valid"), config, graph, schedule, layout)
+
+    def save(step: int) -> None:
+        meta = {
+            "step": step,
+            "samples_seen": step * config.training.global_batch,
+            "tokens": step * config.training.global_batch * dataset.block_length,
+            "config": config.to_dict(),
+            "dataset_fingerprint": dataset.fingerprint,
+            "tokenizer_fingerprint": dataset.index["tokenizer"]["fingerprint"],
+            "num_tokens": dataset.vocab_size,
+            "block_length": dataset.block_length,
+        }
+        path = save_checkpoint(
+            run_dir,
+            engine_fragments=engine.fragments,
+            parameters=engine.parameters,
+            layout=layout,
+            meta=meta,
+            tokenizer_directory=dataset.path / TOKENIZER_DIRECTORY,
+            keep=config.checkpoint.keep,
+        )
+        log.say(f"saved {path}")
+
+    last_step = config.training.steps
+    tokens_per_step = config.training.global_batch * dataset.block_length
+    logged_step, logged_at = first_step, time.perf_counter()
+    with Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
+        for step, micro_batches in enumerate(prefetched, start=first_step + 1):
+            lr = learning_rate(step - 1, config.optimizer, last_step)
+            result = engine.train_step(micro_batches, lr=lr)
+            log.advance(step)
+            if step % config.logging.every == 0 or step == last_step:
+                seconds = time.perf_counter() - logged_at
+                steps = step - logged_step
+                log.training(
+                    step,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=lr,
+                    tokens=step * tokens_per_step,
+                    tokens_per_second=steps * tokens_per_step / seconds,
+                    step_ms=1000 * seconds / steps,
+                )
+                logged_step, logged_at = step, time.perf_counter()
+            paused_at = time.perf_counter()
+            if validation is not None and (
+                step % config.training.valid_every == 0 or step == last_step
+            ):
+                nats_per_token, stderr = validate(engine, validation)
+                log.validation(step, nats_per_token=nats_per_token, stderr=stderr)
+            if step % config.checkpoint.every == 0 or step == last_step:
+                save(step)
+            logged_at += time.perf_counter() - paused_at
+    log.close()
+    shutdown()
+
+
+def fit_to_dataset(config: Config) -> tuple[Config, Dataset]:
+    """Open the dataset and fill in what the configuration leaves to it.
+
+    Raises:
+        ConfigError: N or L given and not the dataset's, or an illegal combination with them.
+        DataError: no dataset there, or a damaged one.
+    """
+    dataset = Dataset(config.require_data())
+    for key, given, found in (
+        ("model.vocab_size", config.model.vocab_size, dataset.vocab_size),
+        ("data.block_length", config.data.block_length, dataset.block_length),
+    ):
+        if given not in (None, found):
+            raise ConfigError(
+                f"{key}={given} does not fit {dataset.path}, which has {found}: set {key}={found} "
+                "or null, or prepare the data again"
+            )
+    config = config.override(
+        f"model.vocab_size={dataset.vocab_size}", f"data.block_length={dataset.block_length}"
+    )
+    config.validate(launched_world_size())
+    return config, dataset
+
+
+def find_resume(config: Config, run_dir: Path, dataset: Dataset) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        CheckpointError: none where one is expected, or one of another run's data, batch or seed.
+        ConfigError: a new run is asked for where one already is.
+    """
+    resume = config.training.resume
+    if resume == "never" or (resume == "auto" and not has_checkpoint(run_dir)):
+        if has_checkpoint(run_dir):
+            raise ConfigError(
+                f"training.resume=never, but {run_dir} already holds checkpoints: give another "
+                "--run-dir, or training.resume=auto to go on with that run"
+            )
+        return None
+    source = find_checkpoint(run_dir if resume == "auto" else Path(resume))
+    meta = read_meta(source)
+    if meta["dataset_fingerprint"] != dataset.fingerprint:
+        raise DataError(
+            f"{source} was trained on another dataset than {dataset.path} (their fingerprints "
+            "differ): give the same data.path, or another --run-dir for a new run"
+        )
+    saved = config_from_dict(meta["config"])
+    for key in ("global_batch", "seed"):
+        before, now = getattr(saved.training, key), getattr(config.training, key)
+        if before != now:
+            raise CheckpointError(
+                f"{source} was trained with training.{key}={before}, not {now}: the order of its "
+                f"data depends on it; set training.{key}={before}"
+            )
+    if meta["step"] > config.training.steps:
+        raise ConfigError(
+            f"{source} has done {meta['step']} steps, more than "
+            f"training.steps={config.training.steps}: raise training.steps"
+        )
+    return source
+
+
+def make_optimizer(weights: Iterable[nn.Parameter], config: Config) -> AdamWithEMA:
+    """AdamW with the average of the weights as configured."""
+    optimizer = config.optimizer
+    return AdamWithEMA(
+        weights,
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        ema_decay=optimizer.ema_decay,
+    )
+
+
+def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, float]:
+    """The bound of the averaged weights on the validation blocks and its standard error."""
+    with engine.fragments.ema_weights():
+        nats = engine.evaluate(validation.micro_batches)
+    nats = nats.to(engine.layout.device)
+    nats_of_ranks = [torch.empty_like(nats) for _ in range(engine.layout.data)]
+    dist.all_gather(nats_of_ranks, nats, group=engine.layout.data_group)
+    return validation.bound([part.cpu() for part in nats_of_ranks])
+
+
+def describe_run(config: Config, run_dir: Path, layout: Layout) -> None:
+    """Write the resolved configuration and the environment into the run directory."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
+    packages = ("torch", "deepspeed", "megatron-core", "numpy", "sedd_scale")
+    environment: dict[str, Any] = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processes": layout.world_size,
+        "device": (
+            torch.cuda.get_device_name() if layout.device.type == "cuda" else platform.machine()
+        ),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")

@@ -1,0 +1,180 @@
+"""The bound against exact integration and exact likelihoods where every state can be visited."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.evaluation.bound import evaluate_bound
+from tests.evaluation.enumeration import (
+    all_states,
+    exact_diffusion_nats,
+    exact_log_likelihoods,
+    exact_reconstruction_nats,
+    tiny_model,
+)
+
+T_MIN = 1e-2
+LENGTH = 2
+CASES = [
+    ("absorb", "loglinear"),
+    ("absorb", "geometric"),
+    ("uniform", "loglinear"),
+    ("uniform", "geometric"),
+]
+
+
+@pytest.mark.parametrize("graph, noise", CASES)
+def test_estimate_is_the_exact_bound_and_above_the_likelihood(graph: str, noise: str) -> None:
+    model = tiny_model(graph, noise)
+    blocks_nL = all_states(model.graph.num_tokens, LENGTH)
+    diffusion = np.array([exact_diffusion_nats(model, block, T_MIN) for block in blocks_nL])
+    decode = np.array([exact_reconstruction_nats(model, block, T_MIN) for block in blocks_nL])
+    last = model.schedule.sigma(torch.ones((), dtype=torch.float64))
+    prior = LENGTH * float(model.graph.prior_kl_per_token(last))
+    exact_n = diffusion + decode + prior
+
+    likelihood_n = exact_log_likelihoods(model, T_MIN, LENGTH)
+    assert torch.logsumexp(likelihood_n, 0).item() == pytest.approx(0.0, abs=1e-5)
+    assert (exact_n >= -likelihood_n.numpy() - 1e-4).all()
+
+    result = evaluate_bound(model, blocks_nL, draws=64, t_min=T_MIN, batch_size=64, seed=3)
+    assert 0 < result.stderr < 0.1 * result.nats_per_token
+    assert abs(result.nats_per_token - exact_n.mean() / LENGTH) < 3 * result.stderr
+    terms = result.terms
+    assert terms["prior"] == pytest.approx(prior / LENGTH)
+    assert terms["diffusion"] == pytest.approx(diffusion.mean() / LENGTH, rel=0.2)
+    assert sum(value or 0.0 for value in terms.values()) == pytest.approx(result.nats_per_token)
+
+
+def test_reconstruction_is_the_exact_one_with_many_draws() -> None:
+    for graph in ("absorb", "uniform"):
+        model = tiny_model(graph, "loglinear")
+        blocks_nL = torch.tensor([[0, 2]])
+        exact = exact_reconstruction_nats(model, blocks_nL[0], 0.3) / LENGTH
+        found = []
+        for seed in range(4):
+            result = evaluate_bound(
+                model, blocks_nL, draws=512, replicates=512, t_min=0.3, batch_size=512, seed=seed
+            )
+            found.append(result.terms["reconstruction"] or 0.0)
+        assert np.mean(found) == pytest.approx(exact, rel=0.05)
+
+
+def test_intervals_cover_the_exact_value() -> None:
+    model = tiny_model("absorb", "loglinear")
+    blocks_nL = torch.tensor([[0, 1], [2, 2], [1, 0]])
+    last = model.schedule.sigma(torch.ones((), dtype=torch.float64))
+    prior = float(model.graph.prior_kl_per_token(last))
+    exact = (
+        prior
+        + np.mean(
+            [
+                exact_diffusion_nats(model, block, T_MIN)
+                + exact_reconstruction_nats(model, block, T_MIN)
+                for block in blocks_nL
+            ]
+        )
+        / LENGTH
+    )
+    intervals = [
+        evaluate_bound(
+            model, blocks_nL, draws=32, replicates=8, t_min=T_MIN, batch_size=128, seed=seed
+        ).ci95
+        for seed in range(150)
+    ]
+    covered = np.mean([low <= exact <= high for low, high in intervals])
+    assert 0.90 <= covered <= 0.99
+
+
+def test_paper_protocol_is_the_mean_over_independent_times() -> None:
+    model = tiny_model("absorb", "loglinear")
+    blocks_nL = torch.tensor([[0, 1], [2, 2]])
+    exact = np.mean([exact_diffusion_nats(model, block, T_MIN) for block in blocks_nL])
+    result = evaluate_bound(
+        model, blocks_nL, protocol="paper", draws=600, t_min=T_MIN, batch_size=200
+    )
+    assert result.replicates == 600
+    assert result.terms["prior"] is None and result.terms["reconstruction"] is None
+    expected = exact / (1 - T_MIN) / LENGTH
+    assert abs(result.nats_per_token - expected) < 3 * result.stderr
+
+
+@pytest.mark.parametrize("graph, noise", CASES)
+def test_stratification_lowers_the_error(graph: str, noise: str) -> None:
+    model = tiny_model(graph, noise)
+    blocks_nL = all_states(3, LENGTH)
+    low = evaluate_bound(model, blocks_nL, draws=64, replicates=4, batch_size=64)
+    paper = evaluate_bound(model, blocks_nL, draws=64, protocol="paper", batch_size=64)
+    print(low.stderr, paper.stderr)
+    assert low.stderr < paper.stderr
+
+
+def test_a_block_has_the_same_nats_in_any_company() -> None:
+    model = tiny_model("uniform", "loglinear")
+    blocks_nL = all_states(3, LENGTH)
+    whole = evaluate_bound(model, blocks_nL, draws=8, replicates=4, batch_size=24)
+    ids = [7, 2, 5]
+    some = evaluate_bound(
+        model, blocks_nL[ids], draws=8, replicates=4, batch_size=5, block_ids_n=ids
+    )
+    np.testing.assert_allclose(some.block_nats_n, whole.block_nats_n[ids], rtol=1e-6)
+    other = evaluate_bound(model, blocks_nL, draws=8, replicates=4, batch_size=24, seed=1)
+    assert (np.abs(other.block_nats_n / whole.block_nats_n - 1) > 1e-3).all()
+
+
+def test_one_and_two_processes_print_the_same_numbers(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    script = tmp_path / "bound.py"
+    script.write_text(
+        "import json, torch\n"
+        "from sedd_scale.evaluation.bound import evaluate_bound\n"
+        "from tests.evaluation.enumeration import all_states, tiny_model\n"
+        "model = tiny_model('absorb', 'loglinear')\n"
+        "result = evaluate_bound(model, all_states(3, 2), draws=6, replicates=3, batch_size=16)\n"
+        "if model.layout.rank == 0:\n"
+        "    print(json.dumps([result.nats_per_token, result.stderr, result.network_calls,\n"
+        "                      model.layout.data]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    lines = []
+    for arguments in ([str(script)], [*launcher, str(script)]):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        lines.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert lines[0][:3] == lines[1][:3]
+    assert [lines[0][3], lines[1][3]] == [1, 2]
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    model = tiny_model("absorb", "loglinear")
+    blocks_nL = all_states(3, LENGTH)
+    with pytest.raises(ConfigError, match="give at least 2"):
+        evaluate_bound(model, blocks_nL, draws=1)
+    with pytest.raises(ConfigError, match="does not split 6 draws"):
+        evaluate_bound(model, blocks_nL, draws=6, replicates=4)
+    with pytest.raises(ConfigError, match="protocol 'best' is unknown"):
+        evaluate_bound(model, blocks_nL, protocol="best")
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate_bound(model, blocks_nL[:0])
+    with pytest.raises(DataError, match="token id 3 is outside"):
+        evaluate_bound(model, torch.full((1, 2), 3))
+    with torch.no_grad():
+        model.network.head.linear.weight.fill_(math.nan)
+    with pytest.raises(CheckpointError, match="not finite"):
+        evaluate_bound(model, blocks_nL)

@@ -1,0 +1,121 @@
+"""Agreement with the reference program's numbers, and refusal of what is no such checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sedd_scale import load_pretrained
+from sedd_scale.errors import CheckpointError, DataError
+from sedd_scale.interop.pretrained import published_gradients
+
+CASES = ("absorb-loglinear", "uniform-geometric")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, shared: Path) -> Path:
+    return shared / "golden" / request.param
+
+
+@pytest.fixture
+def copy(shared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shared / "golden" / CASES[0], tmp_path / "copy"))
+
+
+def test_log_scores_losses_and_gradients_are_the_references(case: Path) -> None:
+    model = load_pretrained(case)
+    golden = load_file(case / "golden.safetensors")
+    assert relative(model.log_score(golden["xt"], golden["sigma"]), golden["log_score"]) < 1e-5
+    loss_B = model.loss(golden["x0"], t_B=golden["t"], xt_BL=golden["xt"])
+    assert relative(loss_B.detach(), golden["loss_per_sequence"]) < 1e-5
+    loss_B.mean().backward()
+    gradients = published_gradients(model)
+    expected = {name[5:]: value for name, value in golden.items() if name.startswith("grad.")}
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.norm() > 0:
+            assert relative(gradients[name], value) < 1e-4, name
+        else:
+            assert gradients[name].norm() == 0, name
+
+
+def test_pickled_weights_are_read_as_well(shared: Path, tmp_path: Path) -> None:
+    source = shared / "golden" / CASES[0]
+    shutil.copy(source / "config.json", tmp_path)
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    golden = load_file(source / "golden.safetensors")
+    found = load_pretrained(tmp_path).log_score(golden["xt"], golden["sigma"])
+    assert relative(found, golden["log_score"]) < 1e-5
+
+
+def test_tokens_of_another_vocabulary_are_refused(case: Path) -> None:
+    model = load_pretrained(case)
+    states = model.graph.num_states
+    with pytest.raises(DataError, match=f"do not fit this model's 0..{states - 1}"):
+        model.log_score(torch.full((1, 4), states), torch.ones(1))
+    with pytest.raises(DataError, match="do not fit"):
+        model.loss(torch.full((1, 4), model.graph.num_tokens))
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+def test_a_config_without_a_key_names_it(copy: Path) -> None:
+    about = json.loads((copy / "config.json").read_text())
+    del about["model"]["n_heads"]
+    (copy / "config.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="lacks the key 'n_heads'"):
+        load_pretrained(copy)
+
+
+def test_a_config_that_is_no_json_is_named(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        load_pretrained(copy)
+
+
+@pytest.mark.parametrize("length", [0, 100, 10_000])
+def test_weights_cut_short_are_damaged(copy: Path, length: int) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_pretrained(copy)
+
+
+def test_a_pickle_cut_short_is_damaged(copy: Path) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    path = copy / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged"):
+        load_pretrained(copy)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    lost = tensors.pop("blocks.1.norm2.weight")
+    tensors["blocks.2.norm2.weight"] = lost
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"missing blocks\.1.*unknown blocks\.2\.norm2"):
+        load_pretrained(copy)
+    del tensors["blocks.2.norm2.weight"]
+    tensors["blocks.1.norm2.weight"] = lost[:-1].clone()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.norm2\.weight has shape \(63,\)"):
+        load_pretrained(copy)
+
+
+def test_a_directory_without_weights_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor pytorch_model.bin"):
+        load_pretrained(copy)

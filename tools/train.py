@@ -1,0 +1,39 @@
+"""Train a score-entropy model: [torchrun --nproc-per-node N] tools/train.py CONFIG --run-dir DIR."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sedd_scale.cli import make_parser, run_command
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """Read and check the configuration, then train."""
+    from sedd_scale.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+
+    from sedd_scale.training.loop import train
+
+    train(config, arguments.run_dir)
+
+
+def main() -> int:
+    parser = make_parser(
+        "Train a score-entropy model on a prepared dataset, under any layout; started again with "
+        "the same --run-dir it goes on from its last checkpoint.",
+        "torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first "
+        "data.path=data/books parallel.tensor=2",
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="where configuration, metrics and checkpoints go"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    return run_command(parser, train_command, intermixed=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
