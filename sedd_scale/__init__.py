@@ -1,4 +1,4 @@
-"""Distributed pretraining of Score Entropy Discrete Diffusion language models (arXiv 2310.16834)."""
+"""Distributed pretraining of Score Entropy Discrete Diffusion models (arXiv 2310.16834)."""
 
 from typing import TYPE_CHECKING, Any
 

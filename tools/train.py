@@ -1,4 +1,4 @@
-"""Train a score-entropy model: [torchrun --nproc-per-node N] tools/train.py CONFIG --run-dir DIR."""
+"""Train a score-entropy model under any layout, and go on after an interruption."""
 
 import argparse
 import sys
@@ -13,9 +13,11 @@ def train_command(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
 
+    from sedd_scale.parallel.layout import shutdown
     from sedd_scale.training.loop import train
 
     train(config, arguments.run_dir)
+    shutdown()
 
 
 def main() -> int:
@@ -27,7 +29,7 @@ def main() -> int:
     )
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument(
-        "--run-dir", type=Path, required=True, help="where configuration, metrics and checkpoints go"
+        "--run-dir", type=Path, required=True, help="where metrics and checkpoints go"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"

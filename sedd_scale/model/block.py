@@ -73,9 +73,7 @@ class Block(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         """[L, B, H] to [L, B, H]; L is this rank's share under sequence parallelism."""
         if self.recompute and self.training:
-            return checkpoint(
-                self._forward, *stream, use_reentrant=False, preserve_rng_state=False
-            )
+            return checkpoint(self._forward, *stream, use_reentrant=False, preserve_rng_state=False)
         return self._forward(*stream)
 
     def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, keys_B: Tensor) -> Stream:
@@ -85,9 +83,7 @@ class Block(nn.Module):
             length *= self.layout.tensor
 
         normed = self.norm1(hidden_LBH, shift1, scale1)
-        update, _ = self.attention(
-            normed, attention_mask=None, rotary_pos_emb=self.rotary(length)
-        )
+        update, _ = self.attention(normed, attention_mask=None, rotary_pos_emb=self.rotary(length))
         hidden_LBH = hidden_LBH + gate1 * self._drop(update, keys_B, site=2 * self.index)
 
         normed = self.norm2(hidden_LBH, shift2, scale2)
@@ -102,6 +98,4 @@ class Block(nn.Module):
         first = 0
         if self.layout.sequence_parallel:
             first = update_LBH.shape[0] * self.layout.tensor_rank
-        return keyed_dropout(
-            update_LBH, keys_B, rate=self.dropout, site=site, first_position=first
-        )
+        return keyed_dropout(update_LBH, keys_B, rate=self.dropout, site=site, first_position=first)

@@ -31,7 +31,7 @@ class ScoreLinear(ColumnParallelLinear):
 
     shard: VocabShard
 
-    def forward(self, hidden_LBH: Tensor, targets: ScoreTargets, per_sequence: bool) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_LBH: Tensor, targets: ScoreTargets, per_sequence: bool) -> Tensor:
         """Mean nats per token (a scalar), or nats of each sequence [B]."""
         function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
         return function(hidden_LBH, self.weight, self.bias, targets, self.shard)

@@ -100,9 +100,7 @@ def split_over_tensor_ranks(parameter: nn.Parameter, partition_dim: int) -> None
 
 
 @torch.no_grad()
-def initialize_parameters(
-    module: nn.Module, layout: Layout, *, seed: int, zero_init: bool
-) -> None:
+def initialize_parameters(module: nn.Module, layout: Layout, *, seed: int, zero_init: bool) -> None:
     """Give every parameter its initial value, the same under every layout.
 
     Norm weights are one; embedding, weights and biases are U(-1/sqrt(fan_in), 1/sqrt(fan_in)), with

@@ -144,9 +144,7 @@ class WholeNetworkEngine(Engine):
         losses = []
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.layout.device)
-            losses.append(
-                self._deepspeed(on_device.inputs, on_device.targets, per_sequence=True)
-            )
+            losses.append(self._deepspeed(on_device.inputs, on_device.targets, per_sequence=True))
         return torch.cat(losses)
 
 
@@ -219,7 +217,7 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
-        # A stage's loss reaches the head's gradient before DeepSpeed's own start of a backward pass,
+        # A stage's loss reaches the head's gradient before DeepSpeed starts its own backward pass,
         # which clears what is not yet in float32: so each gradient goes there at once.
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
         # Without this bf16 gradients accumulate in bf16.

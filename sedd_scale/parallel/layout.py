@@ -131,10 +131,15 @@ def initialize_layout(
     )
 
 
-def shutdown() -> None:
-    """Leave the process groups, so that a launcher sees a clean end."""
+def leave_layout() -> None:
+    """Forget the layout's groups, so that another can follow among the same processes."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave all process groups, so that a launcher sees a clean end."""
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

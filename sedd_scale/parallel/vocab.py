@@ -137,16 +137,14 @@ def _chunk_loss(
     The gradient is that of sum(weight * loss), left in `logits_mW`.
     """
     target = _ColumnsOf.find(clean_m, shard)
-    own = None
-    unchanged_m = None
+    own = None if isinstance(shard.graph, Absorb) else _ColumnsOf.find(noisy_m, shard)
+    unchanged_m = clean_m == noisy_m
     total_m = None
     target_m = logits_mW.new_zeros(len(logits_mW))
     max_m = logits_mW.new_full((len(logits_mW),), -torch.inf)
     if shard.length:
         target_m = target.read(logits_mW)
-    if not isinstance(shard.graph, Absorb):
-        unchanged_m = clean_m == noisy_m
-        own = _ColumnsOf.find(noisy_m, shard)
+    if own is not None:
         if shard.length:
             own.write(logits_mW, 0.0)
         total_m = logits_mW.sum(dim=1)
@@ -173,7 +171,7 @@ def _chunk_loss(
         RowNoise(*noise_m3.unbind(1)),
         graph=shard.graph,
         scaled=shard.scaled,
-        unchanged_M=unchanged_m,
+        unchanged_M=None if own is None else unchanged_m,
     )
     if weight_m is not None and shard.length:
         exp_mW.mul_((row.grad_exp * rescale_m * weight_m)[:, None])
@@ -248,7 +246,7 @@ class _WeightedSum(torch.autograd.Function):
     """sum(weight * loss) with every gradient made during the forward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -265,10 +263,8 @@ class _WeightedSum(torch.autograd.Function):
         return (losses_M * row_weight_M).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias = (
-            grad_output.to(saved.dtype) * saved for saved in ctx.saved_tensors
-        )
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = (grad_output.to(saved.dtype) * saved for saved in ctx.saved_tensors)
         return hidden, weight, bias, None, None, None
 
 
@@ -276,7 +272,7 @@ class _PerRow(torch.autograd.Function):
     """Per-row losses; the backward pass makes the logits again, for any gradient of the rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -289,7 +285,7 @@ class _PerRow(torch.autograd.Function):
         return _losses(hidden, weight, bias, targets, shard, None)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         _, gradients = _losses(hidden, weight, bias, ctx.targets, ctx.shard, grad_M)
         assert gradients is not None

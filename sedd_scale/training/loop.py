@@ -25,7 +25,7 @@ from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, make_engine
-from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size, shutdown
+from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.checkpoint import (
     find_checkpoint,
@@ -144,7 +144,6 @@ def train(config: Config, run_dir: Path) -> None:
                 save(step)
             logged_at += time.perf_counter() - paused_at
     log.close()
-    shutdown()
 
 
 def fit_to_dataset(config: Config) -> tuple[Config, Dataset]:

@@ -113,8 +113,7 @@ def test_stratification_lowers_the_error(graph: str, noise: str) -> None:
     blocks_nL = all_states(3, LENGTH)
     low = evaluate_bound(model, blocks_nL, draws=64, replicates=4, batch_size=64)
     paper = evaluate_bound(model, blocks_nL, draws=64, protocol="paper", batch_size=64)
-    print(low.stderr, paper.stderr)
-    assert low.stderr < paper.stderr
+    assert low.stderr < 0.7 * paper.stderr
 
 
 def test_a_block_has_the_same_nats_in_any_company() -> None:

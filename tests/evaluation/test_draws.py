@@ -16,7 +16,7 @@ def test_mean_of_weighted_integrand_is_the_integral(name: str, bounded: bool) ->
     schedule = make_schedule(name, sigma_max=6.0)
     u_K = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     t_K, weight_K = weighted_times(u_K, schedule, t_min=0.05, bounded=bounded)
-    assert 0.05 <= t_K.min() and t_K.max() <= 1.0 and (t_K.diff() >= 0).all()
+    assert t_K.min() >= 0.05 and t_K.max() <= 1.0 and (t_K.diff() >= 0).all()
     for power in (0, 1, 3):
         exact = (1.0 - 0.05 ** (power + 1)) / (power + 1)
         assert (weight_K * t_K**power).mean().item() == pytest.approx(exact, rel=1e-4)

@@ -204,7 +204,8 @@ def test_load_weights_casts_and_takes_a_stage(saved: Path) -> None:
 def test_another_model_is_refused_before_anything_is_written(saved: Path) -> None:
     other, missing, short = results(saved)["load errors"]
     assert other.endswith(
-        "is of another model: embedding.tokens.weight is [103, 24] in the model and [101, 24] in it; "
+        " is of another model: "
+        "embedding.tokens.weight is [103, 24] in the model and [101, 24] in it; "
         "head.linear.weight is [103, 24] in the model and [101, 24] in it; "
         "head.linear.bias is [103] in the model and [101] in it"
     )

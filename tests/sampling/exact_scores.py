@@ -1,0 +1,116 @@
+"""A model that knows the true ratios of a tiny distribution, and the exact law of a sampler on it."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.diffusion.reverse import (
+    analytic_probabilities,
+    as_distribution,
+    denoise_probabilities,
+    euler_probabilities,
+)
+from sedd_scale.diffusion.schedules import Schedule, make_schedule
+from sedd_scale.diffusion.score_entropy import log_expm1
+
+
+def all_states(num_states: int, length: int) -> Tensor:
+    """Every sequence, [num_states^length, length], the last position fastest."""
+    return torch.tensor(list(itertools.product(range(num_states), repeat=length)))
+
+
+class ExactScores:
+    """log s(x, sigma)_y = log p_sigma(x with y at a position) - log p_sigma(x), by enumeration."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, graph: str, noise: str, *, num_tokens: int = 3, length: int = 2, scaled: bool = False
+    ) -> None:
+        self.graph: Graph = make_graph(graph, num_tokens)
+        self.schedule: Schedule = make_schedule(noise, sigma_max=10.0)
+        self.scaled = scaled
+        self.length = length
+        generator = torch.Generator().manual_seed(1)
+        self.data_C = torch.softmax(
+            1.5 * torch.randn(num_tokens**length, generator=generator, dtype=torch.float64), 0
+        )
+        self.clean_CL = all_states(num_tokens, length)
+        self.calls = 0
+
+    def marginal(self, states_SL: Tensor, sigma: Tensor) -> Tensor:
+        """p_sigma of each state, [S]."""
+        law_CLV = self.graph.transition_probabilities(
+            self.clean_CL, sigma.expand(len(self.clean_CL))
+        )
+        parts = [law_CLV[:, place, states_SL[:, place]] for place in range(self.length)]
+        return self.data_C @ torch.stack(parts).prod(dim=0)
+
+    def log_score(self, states_SL: Tensor, sigma: Tensor) -> Tensor:
+        """[S, L, V] for one noise level."""
+        own_S = self.marginal(states_SL, sigma)
+        score = torch.empty(*states_SL.shape, self.graph.num_states, dtype=torch.float64)
+        for place in range(self.length):
+            for y in range(self.graph.num_states):
+                other_SL = states_SL.clone()
+                other_SL[:, place] = y
+                score[:, place, y] = self.marginal(other_SL, sigma) / own_S
+        return score.clamp(min=1e-300).log()
+
+    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
+        self.calls += 1
+        assert (sigma_B == sigma_B[0]).all()
+        logits = self.log_score(tokens_BL, sigma_B[0])
+        if self.scaled:
+            logits = logits + log_expm1(sigma_B[0]) + math.log(self.graph.num_tokens)
+        return logits.flatten(0, 1)[rows_M]
+
+
+def chain_law(
+    model: ExactScores, steps: int, sampler: str, t_end: float, fixed: dict[int, int]
+) -> Tensor:
+    """Probability of every state after the whole chain, [V^L], from the steps' tables alone."""
+    graph = model.graph
+    states_SL = all_states(graph.num_states, model.length)
+    prior_V = torch.full((graph.num_states,), 1 / graph.num_tokens, dtype=torch.float64)
+    if graph.mask_id is not None:
+        prior_V = torch.zeros_like(prior_V)
+        prior_V[graph.mask_id] = 1.0
+    parts = []
+    for place in range(model.length):
+        at_V = prior_V
+        if place in fixed:
+            at_V = torch.zeros_like(prior_V)
+            at_V[fixed[place]] = 1.0
+        parts.append(at_V[states_SL[:, place]])
+    law_S = torch.stack(parts).prod(dim=0)
+    times = torch.linspace(1.0, t_end, steps + 1, dtype=torch.float64)
+    sigmas = model.schedule.sigma(times)
+    for k in range(steps + 1):
+        sigma_S = sigmas[k].expand(len(states_SL))
+        log_score = model.log_score(states_SL, sigmas[k])
+        if k == steps:
+            table_SLV = denoise_probabilities(log_score, states_SL, sigma_S, graph)
+        elif sampler == "analytic":
+            table_SLV = analytic_probabilities(
+                log_score, states_SL, sigma_S, sigmas[k + 1].expand(len(states_SL)), graph
+            )
+        else:
+            rate = model.schedule.rate(times[k])
+            size = float(times[k] - times[k + 1])
+            table_SLV = euler_probabilities(
+                log_score, states_SL, size, rate.expand(len(states_SL)), graph
+            )
+        table_SLV = as_distribution(table_SLV)
+        for place in fixed:
+            table_SLV[:, place] = torch.nn.functional.one_hot(
+                states_SL[:, place], graph.num_states
+            ).double()
+        step_SS = torch.stack(
+            [table_SLV[:, place, states_SL[:, place]] for place in range(model.length)]
+        ).prod(dim=0)
+        law_S = law_S @ step_SS
+    return law_S
