@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedd_scale.errors import ConfigError
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
 
 def flash_attention_available(device: torch.device) -> bool:
     """Whether flash-attn is installed and the device can run it."""
@@ -24,11 +28,20 @@ def bidirectional_attention(
     Args:
         backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": flash-attn where it is
             installed, on a GPU and given half precision, else PyTorch.
+
+    Raises:
+        ConfigError: flash-attn is asked for and cannot run here.
     """
+    dtype, device = query_LBhD.dtype, query_LBhD.device
     if backend == "auto":
-        half = query_LBhD.dtype in (torch.bfloat16, torch.float16)
-        backend = "flash" if half and flash_attention_available(query_LBhD.device) else "sdpa"
+        can_flash = dtype in HALF_TYPES and flash_attention_available(device)
+        backend = "flash" if can_flash else "sdpa"
     if backend == "flash":
+        if dtype not in HALF_TYPES or not flash_attention_available(device):
+            raise ConfigError(
+                f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
+                "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
+            )
         from flash_attn import flash_attn_func
 
         inputs = (tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD))

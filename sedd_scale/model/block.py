@@ -84,12 +84,14 @@ class Block(nn.Module):
 
         normed = self.norm1(hidden_LBH, shift1, scale1)
         update, _ = self.attention(normed, attention_mask=None, rotary_pos_emb=self.rotary(length))
-        hidden_LBH = hidden_LBH + gate1 * self._drop(update, keys_B, site=2 * self.index)
+        update = gate1 * self._drop(update, keys_B, site=2 * self.index)
+        hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
 
         normed = self.norm2(hidden_LBH, shift2, scale2)
         update, bias = self.mlp(normed)
         update = update + sum_gradient_over_sequence(bias, self.layout)
-        hidden_LBH = hidden_LBH + gate2 * self._drop(update, keys_B, site=2 * self.index + 1)
+        update = gate2 * self._drop(update, keys_B, site=2 * self.index + 1)
+        hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
         return hidden_LBH, cond_BC, keys_B
 
     def _drop(self, update_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor:

@@ -85,10 +85,13 @@ class VocabShard:
     group: dist.ProcessGroup | None
     chunk_bytes: int = CHUNK_BYTES
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows whose float32 logits fit in `chunk_bytes`."""
-        return max(16, self.chunk_bytes // (4 * max(1, self.length)))
+    def chunk_rows(self, num_columns: int) -> int:
+        """Rows whose float32 logits over `num_columns` fit in `chunk_bytes`.
+
+        Given the padded number of columns, which all tensor ranks share: they must cut the rows
+        alike to meet in each reduction, though `length` differs from rank to rank.
+        """
+        return max(16, self.chunk_bytes // (4 * num_columns))
 
     def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce over the tensor-parallel ranks, in place."""
@@ -213,8 +216,9 @@ def _losses(
             torch.zeros(weight.shape, dtype=losses_M.dtype, device=weight.device),
             torch.zeros(bias.shape, dtype=losses_M.dtype, device=weight.device),
         )
-    for start in range(0, num_rows, shard.chunk_rows):
-        chunk = slice(start, min(start + shard.chunk_rows, num_rows))
+    chunk_rows = shard.chunk_rows(len(weight))
+    for start in range(0, num_rows, chunk_rows):
+        chunk = slice(start, min(start + chunk_rows, num_rows))
         rows_m = targets.rows_M[chunk]
         hidden_mH = hidden.index_select(0, rows_m)
         logits_mW = torch.addmm(column_bias, hidden_mH, columns.t()).to(losses_M.dtype)
@@ -235,6 +239,8 @@ def _losses(
             else:
                 weight_grad += grad_mW.t() @ hidden_mH
             gradients.bias[: shard.length] += logits_mW.sum(dim=0)
+            del grad_mW
+        del logits_mW  # before the next chunk's are made: one chunk alive, not two
     return losses_M, gradients
 
 
@@ -264,7 +270,13 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = (grad_output.to(saved.dtype) * saved for saved in ctx.saved_tensors)
+        # A copy of the weight's gradient is as large as the weight, so it is scaled in place unless
+        # another backward pass may come for it.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if kept else torch.Tensor.mul_
+        hidden, weight, bias = (
+            scale(saved, grad_output.to(saved.dtype)) for saved in ctx.saved_tensors
+        )
         return hidden, weight, bias, None, None, None
 
 

@@ -13,7 +13,15 @@ from sedd_scale.parallel.layout import initialize_layout
 BATCH = 4096
 
 
-def tiny_model(graph: str, noise: str, *, num_tokens: int = 3, seed: int = 0) -> ScoreModel:
+def tiny_model(
+    graph: str,
+    noise: str,
+    *,
+    num_tokens: int = 3,
+    block_length: int = 2,
+    seed: int = 0,
+    tensor: int = 1,
+) -> ScoreModel:
     """A random network over a handful of tokens, in eval mode, with far from equal scores."""
     config = config_from_dict(
         {
@@ -30,7 +38,8 @@ def tiny_model(graph: str, noise: str, *, num_tokens: int = 3, seed: int = 0) ->
             "training": {"seed": seed},
         }
     )
-    return ScoreModel(config, num_tokens, initialize_layout(), block_length=2).eval()
+    layout = initialize_layout(tensor=tensor)
+    return ScoreModel(config, num_tokens, layout, block_length=block_length).eval()
 
 
 def all_states(num_states: int, length: int) -> Tensor:

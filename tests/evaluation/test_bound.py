@@ -1,11 +1,6 @@
 """The bound against exact integration and exact likelihoods where every state can be visited."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,37 +122,6 @@ def test_a_block_has_the_same_nats_in_any_company() -> None:
     np.testing.assert_allclose(some.block_nats_n, whole.block_nats_n[ids], rtol=1e-6)
     other = evaluate_bound(model, blocks_nL, draws=8, replicates=4, batch_size=24, seed=1)
     assert (np.abs(other.block_nats_n / whole.block_nats_n - 1) > 1e-3).all()
-
-
-def test_one_and_two_processes_print_the_same_numbers(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    script = tmp_path / "bound.py"
-    script.write_text(
-        "import json, torch\n"
-        "from sedd_scale.evaluation.bound import evaluate_bound\n"
-        "from tests.evaluation.enumeration import all_states, tiny_model\n"
-        "model = tiny_model('absorb', 'loglinear')\n"
-        "result = evaluate_bound(model, all_states(3, 2), draws=6, replicates=3, batch_size=16)\n"
-        "if model.layout.rank == 0:\n"
-        "    print(json.dumps([result.nats_per_token, result.stderr, result.network_calls,\n"
-        "                      model.layout.data]))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    lines = []
-    for arguments in ([str(script)], [*launcher, str(script)]):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        lines.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert lines[0][:3] == lines[1][:3]
-    assert [lines[0][3], lines[1][3]] == [1, 2]
 
 
 def test_what_cannot_be_evaluated_is_refused() -> None:

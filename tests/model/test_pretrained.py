@@ -117,5 +117,5 @@ def test_missing_unknown_and_misshapen_tensors_are_named(copy: Path) -> None:
 
 def test_a_directory_without_weights_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_pretrained(copy)

@@ -1,4 +1,4 @@
-"""A model that knows the true ratios of a tiny distribution, and the exact law of a sampler on it."""
+"""A model that knows the true ratios of a tiny distribution, and a sampler's exact law on it."""
 
 import itertools
 import math

@@ -1,0 +1,110 @@
+"""The run of the layout table as a plain PyTorch loop: what every layout must reproduce."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sedd_scale.config import Config
+from sedd_scale.data.loader import TrainLoader
+from sedd_scale.data.shards import Dataset
+from sedd_scale.diffusion.corruption import corrupt_batch
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.score_entropy import (
+    RowNoise,
+    log_score_score_entropy,
+    log_scores_from_logits,
+)
+from sedd_scale.interop.published import to_logical, to_published
+from sedd_scale.model.network import ScoreNetwork, layer_builders
+from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.model.score_model import schedule_of
+from sedd_scale.parallel.layout import initialize_layout
+from tests.plain_network import PlainNetwork
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """Losses and gradient norms step by step; final weights and their average by logical name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+
+
+def plain_training(config: Config) -> PlainRun:
+    """Whole batches, whole log-scores, autograd, torch's AdamW and a hand-written average."""
+    dataset = Dataset(config.require_data())
+    graph = make_graph(config.graph.name, dataset.vocab_size)
+    schedule = schedule_of(config)
+    scaled = config.resolved_scale_by_sigma
+    model, optimizer, training = config.model, config.optimizer, config.training
+    network = PlainNetwork(
+        num_states=graph.num_states,
+        width=model.hidden_size,
+        layers=model.num_layers,
+        heads=model.num_heads,
+        cond_dim=model.cond_dim,
+        mlp_ratio=model.mlp_ratio,
+    )
+    layout = initialize_layout()
+    start = ScoreNetwork(layer_builders(model, graph, layout, scaled=scaled, seed=training.seed))
+    initial = {
+        logical.name: logical.parameter.detach() for logical in logical_parameters(start, layout)
+    }
+    network.load_state_dict(
+        to_published(initial, num_layers=model.num_layers, num_heads=model.num_heads)
+    )
+    averages = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    adam = torch.optim.AdamW(
+        network.parameters(),
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    loader = TrainLoader(
+        dataset.reader("train"), seed=training.seed, global_batch=training.global_batch
+    )
+    losses, norms = [], []
+    for step in range(training.steps):
+        sample_ids = loader.sample_ids(step, range(training.global_batch))
+        batch = corrupt_batch(
+            torch.from_numpy(loader.read_samples(sample_ids)),
+            sample_ids_B=sample_ids,
+            step=step,
+            seed=training.seed,
+            global_batch=training.global_batch,
+            graph=graph,
+            schedule=schedule,
+            t_min=config.noise.t_min,
+        )
+        logits = network(batch.noisy_BL, batch.sigma_B)
+        log_score = log_scores_from_logits(
+            logits, batch.noisy_BL, batch.sigma_B, graph=graph, scaled=scaled
+        )
+        loss = log_score_score_entropy(
+            log_score.double(),
+            batch.noisy_BL,
+            batch.clean_BL,
+            RowNoise(batch.sigma_B, batch.rate_B, batch.rate_over_expm1_B),
+            graph=graph,
+        ).mean()
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), optimizer.clip)))
+        for group in adam.param_groups:
+            group["lr"] = optimizer.lr * min(1.0, (step + 1) / optimizer.warmup_steps)
+        adam.step()
+        decay = min(optimizer.ema_decay, (2 + step) / (11 + step))
+        for name, weight in network.named_parameters():
+            averages[name].lerp_(weight.detach(), 1 - decay)
+        losses.append(loss.item())
+    trained = {name: weight.detach() for name, weight in network.named_parameters()}
+    return PlainRun(
+        losses=losses,
+        grad_norms=norms,
+        weights=to_logical(trained, num_heads=model.num_heads),
+        averages=to_logical(averages, num_heads=model.num_heads),
+    )

@@ -1,0 +1,173 @@
+"""Every layout trains the same run: a table of layouts, and what they must agree on.
+
+Twenty steps of real training with a head that is not zero and clipping active, under each layout,
+must give the losses, gradient norms and final weights of one process; and one process must give
+those of a plain PyTorch loop that knows nothing of Megatron-core or DeepSpeed.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sedd_scale.config import load_config
+from sedd_scale.data.shards import Dataset
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.model.network import ScoreNetwork, layer_builders
+from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.training.checkpoint import find_checkpoint, load_weights
+from tests.distributed.plain_loop import plain_training
+from tests.distributed.runs import REPOSITORY, Run, train_runs
+
+STEPS = 20
+CLIP = 0.5
+
+BASE = (
+    f"training.steps={STEPS}",
+    "logging.every=1",
+    "training.valid_every=20",
+    "checkpoint.every=20",
+    "model.hidden_size=32",
+    "model.cond_dim=40",
+    "model.zero_init=false",
+    f"optimizer.clip={CLIP}",
+)
+
+# name: processes, overrides
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "TP1 PP1": (1, ()),
+    "TP1 PP1 recompute": (1, ("parallel.recompute_every=1",)),
+    "TP2": (2, ("parallel.tensor=2",)),
+    "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence_parallel=true")),
+    "PP2": (2, ("parallel.pipeline=2",)),
+    "DP2 ZeRO 1": (2, ()),
+    "DP2 ZeRO 2": (2, ("parallel.zero_stage=2",)),
+    "DP2 ZeRO 3": (2, ("parallel.zero_stage=3",)),
+    "DP2 ZeRO 3 recompute": (2, ("parallel.zero_stage=3", "parallel.recompute_every=2")),
+    "PP2 DP2 ZeRO 1": (4, ("parallel.pipeline=2",)),
+    "TP2 PP2 SP recompute": (
+        4,
+        (
+            "parallel.tensor=2",
+            "parallel.pipeline=2",
+            "parallel.sequence_parallel=true",
+            "parallel.recompute_every=1",
+        ),
+    ),
+    "TP2 DP2 ZeRO 2": (4, ("parallel.tensor=2", "parallel.zero_stage=2")),
+    "TP2 DP2 ZeRO 3": (4, ("parallel.tensor=2", "parallel.zero_stage=3")),
+}
+
+# name: overrides
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "absorb": ("graph.name=absorb",),
+    "uniform": ("graph.name=uniform", "noise.name=geometric"),
+    "absorb bf16": ("graph.name=absorb", "training.precision=bf16"),
+}
+
+# Keyed dropout is part of the run, so layouts agree on that too; these few show it.
+DROPOUT = ("graph.name=absorb", "model.dropout=0.2")
+DROPOUT_LAYOUTS = ("TP1 PP1", "TP2 SP", "DP2 ZeRO 1", "TP2 PP2 SP recompute")
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]:
+    """Every layout under every variant, trained: three launches in all."""
+    folder = tmp_path_factory.mktemp("layouts")
+    made: dict[tuple[str, str], Run] = {}
+    for name, (_, overrides) in LAYOUTS.items():
+        variants = dict(VARIANTS)
+        if name in DROPOUT_LAYOUTS:
+            variants["absorb dropout"] = DROPOUT
+        for variant, changes in variants.items():
+            made[name, variant] = Run(
+                folder / f"{name}, {variant}",
+                (f"data.path={dataset}", *BASE, *overrides, *changes),
+            )
+    for size in sorted({size for size, _ in LAYOUTS.values()}):
+        of_size = [run for (name, _), run in made.items() if LAYOUTS[name][0] == size]
+        train_runs(size, of_size, folder / f"jobs-{size}.json")
+    return made
+
+
+def relative(found: list[float], expected: list[float]) -> float:
+    """Greatest relative difference of two series."""
+    assert len(found) == len(expected) > 0
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def weights(run: Run, key: str = "master") -> dict[str, torch.Tensor]:
+    """A run's final weights, whole, by logical name."""
+    layout = initialize_layout()
+    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    vocab_size = Dataset(config.require_data()).vocab_size
+    graph = make_graph(config.graph.name, vocab_size)
+    network = ScoreNetwork(
+        layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma)
+    )
+    parameters = list(logical_parameters(network, layout))
+    load_weights(find_checkpoint(run.run_dir), parameters, layout, weights=key)
+    return {logical.name: logical.parameter.detach() for logical in parameters}
+
+
+def weight_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Greatest difference of a tensor relative to its norm."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected
+    )
+
+
+@pytest.mark.parametrize("variant", ["absorb", "uniform", "absorb dropout"])
+def test_layouts_agree_in_float32(
+    runs: dict[tuple[str, str], Run], variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = runs["TP1 PP1", variant]
+    losses, norms = single.series("loss"), single.series("grad_norm")
+    assert len(losses) == STEPS
+    assert max(norms) > CLIP, "clipping must be active for the comparison to mean something"
+    masters, averages = weights(single), weights(single, "ema")
+    rows = []
+    for name in LAYOUTS:
+        if (name, variant) not in runs:
+            continue
+        run = runs[name, variant]
+        rows.append(
+            (
+                name,
+                relative(run.series("loss"), losses),
+                relative(run.series("grad_norm"), norms),
+                weight_difference(weights(run), masters),
+                weight_difference(weights(run, "ema"), averages),
+                relative(run.series("valid_nats_per_token"), single.series("valid_nats_per_token")),
+            )
+        )
+    with capsys.disabled():
+        print(f"\n{variant}, float32, {STEPS} steps: greatest relative difference to TP1 PP1")
+        print(f"{'layout':<22}{'loss':>10}{'grad norm':>11}{'weights':>10}{'EMA':>10}{'valid':>10}")
+        for name, *differences in rows:
+            print(f"{name:<22}" + "".join(f"{value:>10.1e}" for value in differences))
+    for name, *differences in rows:
+        assert max(differences) < 1e-5, (name, differences)
+
+
+def test_bf16_follows_float32_under_every_layout(runs: dict[tuple[str, str], Run]) -> None:
+    single = runs["TP1 PP1", "absorb"]
+    for name in LAYOUTS:
+        run = runs[name, "absorb bf16"]
+        assert relative(run.series("loss"), single.series("loss")) < 0.02, name
+        assert relative(run.series("grad_norm"), single.series("grad_norm")) < 0.02, name
+
+
+@pytest.mark.parametrize("variant", ["absorb", "uniform"])
+def test_one_process_agrees_with_a_plain_pytorch_loop(
+    runs: dict[tuple[str, str], Run], variant: str
+) -> None:
+    run = runs["TP1 PP1", variant]
+    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    plain = plain_training(config)
+    assert relative(run.series("loss"), plain.losses) < 1e-5
+    assert relative(run.series("grad_norm"), plain.grad_norms) < 1e-5
+    assert weight_difference(weights(run), plain.weights) < 1e-5
+    assert weight_difference(weights(run, "ema"), plain.averages) < 1e-5

@@ -1,0 +1,112 @@
+"""Text as blocks: packing, counts, and refusal of what does not fit the checkpoint."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sedd_scale.data.prepare import prepare
+from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer, Tokenizer
+from sedd_scale.errors import DataError
+from sedd_scale.evaluation.corpora import Corpus, open_corpus
+from tests.data.corpus import make_texts, write_jsonl
+
+BYTES = BytesTokenizer()
+
+
+def open_with(path: Path, tokenizer: Tokenizer | None = BYTES, **options: object) -> Corpus:
+    settings = {"num_tokens": 257, "block_length": 16, **options}
+    return open_corpus(path, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
+
+
+def test_a_text_file_is_one_document_and_its_remainder_is_counted(tmp_path: Path) -> None:
+    text = "Straße\n\n東京 " * 9
+    plain = tmp_path / "text.raw"
+    plain.write_bytes(text.encode())
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "text.txt.xz").write_bytes(lzma.compress(text.encode()))
+    size = len(text.encode()) + 1
+    corpora = [open_with(path) for path in (plain, *tmp_path.glob("text.txt.*"))]
+    assert len(corpora) == 3
+    for corpus in corpora:
+        stream = np.append(np.frombuffer(text.encode(), np.uint8), 256)
+        assert corpus.source_blocks == len(corpus.blocks_nL) == size // 16
+        assert corpus.dropped_tokens == size % 16
+        np.testing.assert_array_equal(corpus.blocks_nL.ravel(), stream[: size // 16 * 16])
+        assert corpus.characters_per_token == pytest.approx(len(text) / size)
+        assert corpus.bytes_per_token == pytest.approx((size - 1) / size)
+
+
+def test_lines_of_jsonl_are_documents_with_eos_after_each(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "some[1].jsonl", ["ab", "  ", "cde"] * 4, field="body")
+    corpus = open_with(path, block_length=7, field="body")
+    expected = [97, 98, 256, 99, 100, 101, 256]
+    np.testing.assert_array_equal(corpus.blocks_nL, [expected] * 4)
+    with pytest.raises(DataError, match="has no field 'text'"):
+        open_with(path)
+
+
+def test_a_text8_tokenizer_counts_the_characters_it_spells(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("It's  9!" * 20)
+    corpus = open_with(path, Text8Tokenizer(), num_tokens=27)
+    spelled = Text8Tokenizer().normalize("It's  9!" * 20)
+    assert corpus.characters_per_token == pytest.approx(len(spelled) / (len(spelled) + 1))
+
+
+def test_a_prepared_dataset_gives_its_blocks_and_counts(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "texts.jsonl", make_texts(60))
+    index = prepare(
+        [str(source)],
+        output=tmp_path / "data",
+        block_length=64,
+        tokenizer="bytes",
+        valid_fraction=0.4,
+    )
+    entry = index["splits"]["valid"]
+    corpus = open_with(tmp_path / "data")
+    assert len(corpus.blocks_nL) == entry["blocks"] and corpus.block_length == 64
+    assert corpus.dropped_tokens == entry["dropped_tokens"]
+    assert corpus.bytes_per_token == pytest.approx(entry["utf8_bytes"] / entry["tokens"])
+    some = open_with(tmp_path / "data", max_blocks=5)
+    assert len(some.block_ids_n) == 5
+    np.testing.assert_array_equal(some.blocks_nL, corpus.blocks_nL[some.block_ids_n])
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_with(tmp_path / "data", Text8Tokenizer(), num_tokens=27)
+    with pytest.raises(DataError, match="vocabulary of 257 tokens and the checkpoint one of 300"):
+        open_with(tmp_path / "data", None, num_tokens=300)
+    with pytest.raises(DataError, match="no split 'test'"):
+        open_with(tmp_path / "data", split="test")
+
+
+def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_with(tmp_path / "nothing.txt")
+    with pytest.raises(DataError, match=r"directory without index\.json"):
+        open_with(tmp_path)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="is empty"):
+        open_with(path)
+    path.write_text("  \n ")
+    with pytest.raises(DataError, match="holds no text"):
+        open_with(path)
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="byte 0xff at offset 3 is not UTF-8"):
+        open_with(path)
+    path.write_text("short")
+    with pytest.raises(DataError, match="6 tokens, less than one block of 16"):
+        open_with(path)
+    with pytest.raises(DataError, match="carries no tokenizer"):
+        open_with(path, None)
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(b"abcdef" * 100)[:30])
+    with pytest.raises(DataError, match=r"cut short or not a \.gz file"):
+        open_with(packed)
+    lines = tmp_path / "text.jsonl"
+    lines.write_text(json.dumps({"text": "x"}) + "\n{\n")
+    with pytest.raises(DataError, match=r"text\.jsonl:2 is not JSON"):
+        open_with(lines)

@@ -1,0 +1,294 @@
+"""Two tensor-parallel processes on the vocab-parallel loss, whole networks and layouts.
+
+    RANK=.. WORLD_SIZE=2 python vocab_worker.py FOLDER
+
+Each process writes what it found to FOLDER/RANK.pt; the tests put the shards together and compare
+them with one process. `two_processes` starts both, once in a test session.
+"""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.parallel.layout import Layout, initialize_layout, leave_layout, shutdown
+from sedd_scale.parallel.vocab import (
+    ScoreTargets,
+    VocabShard,
+    linear_score_entropy,
+    linear_score_entropy_per_sequence,
+    score_targets,
+)
+from tests.model.small_network import gradients, noisy_batch, small_network
+
+KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Problem(NamedTuple):
+    """A head's input, its weights (rows: all states, then padding) and a noisy batch."""
+
+    graph: Graph
+    scaled: bool
+    hidden_LBH: Tensor
+    weight: Tensor
+    bias: Tensor
+    clean_BL: Tensor
+    noisy_BL: Tensor
+    noise_B3: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, weight and bias, fresh and differentiable."""
+        parts = (self.hidden_LBH, self.weight, self.bias)
+        return tuple(part.detach().clone().requires_grad_() for part in parts)  # type: ignore
+
+    @property
+    def targets(self) -> ScoreTargets:
+        """What the loss needs of the batch."""
+        return score_targets(
+            self.graph, clean_BL=self.clean_BL, noisy_BL=self.noisy_BL, noise_B3=self.noise_B3
+        )
+
+    def shard(self, **changes: Any) -> VocabShard:
+        """All of the vocabulary in one process."""
+        whole = VocabShard(self.graph, self.scaled, 0, self.graph.num_tokens, None)
+        return dataclasses.replace(whole, **changes)
+
+
+def make_problem(
+    name: str,
+    scaled: bool,
+    num_tokens: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    length: int = 6,
+    width: int = 8,
+    padding: int = 0,
+    seed: int = 0,
+) -> Problem:
+    """Four sequences, from almost clean to almost all noise; padding columns hold nan and inf."""
+    graph = make_graph(name, num_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    sigma_B = torch.tensor([0.02, 0.5, 2.0, 6.0], dtype=torch.float64)
+    rate_B = sigma_B * 3.0
+    noise_B3 = torch.stack([sigma_B, rate_B, rate_B / torch.expm1(sigma_B)], 1)
+    clean_BL = torch.randint(num_tokens, (4, length), generator=generator)
+    move, token = torch.rand(2, 4, length, generator=generator, dtype=torch.float64)
+    noisy_BL = graph.corrupt(clean_BL, sigma_B, move, token)
+    rows = graph.num_states + padding
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, bias = normal(rows, width) / width**0.5, normal(rows)
+    weight[graph.num_states :] = torch.nan
+    bias[graph.num_states :] = torch.inf
+    return Problem(
+        graph,
+        scaled,
+        normal(length, 4, width).to(dtype),
+        weight.to(dtype),
+        bias.to(dtype),
+        clean_BL,
+        noisy_BL,
+        noise_B3,
+    )
+
+
+# (graph, scaled, N): columns that split evenly and not, and ranks without a single real token.
+LOSS_CASES = [
+    (name, scaled, size) for name, scaled in KINDS for size in (2, 3, 5, 50, 101) if size > 0
+]
+# Small enough a budget that unequal shards would be cut into unequal chunks.
+CHUNK_BYTES = 240
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkCase:
+    """A network to compare between one process and two."""
+
+    name: str
+    scaled: bool
+    num_tokens: int
+    sequence_parallel: bool = False
+    recompute_every: int = 0
+    dropout: float = 0.0
+
+
+NETWORK_CASES = [
+    NetworkCase("absorb", True, 50),
+    NetworkCase("absorb", False, 51, sequence_parallel=True),
+    NetworkCase("absorb", True, 2, sequence_parallel=True),
+    NetworkCase("uniform", False, 51),
+    NetworkCase("uniform", False, 50, sequence_parallel=True, recompute_every=1),
+    NetworkCase("uniform", False, 2),
+    NetworkCase("absorb", True, 50, dropout=0.3, recompute_every=2),
+    NetworkCase("absorb", True, 50, dropout=0.3, sequence_parallel=True),
+]
+
+
+def loss_on_shard(problem: Problem, shard: VocabShard, weight: Tensor, bias: Tensor) -> Any:
+    """Loss, per-sequence losses and the gradients of both on the given part of the vocabulary."""
+    found: dict[str, Any] = {}
+    for kind, function in (
+        ("mean", linear_score_entropy),
+        ("sequence", linear_score_entropy_per_sequence),
+    ):
+        leaves = [part.clone().requires_grad_() for part in (problem.hidden_LBH, weight, bias)]
+        loss = function(*leaves, problem.targets, shard)
+        # Sequences weighted unequally, so that their gradients cannot be taken for one another's.
+        weights = torch.arange(1.0, 1.0 + loss.numel(), dtype=loss.dtype)
+        (loss.reshape(-1) * weights).sum().backward()
+        found[kind] = (loss.detach(), *(leaf.grad for leaf in leaves))
+    return found
+
+
+def run_network(case: NetworkCase, layout: Layout) -> dict[str, Any]:
+    """Losses, log-scores' logits, shards of weights and gradients of one network."""
+    layout = dataclasses.replace(layout, sequence_parallel=case.sequence_parallel)
+    graph = make_graph(case.name, case.num_tokens)
+    network = small_network(
+        graph,
+        layout,
+        scaled=case.scaled,
+        recompute_every=case.recompute_every,
+        dropout=case.dropout,
+    )
+    inputs, targets, _ = noisy_batch(graph)
+    places = {
+        logical.name: (logical.shape, logical.partition_dim, logical.offset)
+        for logical in logical_parameters(network, layout)
+    }
+    weights = {
+        logical.name: logical.parameter.detach().clone()
+        for logical in logical_parameters(network, layout)
+    }
+    loss = network(inputs, targets)
+    loss.backward()
+    with torch.no_grad():
+        per_sequence = network(inputs, targets, per_sequence=True)
+        hidden_LBH = network.hidden(*inputs[:2])
+        logits = network.head.logits(hidden_LBH.flatten(0, 1))
+    return {
+        "loss": loss.detach(),
+        "per_sequence": per_sequence,
+        "logits": logits,
+        "places": places,
+        "weights": weights,
+        "gradients": gradients(network, layout),
+    }
+
+
+def _rank_of_two(layout: Layout) -> dict[str, Any]:
+    found: dict[str, Any] = {"losses": {}, "networks": {}}
+    for name, scaled, size in LOSS_CASES:
+        problem = make_problem(name, scaled, size, padding=1)
+        columns = -(-problem.graph.num_states // 2)
+        start = columns * layout.tensor_rank
+        shard = problem.shard(
+            start=start,
+            length=max(0, min(columns, size - start)),
+            group=layout.tensor_group,
+            chunk_bytes=CHUNK_BYTES,
+        )
+        mine = slice(start, start + columns)
+        found["losses"][name, scaled, size] = loss_on_shard(
+            problem, shard, problem.weight[mine], problem.bias[mine]
+        )
+    for case in NETWORK_CASES:
+        found["networks"][case] = run_network(case, layout)
+    return found
+
+
+def _coordinates(layout: Layout) -> dict[str, Any]:
+    fields = dataclasses.asdict(dataclasses.replace(layout, device=None))  # type: ignore[arg-type]
+    return {
+        **fields,
+        "first": layout.is_first_stage,
+        "last": layout.is_last_stage,
+        "tensor_ranks": dist.get_process_group_ranks(layout.tensor_group),
+        "data_ranks": dist.get_process_group_ranks(layout.data_group),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    # A file to meet at, where a port might be taken.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    found: dict[str, Any] = {}
+    layouts = {}
+    for tensor, pipeline in ((1, 2), (1, 1), (2, 1)):
+        leave_layout()
+        layout = initialize_layout(tensor=tensor, pipeline=pipeline)
+        layouts[tensor, pipeline] = _coordinates(layout)
+    found = _rank_of_two(layout)
+    found["layouts"] = layouts
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    shutdown()
+
+
+@functools.cache
+def two_processes() -> list[dict[str, Any]]:
+    """What each of the two processes found."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "ignore",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logs = [folder / f"{rank}.log" for rank in range(2)]
+        processes = []
+        for rank, log in enumerate(logs):
+            with log.open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, name],
+                        env={**environment, "RANK": str(rank)},
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        deadline = time.monotonic() + 240
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() not in (None, 0) for process in processes):
+                    break
+                assert time.monotonic() < deadline, "the two processes wait for each other"
+                time.sleep(0.05)
+            time.sleep(0.1)
+            codes = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+if __name__ == "__main__":
+    # Cases are keyed by classes of this module under the name the tests import it by.
+    from tests.parallel import vocab_worker
+
+    vocab_worker.main(Path(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""The command: records in order, prompts kept, nothing written over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sedd_scale.cli import run_command
+from sedd_scale.sampling.batch import token_entropy
+from tests.interop.tiny_checkpoints import write_checkpoint
+from tools.generate import build_parser, generate_command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("generate") / "run", block_length=12)
+
+
+def run(checkpoint: Path, output: Path, *arguments: object) -> int:
+    chosen = ["--checkpoint", str(checkpoint), "--output", str(output), "--steps", "5"]
+    return run_command(build_parser(), generate_command, [*chosen, *map(str, arguments)])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": 0} for record in records]
+
+
+def test_unconditional_samples_do_not_depend_on_the_batch(checkpoint: Path, tmp_path: Path) -> None:
+    for size in (2, 5):
+        output = tmp_path / f"{size}.jsonl"
+        assert run(checkpoint, output, "--num-samples", 5, "--seed", 3, "--batch-size", size) == 0
+    records = read(tmp_path / "5.jsonl")
+    assert same(records) == same(read(tmp_path / "2.jsonl"))
+    assert [record["id"] for record in records] == [0, 1, 2, 3, 4]
+    for record in records:
+        assert len(record["tokens"]) == record["length"] == 12
+        assert max(record["tokens"]) < 257
+        assert record["entropy"] == pytest.approx(token_entropy(np.array(record["tokens"])))
+        assert (record["seed"], record["steps"], record["sampler"]) == (3, 5, "analytic")
+    assert len({tuple(record["tokens"]) for record in records}) == 5
+
+
+def test_prompts_are_kept_and_answered_in_order(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"id": "a", "text": "ab[blank:3]cd", "num_samples": 2},
+        {"id": "b", "prefix": "xy", "suffix": "z"},
+        {"id": "c", "text": "ab[blank:3]cd", "seed": 8},
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(checkpoint, tmp_path / "all.jsonl", "--prompts", prompts) == 0
+    records = read(tmp_path / "all.jsonl")
+    assert [record["id"] for record in records] == ["a-0", "a-1", "b", "c"]
+    for record in (records[0], records[1], records[3]):
+        assert record["length"] == 7
+        assert bytes(record["tokens"][:2]) == b"ab" and bytes(record["tokens"][5:]) == b"cd"
+    assert records[2]["length"] == 12 and records[2]["text"].startswith("xy")
+    assert records[2]["tokens"][-1] == ord("z")
+    assert records[0]["tokens"] != records[1]["tokens"]
+    # A prompt with its own seed does not depend on what stands before it.
+    prompts.write_text(json.dumps(lines[2]) + "\n")
+    assert run(checkpoint, tmp_path / "one.jsonl", "--prompts", prompts) == 0
+    assert same(read(tmp_path / "one.jsonl")) == same(records[3:])
+
+
+def test_bad_input_is_one_line_and_writes_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "a____"}\n{"text": "abcdefghijklmnop____"}\n')
+    (tmp_path / "there.jsonl").write_text("kept")
+    for output, arguments, message in [
+        ("there.jsonl", (), "exists already"),
+        ("no/where.jsonl", (), "does not exist"),
+        ("new.jsonl", ("--prompts", prompts), "prompts.jsonl:2: the prompt needs 16 tokens"),
+        ("new.jsonl", ("--prompts", prompts, "--num-samples", 2), "does not go with"),
+        ("new.jsonl", ("--num-samples", 0), "--num-samples 0"),
+        ("new.jsonl", ("--seed", -1), "--seed -1"),
+    ]:
+        assert run(checkpoint, tmp_path / output, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert (tmp_path / "there.jsonl").read_text() == "kept"
+    assert not (tmp_path / "new.jsonl").exists()

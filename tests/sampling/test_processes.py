@@ -1,0 +1,57 @@
+"""Two processes make what one makes: the same samples, and the same bound to the last digit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sampling import work_worker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def of_two() -> dict[str, Any]:
+    """What the worker printed on two processes, by tensor-parallel size."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*launch, work_worker.__file__],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its workers
+        raise
+    assert process.returncode == 0, errors[-4000:]
+    made: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return made
+
+
+@pytest.fixture(scope="module")
+def of_one() -> dict[str, Any]:
+    return work_worker.make(1)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_data_parallel(graph: str, of_one: dict[str, Any], of_two: dict[str, Any]) -> None:
+    one, two = of_one[graph], of_two["1"][graph]
+    assert (one.pop("data_parallel"), two.pop("data_parallel")) == (1, 2)
+    assert one == two
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_tensor_parallel(graph: str, of_one: dict[str, Any], of_two: dict[str, Any]) -> None:
+    one, two = of_one[graph], of_two["2"][graph]
+    assert one["tokens"] == two["tokens"]
+    assert two["blocks"] == pytest.approx(one["blocks"], rel=1e-5)

@@ -1,0 +1,201 @@
+"""What the loop refuses before it starts, and the batches it makes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sedd_scale.config import Config, load_config
+from sedd_scale.data.prepare import prepare
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.model.score_model import schedule_of
+from sedd_scale.parallel.layout import Layout, initialize_layout
+from sedd_scale.training.batches import TrainBatches, ValidationBatches
+from sedd_scale.training.loop import find_resume, fit_to_dataset, train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = REPOSITORY / "configs/runs/tiny.yaml"
+
+
+def prepared(folder: Path, *, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for index in range(12):
+        text = "".join(rng.choice(list("abcdefgh "), size=400))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.txt").write_text(text)
+    prepare(
+        [str(folder / "*.txt")],
+        output=folder / "prepared",
+        block_length=16,
+        tokenizer="bytes",
+        valid_fraction=0.2,
+    )
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("dataset"), seed=0)
+
+
+def tiny(dataset: Path, *overrides: str) -> Config:
+    return load_config(
+        TINY,
+        [
+            f"data.path={dataset}",
+            "training.steps=2",
+            "training.valid_every=0",
+            "checkpoint.every=2",
+            "model.hidden_size=16",
+            "model.num_layers=1",
+            "model.num_heads=2",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two steps."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    train(tiny(dataset), run_dir)
+    return run_dir
+
+
+def test_a_run_directory_holds_what_describes_the_run(finished: Path, dataset: Path) -> None:
+    held = load_config(finished / "config.yaml")
+    assert held == fit_to_dataset(tiny(dataset))[0]
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints"}
+    assert (finished / "checkpoints/latest").read_text() == "step-2\n"
+    assert (finished / "checkpoints/step-2/tokenizer/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("model.vocab_size=300", ConfigError, ["model.vocab_size=300", "257"]),
+        ("data.block_length=32", ConfigError, ["data.block_length=32", "16"]),
+        ("data.path=/nowhere", DataError, ["/nowhere", "prepare_data"]),
+        ("data.path=null", ConfigError, ["data.path"]),
+        ("training.global_batch=3", ConfigError, ["training.global_batch=3", "micro_batch"]),
+        ("parallel.tensor=2", ConfigError, ["parallel.tensor=2"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    dataset: Path, override: str, error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        fit_to_dataset(tiny(dataset, override))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    def source(*overrides: str, run_dir: Path = finished, data: Path = dataset) -> Path | None:
+        config, opened = fit_to_dataset(tiny(data, *overrides))
+        return find_resume(config, run_dir, opened)
+
+    assert source() == finished / "checkpoints/step-2"
+    assert source(run_dir=tmp_path / "new") is None
+    assert source(f"training.resume={finished}", run_dir=tmp_path / "new") is not None
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        source("training.resume=never")
+    with pytest.raises(CheckpointError, match=r"training\.seed=0, not 1"):
+        source("training.seed=1")
+    with pytest.raises(CheckpointError, match=r"training\.global_batch=8, not 4"):
+        source("training.global_batch=4")
+    with pytest.raises(ConfigError, match="done 2 steps"):
+        source("training.steps=1")
+    with pytest.raises(DataError, match="another dataset"):
+        source(data=prepared(tmp_path / "other", seed=1))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        source("training.resume=/nowhere")
+    lost = tmp_path / "lost"
+    shutil.copytree(finished, lost)
+    (lost / "checkpoints/latest").unlink()
+    with pytest.raises(CheckpointError, match="latest"):
+        source(run_dir=lost)
+
+
+def test_the_command_reports_a_user_error_in_one_line(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [
+            *(sys.executable, "tools/train.py", str(TINY), "--run-dir", str(tmp_path / "run")),
+            "training.stepz=3",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1
+    assert "training.stepz" in finished.stderr
+    assert "training.steps" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def layout(data: int, data_rank: int) -> Layout:
+    return Layout(
+        tensor=1,
+        pipeline=1,
+        data=data,
+        tensor_rank=0,
+        pipeline_rank=0,
+        data_rank=data_rank,
+        rank=data_rank,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("graph_name", ["absorb", "uniform"])
+def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) -> None:
+    config, opened = fit_to_dataset(tiny(dataset, f"graph.name={graph_name}"))
+    graph, schedule = make_graph(graph_name, opened.vocab_size), schedule_of(config)
+
+    def inputs(data: int, micro_batch: int) -> list[torch.Tensor]:
+        split = config.override(f"training.micro_batch={micro_batch}")
+        batches = [
+            batch.inputs
+            for rank in range(data)
+            for batch in TrainBatches(
+                opened.reader("train"), split, graph, schedule, layout(data, rank)
+            ).of_step(5)
+        ]
+        return [torch.cat(part) for part in zip(*batches, strict=True)]
+
+    whole = inputs(1, 8)
+    for data, micro_batch in ((1, 1), (2, 2), (4, 1)):
+        for part, expected in zip(inputs(data, micro_batch), whole, strict=True):
+            assert torch.equal(part, expected)
+
+
+def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> None:
+    config, opened = fit_to_dataset(tiny(dataset, "training.valid_blocks=13"))
+    graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
+
+    def bound(data: int) -> tuple[float, float]:
+        nats = []
+        for rank in range(data):
+            batches = ValidationBatches(
+                opened.reader("valid"), config, graph, schedule, layout(data, rank)
+            )
+            # Any function of the batch stands for the loss here.
+            nats.append(
+                torch.cat(
+                    [b.inputs[0].double().sum(1) * b.inputs[1] for b in batches.micro_batches]
+                )
+            )
+        return batches.bound(nats)
+
+    assert len({bound(data) for data in (1, 2, 4)}) == 1
+
+
+def test_layout_of_one_process() -> None:
+    assert initialize_layout().world_size == 1
