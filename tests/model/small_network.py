@@ -45,7 +45,7 @@ def small_network(
     with torch.no_grad():
         for logical in logical_parameters(network, layout):
             if ".norm" in logical.name:
-                logical.parameter += torch.linspace(-0.5, 0.5, len(logical.parameter))
+                logical.parameter.add_(torch.linspace(-0.5, 0.5, len(logical.parameter)))
     return network
 
 

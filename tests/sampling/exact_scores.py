@@ -1,6 +1,5 @@
 """A model that knows the true ratios of a tiny distribution, and a sampler's exact law on it."""
 
-import itertools
 import math
 
 import torch
@@ -15,11 +14,7 @@ from sedd_scale.diffusion.reverse import (
 )
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_expm1
-
-
-def all_states(num_states: int, length: int) -> Tensor:
-    """Every sequence, [num_states^length, length], the last position fastest."""
-    return torch.tensor(list(itertools.product(range(num_states), repeat=length)))
+from tests.evaluation.enumeration import all_states
 
 
 class ExactScores:

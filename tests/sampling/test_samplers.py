@@ -10,7 +10,8 @@ from torch import Tensor
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.sampling import SAMPLERS
 from sedd_scale.sampling.samplers import T_END, sample
-from tests.sampling.exact_scores import ExactScores, all_states, chain_law
+from tests.evaluation.enumeration import all_states
+from tests.sampling.exact_scores import ExactScores, chain_law
 
 GRAPHS = ("absorb", "uniform")
 COUNT = 6000

@@ -1,0 +1,50 @@
+"""What a benchmark prints: a table for a person and one JSON object for a program."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Where and when the measurement was made: device, versions and time."""
+    import torch
+
+    packages = ("torch", "deepspeed", "megatron-core", "sedd_scale")
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def print_report(result: dict[str, Any], *, as_json: bool) -> None:
+    """Print `result` as a table, and with `as_json` as one JSON object on the last line."""
+    width = max(map(len, result))
+    for name, value in result.items():
+        print(f"{name:<{width}}  {_text(value)}")
+    if as_json:
+        print(json.dumps(result))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

@@ -1,0 +1,71 @@
+"""The flags that name a model: a tokenizer that fits, and help that imports no torch."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer
+from sedd_scale.errors import DataError
+from sedd_scale.interop.convert import convert
+from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from tests.interop.tiny_checkpoints import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parsed(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_a_tokenizer_is_given_to_a_checkpoint_that_carries_none(tmp_path: Path) -> None:
+    native = write_checkpoint(tmp_path / "native")
+    # The tokenizer's folder removed, the export carries none.
+    (own,) = native.glob("checkpoints/step-0/tokenizer")
+    own.rename(tmp_path / "bytes")
+    convert("native", "sedd-hf", native, tmp_path / "hf")
+    assert open_model(parsed("--checkpoint", tmp_path / "hf")).tokenizer is None
+    model = open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "bytes"))
+    assert model.tokenizer.fingerprint == BytesTokenizer().fingerprint
+    Text8Tokenizer().save(tmp_path / "letters")
+    with pytest.raises(DataError, match="has 27 tokens and the checkpoint 257"):
+        open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "letters"))
+    with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
+        open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "none"))
+
+
+def test_gpt2_files_are_a_tokenizer(shared: Path, tmp_path: Path) -> None:
+    native = write_checkpoint(tmp_path / "native")
+    with pytest.raises(DataError, match="is not the tokenizer of"):
+        open_model(parsed("--checkpoint", native, "--tokenizer", shared / "data" / "tokenizers"))
+
+
+def test_precision_is_that_of_the_weights(tmp_path: Path) -> None:
+    native = write_checkpoint(tmp_path / "native")
+    model = open_model(parsed("--checkpoint", native, "--precision", "bf16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    tokens_BL = torch.full((1, 4), 257)
+    full = open_model(parsed("--checkpoint", native)).log_score(tokens_BL, torch.ones(1))
+    torch.testing.assert_close(
+        model.log_score(tokens_BL, torch.ones(1)), full, rtol=0.05, atol=0.05
+    )
+
+
+def test_commands_parse_without_torch() -> None:
+    names = ("generate", "eval_ppl", "convert_ckpt")
+    script = "import sys\n" + "".join(
+        f"import tools.{name}\ntools.{name}.build_parser()\n" for name in names
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script + "print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"

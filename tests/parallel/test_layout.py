@@ -1,0 +1,96 @@
+"""Coordinates of a process, and groups that Megatron-core and DeepSpeed see alike."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from sedd_scale.errors import ConfigError
+from sedd_scale.parallel.layout import (
+    Layout,
+    ModelParallelUnit,
+    initialize_layout,
+    launched_world_size,
+    leave_layout,
+    local_device,
+)
+from tests.parallel.vocab_worker import two_processes
+
+
+@pytest.fixture(scope="module")
+def layout() -> Layout:
+    return initialize_layout()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return two_processes()
+
+
+def test_one_process_needs_no_launcher(layout: Layout) -> None:
+    assert (layout.tensor, layout.pipeline, layout.data, layout.world_size) == (1, 1, 1, 1)
+    assert layout.is_first_stage and layout.is_last_stage and not layout.sequence_parallel
+    assert layout.tensor_group.size() == layout.data_group.size() == dist.get_world_size() == 1
+    assert layout.device == local_device()
+    assert initialize_layout() == layout
+
+
+def test_a_layout_can_be_left_for_another(layout: Layout) -> None:
+    leave_layout()
+    assert not parallel_state.is_initialized()
+    assert initialize_layout() == layout
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_too_few_processes_are_refused(tensor: int, pipeline: int) -> None:
+    with pytest.raises(ConfigError, match=rf"1 processes do not fit parallel\.tensor={tensor}"):
+        initialize_layout(tensor=tensor, pipeline=pipeline)
+
+
+def test_the_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched_world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert launched_world_size() == 6
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own"):
+        local_device()
+
+
+def test_deepspeed_asks_megatron_under_the_older_names(layout: Layout) -> None:
+    unit = ModelParallelUnit()
+    assert unit.get_model_parallel_world_size() == layout.tensor
+    assert unit.get_model_parallel_rank() == layout.tensor_rank
+    assert unit.get_model_parallel_group() is layout.tensor_group
+    assert unit.get_data_parallel_group() is layout.data_group
+    with pytest.raises(AttributeError):
+        unit.get_no_such_thing()
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_two_processes_stand_where_deepspeed_would_put_them(
+    tensor: int, pipeline: int, data: int, ranks: list[dict[str, Any]]
+) -> None:
+    topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    for rank, found in enumerate(ranks):
+        place = found["layouts"][tensor, pipeline]
+        assert place["rank"] == rank
+        assert (place["tensor"], place["pipeline"], place["data"]) == (tensor, pipeline, data)
+        coordinate = topology.get_coord(rank)
+        assert place["tensor_rank"] == coordinate.model
+        assert place["pipeline_rank"] == coordinate.pipe
+        assert place["data_rank"] == coordinate.data
+        assert place["first"] == (coordinate.pipe == 0)
+        assert place["last"] == (coordinate.pipe == pipeline - 1)
+        assert place["tensor_ranks"] == ([0, 1] if tensor == 2 else [rank])
+        assert place["data_ranks"] == ([0, 1] if data == 2 else [rank])

@@ -1,0 +1,26 @@
+"""Measure the parts of a training step, side by side with straightforward formulations of them."""
+
+import importlib
+import importlib.util
+import sys
+
+from sedd_scale.cli import make_parser, run_command
+
+SUBCOMMANDS = ("loss", "step", "optimizer", "data", "communication")
+
+
+def main() -> int:
+    parser = make_parser(
+        "Measure one part of a training step: median time over repeats, tokens a second, memory.",
+        "tools/benchmark.py loss --baseline --json",
+    )
+    subparsers = parser.add_subparsers(metavar="PART", required=True)
+    for name in SUBCOMMANDS:
+        module = f"sedd_scale.benchmark.{name}"
+        if importlib.util.find_spec(module):
+            importlib.import_module(module).add_arguments(subparsers)
+    return run_command(parser, lambda arguments: arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
