@@ -35,11 +35,7 @@ def plot_command(arguments: argparse.Namespace) -> None:
         if len(arguments.runs) > 1:
             raise ConfigError(f"{len(arguments.runs)} runs have no one place: give --output")
         output = arguments.runs[0] / "curves.png"
-    last_parts = [path.resolve().name for path in arguments.runs]
-    runs = [
-        read_run(path, name=part if last_parts.count(part) == 1 else str(path))
-        for path, part in zip(arguments.runs, last_parts)
-    ]
+    runs = [read_run(path, name=str(path)) for path in arguments.runs]
     plot_runs(runs, output)
     print(output)
 

@@ -200,17 +200,26 @@ def summary(
         seconds: of each command.
     """
     unigram = split["unigram_entropy_nats"]
-    width = max(len(name) for name in seconds) + 2
-    lines = [
-        f"{'validation text':{width}}{'nats/token':>18}{'bits/character':>18}{'perplexity':>14}",
-        f"{'unigram entropy':{width}}{unigram:>9.4f}{'':9}{unigram_bits:>18.4f}"
-        f"{math.exp(unigram):>14.1f}",
-        f"{'bound of the model':{width}}{bound['nats_per_token']:>9.4f} ± {bound['stderr']:.4f}"
-        f"{bound['bits_per_char']:>18.4f}{bound['perplexity']:>14.1f}",
-        "",
+    rows = [
+        ("", "nats/token", "", "bits/character", "perplexity"),
+        (
+            "unigram entropy",
+            f"{unigram:.4f}",
+            "",
+            f"{unigram_bits:.4f}",
+            f"{math.exp(unigram):.1f}",
+        ),
+        (
+            "bound of the model",
+            f"{bound['nats_per_token']:.4f}",
+            f" ± {bound['stderr']:.4f}",
+            f"{bound['bits_per_char']:.4f}",
+            f"{bound['perplexity']:.1f}",
+        ),
     ]
-    lines += [f"{name:{width}}{value:>9.1f} s" for name, value in seconds.items()]
-    return [*lines, f"{'all':{width}}{sum(seconds.values()):>9.1f} s"]
+    lines = [f"{a:18}{b:>12}{c:9}{d:>16}{e:>12}" for a, b, c, d, e in rows]
+    lines += ["", *(f"{name:18}{value:>10.1f} s" for name, value in seconds.items())]
+    return [*lines, f"{'all':18}{sum(seconds.values()):>10.1f} s"]
 
 
 def quickstart_command(arguments: argparse.Namespace) -> None:
@@ -229,6 +238,7 @@ def quickstart_command(arguments: argparse.Namespace) -> None:
         if name == "sample":
             show_texts(folder / "samples.jsonl")
         elif name == "infill":
+            print(f"--- given\n{PROMPT}", end="")
             show_texts(folder / "infilling.jsonl")
 
     from sedd_scale.data.report import unigram_bits_per_character

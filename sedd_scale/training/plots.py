@@ -124,6 +124,7 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     kinds = pyplot.figure().canvas.get_supported_filetypes()
     pyplot.close()
@@ -153,16 +154,20 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
         axes[key].set_title(title, fontsize=10)
     if any((run.training["grad_norm"] > 0).any() for run in runs):
         axes["grad_norm"].set_yscale("log")
+        axes["grad_norm"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes["grad_norm"].yaxis.set_major_formatter("{x:g}")
+        axes["grad_norm"].yaxis.set_minor_formatter(NullFormatter())
     for key in ("lr", "tokens_per_second"):
         axes[key].set_ylim(bottom=0)
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
     for panel in axes.values():
         panel.set_xlabel("step")
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    figure.savefig(output, dpi=140)
+    figure.savefig(output, dpi=110)
     pyplot.close(figure)
 
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sedd_scale.model.adaln import AdaptiveNorm, Modulation, SigmaEmbedding, sum_gradient_over_sequence
+from sedd_scale.model.adaln import (
+    AdaptiveNorm,
+    Modulation,
+    SigmaEmbedding,
+    sum_gradient_over_sequence,
+)
 from sedd_scale.parallel.layout import Layout, initialize_layout
 
 SIGMAS = [0.0, 1e-4, 0.37, 6.9, 20.0]
@@ -27,7 +32,11 @@ def test_sigma_is_embedded_by_cosines_then_sines() -> None:
     embedding = SigmaEmbedding(24)
     features = torch.tensor(
         [
-            [wave(sigma * 10_000 ** (-i / 128)) for wave in (math.cos, math.sin) for i in range(128)]
+            [
+                wave(sigma * 10_000 ** (-i / 128))
+                for wave in (math.cos, math.sin)
+                for i in range(128)
+            ]
             for sigma in SIGMAS
         ],
         dtype=torch.float64,

@@ -83,9 +83,7 @@ def test_recomputation_changes_nothing(
     inputs, targets, _ = noisy_batch(GRAPH)
     results = []
     for every in (0, recompute_every):
-        network = small_network(
-            GRAPH, layout, scaled=True, dropout=dropout, recompute_every=every
-        )
+        network = small_network(GRAPH, layout, scaled=True, dropout=dropout, recompute_every=every)
         torch.manual_seed(every)
         loss = network(inputs, targets)
         torch.manual_seed(100 + every)

@@ -132,9 +132,7 @@ def test_shards_are_slices_padded_with_zeros() -> None:
     assert lengths == [2, 2, 1, 0]
 
     columns = LogicalParameter("x", nn.Parameter(torch.empty(5, 2)), (5, 2), (5, 3), 1, 2)
-    assert torch.equal(
-        columns.slice_of(whole), torch.cat([whole[:, 2:], torch.zeros(5, 1)], dim=1)
-    )
+    assert torch.equal(columns.slice_of(whole), torch.cat([whole[:, 2:], torch.zeros(5, 1)], dim=1))
     copy = LogicalParameter("x", nn.Parameter(torch.empty(5, 3)), (5, 3), (5, 3), None, 0)
     assert torch.equal(copy.slice_of(whole), whole)
 

@@ -13,7 +13,11 @@ from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import ScoreModel, noise_columns
 from sedd_scale.parallel.layout import Layout, initialize_layout
 
-KINDS = [("absorb", True, "loglinear"), ("absorb", False, "cosine"), ("uniform", False, "geometric")]
+KINDS = [
+    ("absorb", True, "loglinear"),
+    ("absorb", False, "cosine"),
+    ("uniform", False, "geometric"),
+]
 NUM_TOKENS, BATCH, LENGTH = 11, 3, 6
 
 

@@ -17,7 +17,7 @@ from sedd_scale.parallel.layout import (
     leave_layout,
     local_device,
 )
-from tests.parallel.vocab_worker import two_processes
+from tests.parallel.vocab_worker import SIMULATED_LAYOUTS, two_processes
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,33 @@ def test_deepspeed_asks_megatron_under_the_older_names(layout: Layout) -> None:
 def test_two_processes_stand_where_deepspeed_would_put_them(
     tensor: int, pipeline: int, data: int, ranks: list[dict[str, Any]]
 ) -> None:
+    places = [rank["layouts"][tensor, pipeline] for rank in ranks]
+    assert_as_deepspeed(places, tensor, pipeline, data)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), SIMULATED_LAYOUTS)
+def test_eight_processes_stand_where_deepspeed_would_put_them(
+    tensor: int, pipeline: int, data: int, ranks: list[dict[str, Any]]
+) -> None:
+    assert_as_deepspeed(ranks[0]["simulated"][tensor, pipeline, data], tensor, pipeline, data)
+
+
+def assert_as_deepspeed(
+    places: list[dict[str, Any]], tensor: int, pipeline: int, data: int
+) -> None:
+    """Each rank's coordinates and groups are those of DeepSpeed's own topology."""
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
-    for rank, found in enumerate(ranks):
-        place = found["layouts"][tensor, pipeline]
+    assert len(places) == topology.world_size()
+    for rank, place in enumerate(places):
         assert place["rank"] == rank
         assert (place["tensor"], place["pipeline"], place["data"]) == (tensor, pipeline, data)
-        coordinate = topology.get_coord(rank)
-        assert place["tensor_rank"] == coordinate.model
-        assert place["pipeline_rank"] == coordinate.pipe
-        assert place["data_rank"] == coordinate.data
-        assert place["first"] == (coordinate.pipe == 0)
-        assert place["last"] == (coordinate.pipe == pipeline - 1)
-        assert place["tensor_ranks"] == ([0, 1] if tensor == 2 else [rank])
-        assert place["data_ranks"] == ([0, 1] if data == 2 else [rank])
+        at = topology.get_coord(rank)
+        assert (place["tensor_rank"], place["pipeline_rank"], place["data_rank"]) == (
+            at.model,
+            at.pipe,
+            at.data,
+        )
+        assert place["first"] == (at.pipe == 0)
+        assert place["last"] == (at.pipe == pipeline - 1)
+        assert place["tensor_ranks"] == topology.filter_match(pipe=at.pipe, data=at.data)
+        assert place["data_ranks"] == topology.filter_match(pipe=at.pipe, model=at.model)

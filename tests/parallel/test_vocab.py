@@ -134,9 +134,7 @@ def test_any_cut_into_chunks_gives_the_same(name: str, scaled: bool) -> None:
     shards = [problem.shard(chunk_bytes=size) for size in (1, 4 * 51 * 23, 2**25)]
     rows = len(problem.targets.rows_M)
     assert {-(-rows // shard.chunk_rows(problem.graph.num_states)) for shard in shards} > {1}
-    one, *others = (
-        loss_on_shard(problem, shard, problem.weight, problem.bias) for shard in shards
-    )
+    one, *others = (loss_on_shard(problem, shard, problem.weight, problem.bias) for shard in shards)
     for other in others:
         for kind, parts in one.items():
             for part, same in zip(parts, other[kind]):
@@ -207,7 +205,7 @@ def test_rows_that_do_not_count_get_no_gradient(name: str, scaled: bool) -> None
 
 @pytest.mark.parametrize(("name", "scaled"), KINDS)
 def test_bf16_weights_have_float32_statistics(name: str, scaled: bool) -> None:
-    """Only the product's own rounding shows: a bf16 sum of this many terms would lose half of it."""
+    """Only the product's own rounding shows; a bf16 sum of so many terms would stop growing."""
     problem = make_problem(name, scaled, 32768, dtype=torch.bfloat16, length=3)
     targets, shard = problem.targets, problem.shard()
     leaves = problem.leaves
@@ -286,7 +284,7 @@ class Allocations(TorchDispatchMode):
 def test_memory_is_the_gradients_and_one_chunk(
     name: str, scaled: bool, function: Any, width: int
 ) -> None:
-    """Whether all rows' logits (16 chunks) or the weight outweigh the rest, neither is there twice."""
+    """Whether the 16 chunks of logits or the weight outweigh the rest, neither is there twice."""
     problem = make_problem(name, scaled, 4000, dtype=torch.float32, length=300, width=width)
     leaves, targets = problem.leaves, problem.targets
     num_rows, columns = len(targets.rows_M), len(problem.weight)

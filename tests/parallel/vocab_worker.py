@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.model.parameters import logical_parameters
@@ -108,9 +109,7 @@ def make_problem(
 
 
 # (graph, scaled, N): columns that split evenly and not, and ranks without a single real token.
-LOSS_CASES = [
-    (name, scaled, size) for name, scaled in KINDS for size in (2, 3, 5, 50, 101) if size > 0
-]
+LOSS_CASES = [(name, scaled, size) for name, scaled in KINDS for size in (2, 3, 5, 50, 101)]
 # Small enough a budget that unequal shards would be cut into unequal chunks.
 CHUNK_BYTES = 240
 
@@ -126,6 +125,18 @@ class NetworkCase:
     recompute_every: int = 0
     dropout: float = 0.0
 
+    def __str__(self) -> str:
+        options = {
+            "scaled": self.scaled,
+            "sp": self.sequence_parallel,
+            "recompute": self.recompute_every,
+            "dropout": self.dropout,
+        }
+        return "-".join([self.name, str(self.num_tokens), *(k for k, on in options.items() if on)])
+
+
+# Layouts (tensor, pipeline, data) of eight processes that are simulated one at a time.
+SIMULATED_LAYOUTS = [(2, 2, 2), (4, 2, 1), (2, 1, 4), (1, 4, 2), (8, 1, 1), (1, 8, 1)]
 
 NETWORK_CASES = [
     NetworkCase("absorb", True, 50),
@@ -223,14 +234,27 @@ def _coordinates(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _simulated_coordinates() -> dict[tuple[int, int, int], list[dict[str, Any]]]:
+    """Where each of eight processes would stand, with groups that never communicate."""
+    os.environ["WORLD_SIZE"] = "8"
+    new_group = dist.new_group
+    dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
+    found: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for sizes in SIMULATED_LAYOUTS:
+        found[sizes] = []
+        for rank in range(8):
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+            layout = initialize_layout(tensor=sizes[0], pipeline=sizes[1])
+            found[sizes].append(_coordinates(layout))
+            shutdown()
+    return found
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     # A file to meet at, where a port might be taken.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    found: dict[str, Any] = {}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     layouts = {}
     for tensor, pipeline in ((1, 2), (1, 1), (2, 1)):
         leave_layout()
@@ -238,9 +262,10 @@ def main(folder: Path) -> None:
         layouts[tensor, pipeline] = _coordinates(layout)
     found = _rank_of_two(layout)
     found["layouts"] = layouts
-    torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     shutdown()
+    found["simulated"] = _simulated_coordinates()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @functools.cache

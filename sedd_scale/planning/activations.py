@@ -1,0 +1,142 @@
+"""Bytes that one micro-batch leaves on a rank between its forward and its backward pass.
+
+What autograd keeps is counted tensor by tensor, as sedd_scale/model makes them. Attention keeps its
+inputs, its output and one number a row and head: scores are never materialised (flash-attn, or
+PyTorch's fused scaled_dot_product_attention). Small tensors, those of one row a sequence, are left
+out.
+
+Sizes are in bytes for a micro-batch of B sequences of L tokens; under sequence parallelism a rank
+holds 1/tensor of the positions of what lies between tensor-parallel layers ("stream" below).
+"""
+
+from dataclasses import dataclass
+
+from sedd_scale.config import Config
+from sedd_scale.planning.model_states import BYTES, FLOAT32
+from sedd_scale.planning.parameters import num_states
+
+# Of parallel/vocab.py: memory of one chunk of float32 logits, and the fewest rows of one.
+CHUNK_BYTES = 32 * 2**20
+MIN_CHUNK_ROWS = 16
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """Bytes of one pipeline stage (or the whole network) on one rank.
+
+    Attributes:
+        kept: kept for the backward pass, all micro-batches in flight together.
+        boundary: what is received from and sent to the neighbouring stages.
+        workspace: the most that lives beside them: dropout's bits in a forward pass, the loss and
+            its gradients, or a block's backward pass with what it recomputes.
+    """
+
+    kept: int
+    boundary: int
+    workspace: int
+
+
+def stage_activations(
+    config: Config,
+    *,
+    vocab_size: int,
+    block_length: int,
+    stage: int,
+    layers: range,
+    in_flight: int,
+) -> StageActivations:
+    """Bytes of the layers `layers` (0 the embedding, the last the head) of stage `stage`.
+
+    Args:
+        in_flight: micro-batches between their forward and backward pass at one time.
+    """
+    model, parallel = config.model, config.parallel
+    weight_bytes = BYTES[config.training.precision]
+    residual_bytes = BYTES[model.residual_dtype]
+    tokens = config.training.micro_batch * block_length
+    split = parallel.tensor if parallel.sequence_parallel else 1
+    stream = tokens * model.hidden_size // split
+    shard = tokens * model.hidden_size // parallel.tensor
+    every = parallel.recompute_every
+
+    block = _block_bytes(config, stream, shard, tokens)
+    kept = 0
+    recomputed = False
+    for layer in layers:
+        if 1 <= layer <= model.num_layers:
+            if every and (layer - 1) % every == 0:
+                kept += residual_bytes * stream
+                recomputed = True
+            else:
+                kept += block
+    has_head = layers[-1] == model.num_layers + 1
+    backward = 2 * model.mlp_ratio * weight_bytes * shard + 4 * FLOAT32 * stream
+    dropout = (3 * 8 + FLOAT32) * stream if model.dropout else 0
+    workspace = max(backward, dropout) + (block if recomputed else 0)
+    if has_head:
+        # The input and the output of the head's norm.
+        kept += 2 * FLOAT32 * stream
+        rows = -(-num_states(config, vocab_size) // parallel.tensor)
+        loss, loss_gradients = _loss_bytes(config, rows, tokens)
+        workspace = max(loss, workspace + loss_gradients)
+    return StageActivations(
+        kept=in_flight * kept,
+        boundary=_boundary_bytes(config, stream, residual_bytes, stage, in_flight),
+        workspace=workspace,
+    )
+
+
+def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
+    """What one block keeps; `stream` and `shard` are numbers, not bytes."""
+    model = config.model
+    weight_bytes = BYTES[config.training.precision]
+    per_branch = {
+        "residual stream, the norm's input": FLOAT32,
+        "norm's output": FLOAT32,
+        "modulated norm, the linear map's input": weight_bytes,
+        "branch before its gate": weight_bytes,
+        "dropout's mask": 1 if model.dropout else 0,
+    }
+    per_shard = {
+        "queries, keys and values": 3 * weight_bytes,
+        "turned queries and keys": 2 * weight_bytes,
+        "attention's output": weight_bytes,
+        "before and after GELU": 2 * model.mlp_ratio * weight_bytes,
+    }
+    log_sums = FLOAT32 * tokens * model.num_heads // config.parallel.tensor
+    return 2 * sum(per_branch.values()) * stream + sum(per_shard.values()) * shard + log_sums
+
+
+def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:
+    """Bytes at the loss's peak, and of the gradients it keeps for the backward pass.
+
+    Args:
+        rows: rows of the head's weight on this rank.
+    """
+    width, weight_bytes = config.model.hidden_size, BYTES[config.training.precision]
+    low_precision = weight_bytes != FLOAT32
+    chunk_rows = min(tokens, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT32 * rows)))
+    chunk = chunk_rows * rows * (FLOAT32 + (weight_bytes if low_precision else 0))
+    hidden = weight_bytes * tokens * width
+    kept = hidden + weight_bytes * rows * width
+    # The weight's gradient adds up in float32 and is then copied to the weight's type.
+    peak = 2 * hidden + FLOAT32 * rows * width + chunk
+    if low_precision:
+        peak += weight_bytes * rows * width
+    return peak, kept
+
+
+def _boundary_bytes(
+    config: Config, stream: int, residual_bytes: int, stage: int, in_flight: int
+) -> int:
+    """Hidden states and the conditioning as further positions, as DeepSpeed's buffers hold them."""
+    model, pipeline = config.model, config.parallel.pipeline
+    if pipeline == 1:
+        return 0
+    cond_rows = -(-model.cond_dim // model.hidden_size)
+    extra = config.training.micro_batch * cond_rows * model.hidden_size
+    packed = residual_bytes * (stream + extra)
+    received, sent = stage > 0, stage < pipeline - 1
+    # In flight: the received tensor beside the clone the stage works on, and the packed output.
+    # Once: the receive buffer, the input's gradient and the output's gradient.
+    return packed * (in_flight * (received + sent) + 2 * received + sent)

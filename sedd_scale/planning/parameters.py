@@ -1,0 +1,114 @@
+"""How many parameters a model has: by part, by pipeline stage and on one tensor-parallel rank.
+
+The shapes are those of sedd_scale/model, in the order in which its modules register them: ZeRO cuts
+the flattened parameters of a rank in that order.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sedd_scale.config import Config
+
+SIGMA_FEATURES = 256
+
+Layer = tuple["ParameterShape", ...]
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter of the whole network.
+
+    Attributes:
+        name: the layout-free name.
+        part: what it belongs to in a table for people.
+        shape: the whole tensor's shape, without padding.
+        split_dim: the axis that tensor parallelism splits, or None where ranks hold copies.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    split_dim: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the whole tensor."""
+        return math.prod(self.shape)
+
+    def local_numel(self, tensor: int) -> int:
+        """Numbers one of `tensor` ranks holds, the padding of vocabulary shards included."""
+        if self.split_dim is None:
+            return self.numel
+        length = self.shape[self.split_dim]
+        return self.numel // length * -(-length // tensor)
+
+
+def num_states(config: Config, vocab_size: int) -> int:
+    """V, the states of a position: the N real tokens, and the mask under absorb."""
+    return vocab_size + (config.graph.name == "absorb")
+
+
+def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
+    """The parameters of each layer of the list that a pipeline cuts: embedding, blocks, head."""
+    model = config.model
+    width, cond, inner = model.hidden_size, model.cond_dim, model.mlp_ratio * model.hidden_size
+    states = num_states(config, vocab_size)
+
+    def modulation(layer: str, num_vectors: int) -> Iterator[ParameterShape]:
+        rows = num_vectors * width
+        yield ParameterShape(f"{layer}.modulation.linear.weight", "modulation", (rows, cond))
+        yield ParameterShape(f"{layer}.modulation.linear.bias", "modulation", (rows,))
+
+    def norm(name: str) -> ParameterShape:
+        return ParameterShape(f"{name}.weight", "norms", (width,))
+
+    def block(index: int) -> Iterator[ParameterShape]:
+        name = f"blocks.{index}"
+        yield norm(f"{name}.norm1")
+        yield norm(f"{name}.norm2")
+        yield from modulation(name, 6)
+        for key, part, shape, split_dim in (
+            ("attention.linear_proj.weight", "attention", (width, width), 1),
+            ("attention.linear_qkv.weight", "attention", (3 * width, width), 0),
+            ("mlp.linear_fc1.weight", "mlp", (inner, width), 0),
+            ("mlp.linear_fc1.bias", "mlp", (inner,), 0),
+            ("mlp.linear_fc2.weight", "mlp", (width, inner), 1),
+            ("mlp.linear_fc2.bias", "mlp", (width,), None),
+        ):
+            yield ParameterShape(f"{name}.{key}", part, shape, split_dim)
+
+    def embedding() -> Iterator[ParameterShape]:
+        yield ParameterShape("embedding.tokens.weight", "token embedding", (states, width), 0)
+        for name, columns in (("linear1", SIGMA_FEATURES), ("linear2", cond)):
+            weight = f"embedding.sigma.{name}"
+            yield ParameterShape(f"{weight}.weight", "noise embedding", (cond, columns))
+            yield ParameterShape(f"{weight}.bias", "noise embedding", (cond,))
+
+    def head() -> Iterator[ParameterShape]:
+        yield norm("head.norm")
+        yield from modulation("head", 2)
+        yield ParameterShape("head.linear.weight", "head", (states, width), 0)
+        yield ParameterShape("head.linear.bias", "head", (states,), 0)
+
+    blocks = [tuple(block(index)) for index in range(model.num_layers)]
+    return [tuple(embedding()), *blocks, tuple(head())]
+
+
+def count_by_part(layers: list[Layer]) -> dict[str, int]:
+    """Parameters of each part of the whole network, padding left out."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        for parameter in layer:
+            counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
+    return counts
+
+
+def stage_bounds(num_layers: int, pipeline: int) -> list[int]:
+    """Where each stage begins in a list of `num_layers` layers, and the end; the first stages
+    are the longer ones.
+
+    Source: DeepSpeed's partition method "uniform" (deepspeed.runtime.utils.partition_uniform).
+    """
+    base, longer = divmod(num_layers, pipeline)
+    return [stage * base + min(stage, longer) for stage in range(pipeline + 1)]

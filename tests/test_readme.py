@@ -1,0 +1,218 @@
+"""README and docs: their commands, keys, files and links exist, and their Python runs."""
+
+import argparse
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sedd_scale.config import Config, load_config
+from sedd_scale.config_reference import reference
+from sedd_scale.errors import ConfigError
+from tools import convert_ckpt, eval_ppl, generate, plot_run, prepare_data, quickstart
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    f"tools/{module.__name__.rpartition('.')[2]}.py": module.build_parser
+    for module in (convert_ckpt, eval_ppl, generate, plot_run, prepare_data, quickstart)
+}
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+KEY = re.compile(r"[a-z]+\.[a-z_0-9]+")
+# A file whose name looks like a key.
+WEIGHTS_FILE = "model.safetensors"
+FOLDERS = ("tools", "configs", "docs", "sedd_scale", "tests")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text for kind, text in found if kind == language]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every line of every `sh` block, continuations joined."""
+    return [
+        (page.name, line.strip())
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
+
+
+def known_keys() -> set[str]:
+    return {
+        f"{section.name}.{key.name}"
+        for section in fields(Config)
+        for key in fields(section.type)  # type: ignore[arg-type]
+    }
+
+
+def after_launcher(words: list[str]) -> tuple[int | None, list[str]]:
+    """Number of processes, if a launcher states it, and the tool with its arguments."""
+    launcher = Path(words[0]).name
+    if launcher == "python":
+        return None, words[1:]
+    assert launcher == "torchrun", f"{launcher} is no launcher of this project"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--standalone", action="store_true")
+    parser.add_argument("--nproc-per-node", type=int, default=1)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    launched = parser.parse_args(words[1:])
+    return launched.nproc_per_node, launched.rest
+
+
+def check_training(arguments: list[str], num_processes: int) -> None:
+    """Refuse a line for tools/train.py whose configuration cannot run on so many processes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("overrides", nargs="*")
+    parsed = parser.parse_intermixed_args(arguments)
+    config = load_config(ROOT / parsed.config, parsed.overrides)
+    config.require_data()
+    config.validate(num_processes)
+
+
+def check_command(line: str) -> None:
+    """Fail unless the line is one that its program takes."""
+    words = shlex.split(line.partition(" > ")[0])
+    words[0] = words[0].removeprefix(".venv/bin/")
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert len(words) >= 2 and words[1] in targets, line
+        return
+    num_processes, rest = after_launcher(words)
+    if rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]) is not None, line
+        if rest[1] == "pytest":
+            assert all((ROOT / word).exists() for word in rest[2:] if word[0] != "-"), line
+        return
+    assert (ROOT / rest[0]).is_file(), line
+    if rest[0] == "tools/train.py":
+        check_training(rest[1:], num_processes or 1)
+    else:
+        PARSERS[rest[0]]().parse_args(rest[1:])
+
+
+def test_every_step_from_text_to_export_is_shown_in_the_readme():
+    shown = {
+        word
+        for page, line in commands()
+        if page == "README.md"
+        for word in shlex.split(line)
+        if word.startswith("tools/")
+    }
+    assert {*PARSERS, "tools/train.py"} - {"tools/quickstart.py"} <= shown
+    assert {"make quickstart", "make test"} <= {line for _, line in commands()}
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_command_exists(page: str, line: str):
+    check_command(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make everything",
+        "python tools/gone.py",
+        "python tools/generate.py --checkpoint runs/a --output o.jsonl --temperature 1",
+        "python tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d model.depth=3",
+        "torchrun --nproc-per-node 3 tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d",
+        "python tools/train.py configs/runs/tiny.yaml --run-dir r",
+        "python -m sedd_scale.gone",
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(line: str):
+    with pytest.raises((AssertionError, SystemExit, ConfigError)):
+        check_command(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_and_files_in_the_text_exist(page: Path):
+    sections = {section.name for section in fields(Config)}
+    for code in INLINE.findall(prose(page)):
+        key = code.partition("=")[0]
+        is_key = KEY.fullmatch(key) and key.partition(".")[0] in sections
+        if is_key and not is_module(key) and key != WEIGHTS_FILE:
+            assert key in known_keys(), f"{page.name}: `{code}`"
+            if "=" in code:
+                Config().override(code)
+        path = code.split()[0]
+        if path.partition("/")[0] in FOLDERS and "/" in path:
+            assert (ROOT / path).exists(), f"{page.name}: `{code}`"
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
+            assert flag in known_flags(), f"{page.name}: `{code}`"
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a module of the package, such as data.loader."""
+    return (ROOT / "sedd_scale" / f"{name.replace('.', '/')}.py").is_file()
+
+
+def known_flags() -> set[str]:
+    flags = {"--run-dir"}
+    for build_parser in PARSERS.values():
+        for action in build_parser()._actions:
+            flags.update(action.option_strings)
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path):
+    for target in LINK.findall(prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{page.name}: {target}"
+
+
+def test_configuration_reference_is_up_to_date():
+    """If not: python -m sedd_scale.config_reference > docs/configuration.md"""
+    assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == reference()
+    for key in known_keys():
+        assert f"| `{key}` |" in reference()
+
+
+def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a small untrained model in the place of the published one."""
+    import torch
+
+    from sedd_scale.interop.convert import write_published
+    from sedd_scale.model.score_model import ScoreModel
+    from sedd_scale.parallel.layout import initialize_layout
+
+    config = load_config(ROOT / "configs/models/tiny.yaml")
+    model = ScoreModel(config, 50, initialize_layout(), block_length=64)
+    write_published(model, tmp_path / "sedd-small", None)
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    ast.parse(snippet)
+    names: dict[str, torch.Tensor] = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["log_score_BLV"].shape == (2, 64, 51)
+    assert names["nats_B"].shape == (2,)
+    # An untrained head is zero: every masked token costs ln N, at the rate of its time.
+    share = (names["masked_BL"] == 50).double().sum(1) / names["t_B"].double()
+    expected = share * torch.log(torch.tensor(50.0, dtype=torch.float64))
+    torch.testing.assert_close(names["nats_B"].double(), expected, rtol=1e-4, atol=0.0)
