@@ -24,7 +24,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 class ScoreModel(nn.Module):
-    """The score network s_theta(x, sigma) with the process it was trained for.
+    """The score network s_theta(x, sigma) with the process it was trained for, in eval mode.
 
     Attributes:
         config: the configuration it was built from.
@@ -56,6 +56,7 @@ class ScoreModel(nn.Module):
                 config.model, self.graph, layout, scaled=self.scaled, seed=config.training.seed
             )
         )
+        self.eval()
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +113,8 @@ class ScoreModel(nn.Module):
             xt_BL: noisy tokens; drawn from the forward process at t when not given.
             generator: the source of what is drawn (a CPU generator).
 
+        With `train()` dropout is on; a new model is in eval mode.
+
         Raises:
             DataError: a token that is not one of the N, or xt of another shape than x0.
 
@@ -135,7 +138,10 @@ class ScoreModel(nn.Module):
             )
         xt_BL = self._checked(xt_BL, self.graph.num_states).cpu()
         targets = score_targets(self.graph, clean_BL=x0_BL, noisy_BL=xt_BL, noise_B3=noise_B3)
-        inputs = (xt_BL, noise_B3[:, 0].float(), torch.zeros(len(x0_BL), dtype=torch.int64))
+        keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
+        if self.training:  # dropout is keyed, so every call needs keys of its own
+            keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
+        inputs = (xt_BL, noise_B3[:, 0].float(), keys_B)
         return self.network(
             tuple(tensor.to(self.device) for tensor in inputs),
             targets.to(self.device),

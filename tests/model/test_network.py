@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import (
@@ -18,6 +17,7 @@ from sedd_scale.model.network import ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
+from tests.plain_network import PlainNetwork
 
 HIDDEN, HEADS, COND, BLOCKS = 32, 4, 24, 2
 KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
@@ -28,90 +28,23 @@ def layout() -> Layout:
     return initialize_layout()
 
 
-class PlainNorm(nn.Module):
-    """Layer norm with a weight and no bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(HIDDEN))
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normed = F.layer_norm(x, (HIDDEN,), self.weight, eps=1e-5)
-        return normed * (1 + scale[:, None]) + shift[:, None]
-
-
-class PlainBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = PlainNorm()
-        self.attn_qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.attn_out = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.norm2 = PlainNorm()
-        self.mlp = nn.Sequential(
-            nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU("tanh"), nn.Linear(4 * HIDDEN, HIDDEN)
-        )
-        self.adaLN_modulation = nn.Linear(COND, 6 * HIDDEN)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attention(self.norm1(x, shift1, scale1))
-        return x + gate2[:, None] * self.mlp(self.norm2(x, shift2, scale2))
-
-    def attention(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        parts = self.attn_qkv(x).view(batch, length, 3, HEADS, HIDDEN // HEADS)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        scores = rotated(query) @ rotated(key).transpose(-1, -2) / math.sqrt(HIDDEN // HEADS)
-        mixed = scores.softmax(dim=-1) @ value
-        return self.attn_out(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
-
-
-def rotated(x: Tensor) -> Tensor:
-    """Rotary positions: the pair (i, i + half) turns by position * 10000^(-i / half)."""
-    length, dim = x.shape[-2:]
-    half = dim // 2
-    turn = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = turn.cos(), turn.sin()
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-
-class PlainNetwork(nn.Module):
-    """Logits [B, L, V]; submodules carry the names of the published checkpoints."""
-
-    def __init__(self, num_states: int) -> None:
-        super().__init__()
-        self.vocab_embed = nn.Module()
-        self.vocab_embed.embedding = nn.Parameter(torch.empty(num_states, HIDDEN))
-        self.sigma_map = nn.Module()
-        self.sigma_map.mlp = nn.Sequential(nn.Linear(256, COND), nn.SiLU(), nn.Linear(COND, COND))
-        self.blocks = nn.ModuleList(PlainBlock() for _ in range(BLOCKS))
-        self.output_layer = nn.Module()
-        self.output_layer.norm_final = PlainNorm()
-        self.output_layer.adaLN_modulation = nn.Linear(COND, 2 * HIDDEN)
-        self.output_layer.linear = nn.Linear(HIDDEN, num_states)
-
-    def forward(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
-        angle = sigma_B[:, None] * 10_000.0 ** (-torch.arange(128) / 128)
-        cond = F.silu(self.sigma_map.mlp(torch.cat([angle.cos(), angle.sin()], dim=1)))
-        x = self.vocab_embed.embedding[tokens_BL]
-        for block in self.blocks:
-            x = block(x, cond)
-        shift, scale = self.output_layer.adaLN_modulation(cond).chunk(2, dim=1)
-        return self.output_layer.linear(self.output_layer.norm_final(x, shift, scale))
-
-
 def plain_copy(network: ScoreNetwork, graph: Graph, layout: Layout) -> PlainNetwork:
     weights = {p.name: p.parameter.detach() for p in logical_parameters(network, layout)}
-    plain = PlainNetwork(graph.num_states)
+    plain = PlainNetwork(
+        num_states=graph.num_states, width=HIDDEN, layers=BLOCKS, heads=HEADS, cond_dim=COND
+    )
     plain.load_state_dict(to_published(weights, num_layers=BLOCKS, num_heads=HEADS))
     return plain
 
 
 def plain_losses(
-    plain: PlainNetwork, graph: Graph, scaled: bool, noisy_BL: Tensor, clean_BL: Tensor,
+    plain: PlainNetwork,
+    graph: Graph,
+    scaled: bool,
+    noisy_BL: Tensor,
+    clean_BL: Tensor,
     noise_B3: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Nats of each position, by the definition on whole log-scores."""
     noise = RowNoise(*noise_B3.unbind(1))
     log_score_BLV = log_scores_from_logits(
