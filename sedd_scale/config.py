@@ -55,6 +55,9 @@ class ModelConfig:
         "Attention backend; auto: flash where it is installed and can run, else sdpa.",
         choices=("auto", "sdpa", "flash"),
     )
+    document_attention: bool = _key(
+        False, "Attend only to positions of the same document of a packed block."
+    )
     residual_dtype: str = _key(
         "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")
     )

@@ -40,9 +40,6 @@ def plan_command(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} has to be above 0: give another")
     sizes = dict(zip(("vocab_size", "block_length"), data_sizes(config, arguments)))
     usable = arguments.usable * memory
-    config.override(*(f"{key}={sizes[name]}" for key, name in SIZE_KEYS.items())).validate(
-        arguments.gpus
-    )
 
     if arguments.gpus is not None:
         planned = plan(config, arguments.gpus, **sizes)
@@ -72,17 +69,17 @@ def plan_command(arguments: argparse.Namespace) -> None:
         print(json.dumps(as_json(planned, fits, seconds=seconds, assumptions=assumptions)))
 
 
-SIZE_KEYS = {"model.vocab_size": "vocab_size", "data.block_length": "block_length"}
-
-
 def data_sizes(config: "Config", arguments: argparse.Namespace) -> tuple[int, int]:
     """N and L: as given, as configured, or as the dataset has them.
 
     Raises:
         ConfigError: they are nowhere to be found.
     """
-    vocab_size = arguments.vocab_size or config.model.vocab_size
-    block_length = arguments.block_length or config.data.block_length
+    vocab_size, block_length = config.model.vocab_size, config.data.block_length
+    if arguments.vocab_size is not None:
+        vocab_size = arguments.vocab_size
+    if arguments.block_length is not None:
+        block_length = arguments.block_length
     if vocab_size is None or block_length is None:
         path = config.data.path
         if path is None or not Path(path).is_dir():
@@ -94,8 +91,8 @@ def data_sizes(config: "Config", arguments: argparse.Namespace) -> tuple[int, in
         from sedd_scale.data.shards import Dataset
 
         dataset = Dataset(path)
-        vocab_size = vocab_size or dataset.vocab_size
-        block_length = block_length or dataset.block_length
+        vocab_size = dataset.vocab_size if vocab_size is None else vocab_size
+        block_length = dataset.block_length if block_length is None else block_length
     return vocab_size, block_length
 
 
@@ -197,15 +194,11 @@ def as_json(
         ],
         "flops": dataclasses.asdict(planned.flops),
         "seconds": seconds,
-        "layouts": [
-            plan_json(fit.plan)
-            if fit.plan is not None
-            else {
-                "gpus": None,
-                **dataclasses.asdict(fit.parallel),
-                "peak_bytes": fit.least_bytes,
-            }
+        "layouts": [plan_json(fit.plan) for fit in fits if fit.plan is not None],
+        "layouts_that_fit_nowhere": [
+            {**dataclasses.asdict(fit.parallel), "least_bytes": fit.least_bytes}
             for fit in fits
+            if fit.plan is None
         ],
         "assumptions": list(assumptions),
     }

@@ -155,8 +155,10 @@ def textbook_loss(
     expm1_BL = torch.expm1(sigma_B)[:, None].expand_as(noisy_BL)
     num_tokens = graph.num_tokens
     if scaled:
-        log_score_BLV = log_score_BLV - (expm1_BL.log() + torch.log(
-            torch.tensor(float(num_tokens))))[:, :, None]
+        log_score_BLV = (
+            log_score_BLV
+            - (expm1_BL.log() + torch.log(torch.tensor(float(num_tokens))))[:, :, None]
+        )
     log_score_BLV = log_score_BLV.scatter(-1, noisy_BL[:, :, None], 0.0)
     if graph.mask_id is not None:
         masked_BL = noisy_BL == graph.mask_id

@@ -45,8 +45,11 @@ def peak_bytes(program: Callable[[], object]) -> int:
     ) as profiler:
         program()
     results = profiler.profiler.kineto_results
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events()
-               if event.name() == "[memory]"]
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]"
+    ]
     alive = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):
         alive += change

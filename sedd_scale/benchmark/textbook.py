@@ -50,7 +50,9 @@ class TextbookBlock(nn.Module):
         batch, length, width = x_BLH.shape
         qkv = self.attn_qkv(x_BLH).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        output_BhLD = F.scaled_dot_product_attention(rotated(q, rotary_2LD), rotated(k, rotary_2LD), v)
+        output_BhLD = F.scaled_dot_product_attention(
+            rotated(q, rotary_2LD), rotated(k, rotary_2LD), v
+        )
         return self.attn_out(output_BhLD.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -21,11 +21,18 @@ def flash_attention_available(device: torch.device) -> bool:
 
 
 def bidirectional_attention(
-    query_LBhD: Tensor, key_LBhD: Tensor, value_LBhD: Tensor, *, backend: str = "auto"
+    query_LBhD: Tensor,
+    key_LBhD: Tensor,
+    value_LBhD: Tensor,
+    *,
+    documents_BL: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over all positions, [L, B, h, D].
+    """softmax(q k^T / sqrt(D)) v over all positions, or those of the same document; [L, B, h, D].
 
     Args:
+        documents_BL: the document each position belongs to, in runs of equal integers; None: every
+            position attends to every other of its sequence.
         backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": flash-attn where it is
             installed, on a GPU and given half precision, else PyTorch.
 
@@ -42,28 +49,68 @@ def bidirectional_attention(
                 f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
                 "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
             )
-        from flash_attn import flash_attn_func
-
-        inputs = (tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD))
-        return flash_attn_func(*inputs, causal=False).transpose(0, 1)
+        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, documents_BL)
     assert backend == "sdpa", backend
     query, key, value = (
         tensor.permute(1, 2, 0, 3) for tensor in (query_LBhD, key_LBhD, value_LBhD)
     )
-    return F.scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3)
+    mask = None
+    if documents_BL is not None:
+        mask = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return output.permute(2, 0, 1, 3)
+
+
+def _flash_attention(
+    query_LBhD: Tensor, key_LBhD: Tensor, value_LBhD: Tensor, documents_BL: Tensor | None
+) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    inputs = [tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)]
+    if documents_BL is None:
+        return flash_attn_func(*inputs, causal=False).transpose(0, 1)
+    batch, length = documents_BL.shape
+    bounds = document_bounds(documents_BL)
+    output = flash_attn_varlen_func(
+        *(tensor.flatten(0, 1) for tensor in inputs), bounds, bounds, length, length, causal=False
+    )
+    return output.unflatten(0, (batch, length)).transpose(0, 1)
+
+
+def document_bounds(documents_BL: Tensor) -> Tensor:
+    """Where documents begin in the flattened [B * L] positions, and the end: int32 [n + 1]."""
+    first_BL = torch.ones_like(documents_BL, dtype=torch.bool)
+    first_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    begins = first_BL.flatten().nonzero().squeeze(1)
+    return torch.cat([begins, begins.new_tensor([documents_BL.numel()])]).int()
+
+
+def documents_of(clean_BL: Tensor, eos_id: int) -> Tensor:
+    """The document of each position, counted from 0 in its block: EOS ends the one before it."""
+    ends_BL = (clean_BL == eos_id).long()
+    return ends_BL.cumsum(dim=1) - ends_BL
 
 
 class BidirectionalAttention(nn.Module):
-    """The core attention of Megatron-core's `SelfAttention`: no mask, no dropout."""
+    """The core attention of Megatron-core's `SelfAttention`, without dropout.
+
+    What Megatron-core passes through as the attention mask is the document of each position.
+    """
 
     def __init__(self, config: Any, backend: str = "auto", **_: Any) -> None:
         super().__init__()
         self.backend = backend
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         """[L, B, h, D] each, to the heads' outputs side by side [L, B, h * D]."""
-        assert attention_mask is None
-        output = bidirectional_attention(query, key, value, backend=self.backend)
+        output = bidirectional_attention(
+            query, key, value, documents_BL=attention_mask, backend=self.backend
+        )
         return output.reshape(*output.shape[:2], -1)

@@ -18,7 +18,11 @@ from sedd_scale.model.dropout import keyed_dropout
 from sedd_scale.parallel.layout import Layout
 
 Stream = tuple[Tensor, Tensor, Tensor]
-"""What flows from layer to layer: hidden_LBH, cond_BC and the dropout keys_B (integers)."""
+"""What flows from layer to layer: hidden_LBH, cond_BC and context_BK.
+
+The context is integers: each sequence's dropout key, then, where attention stays within documents,
+the document of each of its positions.
+"""
 
 
 class Block(nn.Module):
@@ -76,14 +80,19 @@ class Block(nn.Module):
             return checkpoint(self._forward, *stream, use_reentrant=False, preserve_rng_state=False)
         return self._forward(*stream)
 
-    def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, keys_B: Tensor) -> Stream:
+    def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor) -> Stream:
+        keys_B, documents_BL = context_BK[:, 0], context_BK[:, 1:]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BC)
         length = hidden_LBH.shape[0]
         if self.layout.sequence_parallel:
             length *= self.layout.tensor
 
         normed = self.norm1(hidden_LBH, shift1, scale1)
-        update, _ = self.attention(normed, attention_mask=None, rotary_pos_emb=self.rotary(length))
+        update, _ = self.attention(
+            normed,
+            attention_mask=documents_BL if documents_BL.numel() else None,
+            rotary_pos_emb=self.rotary(length),
+        )
         update = gate1 * self._drop(update, keys_B, site=2 * self.index)
         hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
 
@@ -92,7 +101,7 @@ class Block(nn.Module):
         update = update + sum_gradient_over_sequence(bias, self.layout)
         update = gate2 * self._drop(update, keys_B, site=2 * self.index + 1)
         hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
-        return hidden_LBH, cond_BC, keys_B
+        return hidden_LBH, cond_BC, context_BK
 
     def _drop(self, update_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor:
         if not (self.training and self.dropout > 0):

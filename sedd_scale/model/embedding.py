@@ -38,9 +38,12 @@ class Embedding(nn.Module):
         self.sigma = SigmaEmbedding(cond_dim)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
-        """(noisy_BL, sigma_B, keys_B) to (hidden_LBH, cond_BC, keys_B)."""
-        noisy_BL, sigma_B, keys_B = inputs
+        """(noisy_BL, sigma_B, context) to (hidden_LBH, cond_BC, context_BK).
+
+        The context is the dropout keys_B alone, or [B, 1 + L]: keys, then documents_BL.
+        """
+        noisy_BL, sigma_B, context = inputs
         hidden = self.tokens(noisy_BL)
         if not self.layout.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()
-        return hidden.to(self.residual_dtype), self.sigma(sigma_B), keys_B
+        return hidden.to(self.residual_dtype), self.sigma(sigma_B), context.view(len(noisy_BL), -1)

@@ -95,6 +95,13 @@ def layer_builders(
     return [functools.partial(initialized, build) for build in builders]
 
 
+def context_of(keys_B: Tensor, documents_BL: Tensor | None) -> Tensor:
+    """The integers [B, 1] or [B, 1 + L] that travel with the hidden states; see `Stream`."""
+    if documents_BL is None:
+        return keys_B[:, None]
+    return torch.cat([keys_B[:, None], documents_BL], dim=1)
+
+
 def _mark_split_parameters(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -126,13 +133,20 @@ class ScoreNetwork(nn.Module):
         """Score entropy of a noisy batch: mean nats per token, or nats of each sequence [B].
 
         Args:
-            inputs: noisy_BL, sigma_B and the dropout keys_B.
+            inputs: noisy_BL, sigma_B and the context, as `Embedding` takes them.
         """
         return self.head.loss(self._stream(inputs), targets, per_sequence=per_sequence)
 
-    def hidden(self, noisy_BL: Tensor, sigma_B: Tensor) -> Tensor:
-        """The head's input [L, B, H] for noisy tokens at noise sigma."""
-        return self.head(self._stream((noisy_BL, sigma_B, torch.zeros_like(noisy_BL[:, 0]))))
+    def hidden(
+        self, noisy_BL: Tensor, sigma_B: Tensor, documents_BL: Tensor | None = None
+    ) -> Tensor:
+        """The head's input [L, B, H] for noisy tokens at noise sigma.
+
+        Args:
+            documents_BL: the document of each position, for attention within documents.
+        """
+        no_keys_B = torch.zeros_like(noisy_BL[:, 0])
+        return self.head(self._stream((noisy_BL, sigma_B, context_of(no_keys_B, documents_BL))))
 
     def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         stream = inputs

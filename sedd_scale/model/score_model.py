@@ -10,7 +10,8 @@ from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
-from sedd_scale.model.network import ScoreNetwork, layer_builders
+from sedd_scale.model.attention import documents_of
+from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
 
@@ -141,12 +142,28 @@ class ScoreModel(nn.Module):
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
-        inputs = (xt_BL, noise_B3[:, 0].float(), keys_B)
+        inputs = (xt_BL, noise_B3[:, 0].float(), context_of(keys_B, self.documents_of(x0_BL)))
         return self.network(
             tuple(tensor.to(self.device) for tensor in inputs),
             targets.to(self.device),
             per_sequence=True,
         )
+
+    def documents_of(self, clean_BL: Tensor) -> Tensor | None:
+        """The document of each position, or None where the model attends to whole blocks.
+
+        Raises:
+            DataError: the model attends within documents, but its tokenizer, which knows the token
+                that ends them, is not there.
+        """
+        if not self.config.model.document_attention:
+            return None
+        if self.tokenizer is None:
+            raise DataError(
+                "this model attends within documents (model.document_attention=true) and needs its "
+                "tokenizer to find them; give the tokenizer it was trained with"
+            )
+        return documents_of(clean_BL, self.tokenizer.eos_id)
 
     def _checked(self, tokens_BL: Tensor, limit: int) -> Tensor:
         if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < limit:

@@ -31,21 +31,21 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of one rank, on the host: (noisy_BL, sigma_B, keys_B) and the targets."""
+    """One forward pass of one rank, on the host: (noisy_BL, sigma_B, context) and the targets."""
 
     inputs: tuple[Tensor, Tensor, Tensor]
     targets: ScoreTargets
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on `device`."""
-        noisy, sigma, keys = (tensor.to(device, non_blocking=True) for tensor in self.inputs)
-        return MicroBatch((noisy, sigma, keys), self.targets.to(device))
+        noisy, sigma, context = (tensor.to(device, non_blocking=True) for tensor in self.inputs)
+        return MicroBatch((noisy, sigma, context), self.targets.to(device))
 
     def pin_memory(self) -> "MicroBatch":
         """The same batch in page-locked memory, from where copies to a GPU do not wait."""
-        noisy, sigma, keys = (tensor.pin_memory() for tensor in self.inputs)
+        noisy, sigma, context = (tensor.pin_memory() for tensor in self.inputs)
         targets = ScoreTargets(*(tensor.pin_memory() for tensor in self.targets))
-        return MicroBatch((noisy, sigma, keys), targets)
+        return MicroBatch((noisy, sigma, context), targets)
 
 
 class StepResult(NamedTuple):

@@ -1,7 +1,7 @@
 """The list of layers as DeepSpeed pipeline stages.
 
 Between stages travel one floating-point tensor, the hidden states with the conditioning vector
-appended as further positions, and the dropout keys: DeepSpeed runs a backward pass for each
+appended as further positions, and the integers of the context: DeepSpeed runs a backward pass for each
 floating-point tensor, so one is better than two.
 """
 
@@ -59,19 +59,21 @@ class PipelineStage(PipelineModule):
         outputs = super().forward(inputs)
         return outputs if self.layout.is_last_stage else self._pack(*outputs)
 
-    def _pack(self, hidden_LBH: Tensor, cond_BC: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _pack(
+        self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor
+    ) -> tuple[Tensor, Tensor]:
         batch, width = hidden_LBH.shape[1:]
         rows = self._cond_rows(width)
         padded = F.pad(cond_BC, (0, rows * width - self.cond_dim))
         as_positions = padded.view(batch, rows, width).transpose(0, 1)
-        return torch.cat([hidden_LBH, as_positions.to(hidden_LBH.dtype)]), keys_B
+        return torch.cat([hidden_LBH, as_positions.to(hidden_LBH.dtype)]), context_BK
 
-    def _unpack(self, packed: Tensor, keys_B: Tensor) -> Stream:
+    def _unpack(self, packed: Tensor, context_BK: Tensor) -> Stream:
         batch, width = packed.shape[1:]
         length = len(packed) - self._cond_rows(width)
         padded = packed[length:].transpose(0, 1).reshape(batch, -1)
         cond_BC = padded[:, : self.cond_dim].to(next(self.parameters()).dtype)
-        return packed[:length], cond_BC, keys_B
+        return packed[:length], cond_BC, context_BK
 
     def _cond_rows(self, width: int) -> int:
         return -(-self.cond_dim // width)

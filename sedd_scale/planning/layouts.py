@@ -20,7 +20,7 @@ ASSUMPTIONS = (
     "FLOPs of matrix products only; masked positions at their expected number",
 )
 
-# Tensor-parallel groups stay within a node; more stages than this are not tried.
+# Tensor-parallel groups stay within a node; no more stages than this are tried.
 MAX_TENSOR = 8
 MAX_PIPELINE = 16
 
@@ -196,7 +196,12 @@ def fit_layouts(
 def smallest_fit(
     config: Config, *, vocab_size: int, block_length: int, usable_bytes: float
 ) -> LayoutFit:
-    """The configured layout on the smallest number of GPUs that holds it."""
+    """The configured layout on the smallest number of GPUs that holds it.
+
+    Raises:
+        ConfigError: the configuration cannot run on any number.
+    """
+    config = _resolved(config, vocab_size, block_length)
     parallel, training = config.parallel, config.training
     least = 0
     for data in _divisors(training.global_batch // training.micro_batch):
@@ -208,17 +213,19 @@ def smallest_fit(
     return LayoutFit(parallel, None, least)
 
 
-def legal_layouts(config: Config, *, vocab_size: int, block_length: int) -> Iterator[ParallelConfig]:
+def legal_layouts(
+    config: Config, *, vocab_size: int, block_length: int
+) -> Iterator[ParallelConfig]:
     """Layouts of this model that `Config.validate` accepts.
 
-    Tensor sizes divide the heads and a node of 8, pipelines are powers of two up to 16 stages, and
-    blocks are recomputed not at all, every second one, all, or as configured.
+    Tensor and pipeline sizes are powers of two up to 8 and 16, and blocks are recomputed not at
+    all, every second one or all; besides, each is as configured.
     """
     config = _resolved(config, vocab_size, block_length)
-    recomputations = sorted({0, 1, 2, config.parallel.recompute_every})
-    pipelines = [2**power for power in range(MAX_PIPELINE.bit_length())]
-    for tensor in _divisors(MAX_TENSOR):
-        for pipeline in pipelines:
+    parallel = config.parallel
+    recomputations = sorted({0, 1, 2, parallel.recompute_every})
+    for tensor in sorted({*_divisors(MAX_TENSOR), parallel.tensor}):
+        for pipeline in sorted({*_divisors(MAX_PIPELINE), parallel.pipeline}):
             for zero_stage in (1, 2, 3):
                 for sequence_parallel in (False, True):
                     for recompute_every in recomputations:
@@ -237,12 +244,14 @@ def legal_layouts(config: Config, *, vocab_size: int, block_length: int) -> Iter
 
 
 def _resolved(config: Config, vocab_size: int, block_length: int) -> Config:
-    """The configuration as for its dataset; a plan is made for machines that have flash-attn."""
-    return dataclasses.replace(
+    """The configuration as for its dataset, checked; flash-attn need not be installed to plan."""
+    config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size, attention="auto"),
         data=dataclasses.replace(config.data, block_length=block_length),
     )
+    config.validate()
+    return config
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,6 @@
 """Bytes of weights, gradients and optimizer on one rank, as DeepSpeed allocates them.
 
-Four combinations of optimizer and precision; n numbers on a rank, p those of its partition (both
-padded), D data-parallel ranks:
+n numbers on a rank, p those of its partition among the data-parallel ranks, both padded:
 
 | engine            | weights            | gradients           | optimizer: masters, 2 moments, EMA |
 |-------------------|--------------------|---------------------|------------------------------------|
@@ -10,8 +9,8 @@ padded), D data-parallel ranks:
 | fp32, ZeRO 1      | 4n                 | 4n, as autograd's   | 16p                                |
 | fp32, ZeRO 2      | 4n                 | 4 x parameters that | 16p                                |
 |                   |                    | touch the partition |                                    |
-| ZeRO 3, bf16      | 2p + whole small   | 4p                  | 16p                                |
-| ZeRO 3, fp32      | 4p + whole small   | 4p                  | 12p, the weights are the masters   |
+| ZeRO 3            | 2p or 4p, and the  | 4p                  | 16p                                |
+|                   | small ones whole   |                     |                                    |
 
 Source: deepspeed 0.19: BF16_Optimizer, DeepSpeedZeroOptimizer and DeepSpeedZeroOptimizer_Stage3.
 """
@@ -27,7 +26,8 @@ SUB_GROUP = 1_000_000_000
 
 BYTES = {"fp32": 4, "bf16": 2}
 FLOAT32 = 4
-NUM_OPTIMIZER_STATES = 3
+# Masters, two moments and the moving average.
+NUM_OPTIMIZER_TENSORS = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def state_bytes(
     # AdamW's foreach update makes one temporary of the partition's size.
     temporary = FLOAT32 * partition
     weight_bytes = BYTES[precision]
-    optimizer = FLOAT32 * (1 + NUM_OPTIMIZER_STATES) * partition
+    optimizer = FLOAT32 * NUM_OPTIMIZER_TENSORS * partition
     if precision == "bf16" and zero_stage == 1:
         # Gradients are reduced as a bf16 copy of the flat buffer.
         return StateBytes(
@@ -106,12 +106,11 @@ def state_bytes(
 def _zero_3(numels: Sequence[int], weight_bytes: int, data: int) -> StateBytes:
     partition = sum(-(-numel // data) for numel in numels)
     whole = sum(numel for numel in numels if numel <= PERSISTENT_PARAMETER)
-    masters_apart = weight_bytes != FLOAT32
     sub_group = min(partition, SUB_GROUP)
     return StateBytes(
         weights=weight_bytes * (partition + whole),
         gradients=FLOAT32 * partition,
-        optimizer=FLOAT32 * (masters_apart + NUM_OPTIMIZER_STATES) * partition,
+        optimizer=FLOAT32 * NUM_OPTIMIZER_TENSORS * partition,
         buckets=weight_bytes * (REDUCE_BUCKET + min(sum(numels), REDUCE_BUCKET)),
         gathered=weight_bytes * min(sum(numels) - whole, MAX_LIVE_PARAMETERS),
         # The flattened gradient of a sub-group and the update's temporary.

@@ -43,6 +43,7 @@ def logit_chunks(
     sigma_B: Tensor,
     rows_M: Tensor,
     *,
+    documents_BL: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[tuple[slice, Tensor]]:
     """One network call, then (slice of `rows_M`, logits [m, V]) chunk by chunk.
@@ -51,6 +52,7 @@ def logit_chunks(
         tokens_BL: noisy tokens.
         sigma_B: total noise of each sequence, nats.
         rows_M: positions of the flattened [B * L]; none: no network call is made.
+        documents_BL: the document of each position, for attention within documents.
         chunk_bytes: memory for a chunk of logits, counted in float32.
 
     Raises:
@@ -61,7 +63,7 @@ def logit_chunks(
     step = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
     chunks = [slice(start, start + step) for start in range(0, len(rows_M), step)]
     if isinstance(model, ScoreModel):
-        hidden_LBH = model.network.hidden(tokens_BL, sigma_B)
+        hidden_LBH = model.network.hidden(tokens_BL, sigma_B, documents_BL)
         hidden_RH = hidden_LBH.transpose(0, 1).reshape(-1, hidden_LBH.shape[-1])
         for chunk in chunks:
             logits_mV = model.network.head.logits(hidden_RH.index_select(0, rows_M[chunk]))

@@ -17,6 +17,8 @@ from sedd_scale.data.shards import BlockReader
 from sedd_scale.diffusion.corruption import NoisyBatch, corrupt_batch
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.model.attention import documents_of
+from sedd_scale.model.network import context_of
 from sedd_scale.parallel.engine import MicroBatch
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
@@ -24,16 +26,30 @@ from sedd_scale.parallel.vocab import score_targets
 IntArray = npt.NDArray[np.int64]
 
 
-def micro_batch_of(noisy: NoisyBatch, graph: Graph, *, pin: bool) -> MicroBatch:
-    """A corrupted batch as the network and its loss take it; `pin` for a GPU's sake."""
+def micro_batch_of(
+    noisy: NoisyBatch, graph: Graph, *, document_end: int | None, pin: bool
+) -> MicroBatch:
+    """A corrupted batch as the network and its loss take it.
+
+    Args:
+        document_end: the token that ends a document, where attention stays within documents.
+        pin: put it in page-locked memory, for a GPU's sake.
+    """
     targets = score_targets(
         graph,
         clean_BL=noisy.clean_BL,
         noisy_BL=noisy.noisy_BL,
         noise_B3=torch.stack([noisy.sigma_B, noisy.rate_B, noisy.rate_over_expm1_B], dim=1),
     )
-    batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), noisy.dropout_key_B), targets)
+    documents_BL = None if document_end is None else documents_of(noisy.clean_BL, document_end)
+    context_BK = context_of(noisy.dropout_key_B, documents_BL)
+    batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), context_BK), targets)
     return batch.pin_memory() if pin else batch
+
+
+def document_end(config: Config, reader: BlockReader) -> int | None:
+    """The token that ends a document, or None where attention reads whole blocks."""
+    return reader.dataset.eos_id if config.model.document_attention else None
 
 
 class TrainBatches:
@@ -47,6 +63,7 @@ class TrainBatches:
         self, reader: BlockReader, config: Config, graph: Graph, schedule: Schedule, layout: Layout
     ) -> None:
         self.config, self.graph, self.schedule, self.layout = config, graph, schedule, layout
+        self.document_end = document_end(config, reader)
         training = config.training
         self.loader = TrainLoader(reader, seed=training.seed, global_batch=training.global_batch)
 
@@ -72,7 +89,12 @@ class TrainBatches:
             schedule=self.schedule,
             t_min=self.config.noise.t_min,
         )
-        return micro_batch_of(noisy, self.graph, pin=self.layout.device.type == "cuda")
+        return micro_batch_of(
+            noisy,
+            self.graph,
+            document_end=self.document_end,
+            pin=self.layout.device.type == "cuda",
+        )
 
 
 class ValidationBatches:
@@ -90,6 +112,7 @@ class ValidationBatches:
     ) -> None:
         self.graph, self.schedule, self.layout = graph, schedule, layout
         self.t_min = config.noise.t_min
+        self.document_end = document_end(config, reader)
         self.block_length = reader.block_length
         self.blocks = spread_blocks(len(reader), config.training.valid_blocks)
         micro_batch = config.training.micro_batch
@@ -113,7 +136,12 @@ class ValidationBatches:
             t_min=self.t_min,
             stream="validation",
         )
-        return micro_batch_of(noisy, self.graph, pin=self.layout.device.type == "cuda")
+        return micro_batch_of(
+            noisy,
+            self.graph,
+            document_end=self.document_end,
+            pin=self.layout.device.type == "cuda",
+        )
 
     def bound(self, nats_of_ranks: Sequence[Tensor]) -> tuple[float, float]:
         """Bound on the negative log-likelihood and its standard error, nats per token.

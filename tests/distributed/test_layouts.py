@@ -66,8 +66,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "absorb bf16": ("graph.name=absorb", "training.precision=bf16"),
 }
 
-# Keyed dropout is part of the run, so layouts agree on that too; these few show it.
-DROPOUT = ("graph.name=absorb", "model.dropout=0.2")
+# Keyed dropout and document boundaries are part of the run; these few layouts show it.
+DROPOUT = ("graph.name=absorb", "model.dropout=0.2", "model.document_attention=true")
 DROPOUT_LAYOUTS = ("TP1 PP1", "TP2 SP", "DP2 ZeRO 1", "TP2 PP2 SP recompute")
 
 

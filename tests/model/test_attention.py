@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import ConfigError
-from sedd_scale.model.attention import BidirectionalAttention, bidirectional_attention
+from sedd_scale.model.attention import (
+    BidirectionalAttention,
+    bidirectional_attention,
+    document_bounds,
+    documents_of,
+)
 
 LENGTH, BATCH, HEADS, DIM = 7, 3, 2, 5
 
@@ -71,3 +76,29 @@ def test_the_module_lays_heads_side_by_side() -> None:
 def test_flash_attention_that_cannot_run_is_an_error(dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention=flash cannot run .* on cpu.*auto"):
         bidirectional_attention(*query_key_value(dtype), backend="flash")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
+    """Attention with document ids is attention on each document by itself."""
+    generator = torch.Generator().manual_seed(2)
+    documents_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
+    query, key, value = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
+    found = bidirectional_attention(query, key, value, documents_BL=documents_BL)
+    for sequence, documents in enumerate(documents_BL):
+        for document in documents.unique():
+            here = documents == document
+            parts = (tensor[here, sequence : sequence + 1] for tensor in (query, key, value))
+            alone = bidirectional_attention(*parts)
+            torch.testing.assert_close(found[here, sequence : sequence + 1], alone)
+
+
+def test_bounds_of_documents_are_those_of_flattened_runs() -> None:
+    documents_BL = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
+    assert document_bounds(documents_BL).tolist() == [0, 2, 4, 8, 9, 10, 11, 12]
+    assert document_bounds(documents_BL).dtype == torch.int32
+
+
+def test_the_end_of_a_document_belongs_to_it() -> None:
+    tokens_BL = torch.tensor([[5, 9, 3, 9, 9, 1], [9, 1, 2, 3, 4, 5]])
+    assert documents_of(tokens_BL, 9).tolist() == [[0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1]]

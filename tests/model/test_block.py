@@ -20,7 +20,7 @@ def layout() -> Layout:
 def stream(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(8, 3, 32, generator=generator).to(dtype)
-    return hidden, torch.randn(3, 24, generator=generator), torch.arange(3)
+    return hidden, torch.randn(3, 24, generator=generator), torch.arange(3)[:, None]
 
 
 def blocks_of(layout: Layout, **changes: object) -> list[Block]:
@@ -66,7 +66,7 @@ def test_dropout_is_for_training_only_and_differs_by_site(layout: Layout) -> Non
     assert not torch.equal(first(inputs)[0], never(inputs)[0])
     updates = torch.ones(8, 3, 32)
     masks = [
-        block._drop(updates, inputs[2], site=2 * block.index + branch)
+        block._drop(updates, inputs[2][:, 0], site=2 * block.index + branch)
         for block in (first, second)
         for branch in (0, 1)
     ]

@@ -13,9 +13,10 @@ from sedd_scale.diffusion.score_entropy import (
     log_scores_from_logits,
 )
 from sedd_scale.interop.published import to_published
-from sedd_scale.model.network import ScoreNetwork
+from sedd_scale.model.network import ScoreNetwork, context_of
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
+from sedd_scale.parallel.vocab import score_targets
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.plain_network import PlainNetwork
 
@@ -144,3 +145,29 @@ def test_half_precision_stays_near_full(
     for name, gradient in gradients(full, layout).items():
         assert found[name].dtype == weights
         assert relative(found[name], gradient) < 0.1, name
+
+
+@pytest.mark.parametrize(("name", "scaled"), KINDS)
+def test_packed_documents_are_as_if_alone(layout: Layout, name: str, scaled: bool) -> None:
+    """With document ids the loss of a packed block is the sum of its documents' own losses.
+
+    Rotary positions are relative, so a document's place in the block does not matter.
+    """
+    graph = make_graph(name, 50)
+    network = small_network(graph, layout, scaled=scaled)
+    (noisy_BL, sigma_B, keys_B), targets, clean_BL = noisy_batch(graph, batch=2, length=12)
+    documents_BL = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
+
+    def nats(part: slice, documents: Tensor | None) -> Tensor:
+        part_targets = score_targets(
+            graph,
+            clean_BL=clean_BL[:, part],
+            noisy_BL=noisy_BL[:, part],
+            noise_B3=targets.noise_B3,
+        )
+        inputs = (noisy_BL[:, part], sigma_B, context_of(keys_B, documents))
+        return network(inputs, part_targets, per_sequence=True)
+
+    packed_B = nats(slice(0, 12), documents_BL)
+    torch.testing.assert_close(packed_B, nats(slice(0, 5), None) + nats(slice(5, 12), None))
+    assert not torch.allclose(packed_B, nats(slice(0, 12), None), rtol=1e-4)

@@ -17,8 +17,8 @@ SIZES = (
     "model.cond_dim=128",
     f"model.vocab_size={VOCAB_SIZE}",
     f"data.block_length={BLOCK_LENGTH}",
-    "training.global_batch=8",
-    "training.micro_batch=2",
+    "training.global_batch=4",
+    "training.micro_batch=1",
 )
 LAYOUTS = {
     "fp32 alone": (1, "training.precision=fp32"),
