@@ -40,17 +40,19 @@ def run_command(
 
     With `intermixed` positional arguments may stand before and after options.
 
-    A `SeddScaleError` or a file the system refuses becomes one line on stderr and exit code 2;
+    A `SeddScaleError` or an error of the operating system becomes one line on stderr and exit code 2;
     with --debug the traceback is shown. In a job of several processes each rank that fails says so
     and leaves at once, so that the launcher stops the others.
     """
-    # Megatron-core warns of every optional package that is not installed, in every process.
+    # Megatron-core warns of every optional package that is not installed, in every process, and
+    # DeepSpeed calls collectives under names that torch is about to retire.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args
     arguments = parse(argv)
     try:
         return command(arguments) or 0
-    except (SeddScaleError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (SeddScaleError, OSError) as error:
         if arguments.debug:
             raise
         message = " ".join(str(error).split())

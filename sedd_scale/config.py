@@ -116,6 +116,11 @@ class ParallelConfig:
     recompute_every: int = _key(
         0, "Recompute activations of every k-th block in the backward pass; 0: none.", at_least=0
     )
+    recompute_mode: str = _key(
+        "full",
+        "What such a block recomputes; full: all; selective: all but matrix products, attention.",
+        choices=("full", "selective"),
+    )
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def write_native(model: ScoreModel, directory: Path, tokenizer_directory: Path |
     """Write a run directory with the one checkpoint step-0.
 
     Its masters and its averages are the model's weights and its moments are zero: it can be
-    evaluated, sampled from, and trained on from a fresh optimizer.
+    evaluated and sampled from.
     """
     parameters = list(logical_parameters(model.network, model.layout))
     config = model.config.override(f"model.vocab_size={model.graph.num_tokens}")

@@ -88,7 +88,8 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     Raises:
         DataError: nothing readable there.
     """
-    from sedd_scale.data.tokenizers import load_tokenizer, open_gpt2, open_sentencepiece
+    from sedd_scale.data.gpt2_tokenizer import open_gpt2
+    from sedd_scale.data.tokenizers import load_tokenizer, open_sentencepiece
 
     if path.suffix == ".model":
         return open_sentencepiece(path)

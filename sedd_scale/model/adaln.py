@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from sedd_scale.model.fused import modulated_norm
 from sedd_scale.parallel.layout import Layout
 
 NUM_FREQUENCIES = 128
@@ -48,10 +49,13 @@ class AdaptiveNorm(nn.Module):
     def forward(self, hidden_LBH: Tensor, shift_BH: Tensor, scale_BH: Tensor) -> Tensor:
         """LN(hidden) * (1 + scale) + shift, [L, B, H] in the weights' type."""
         weight = sum_gradient_over_sequence(self.weight, self.layout)
-        normed = F.layer_norm(
-            hidden_LBH.float(), (self.weight.numel(),), weight.float(), None, NORM_EPSILON
+        return modulated_norm(
+            hidden_LBH,
+            weight.float() * (1 + scale_BH.float()),
+            shift_BH,
+            epsilon=NORM_EPSILON,
+            dtype=self.weight.dtype,
         )
-        return (normed * (1 + scale_BH.float()) + shift_BH.float()).to(self.weight.dtype)
 
 
 class Modulation(nn.Module):

@@ -1,20 +1,31 @@
 """One transformer block: Megatron-core attention and MLP under adaLN-zero."""
 
 import functools
+from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
 from sedd_scale.model.attention import BidirectionalAttention
-from sedd_scale.model.dropout import keyed_dropout
+from sedd_scale.model.dropout import keep_mask
+from sedd_scale.model.fused import (
+    bias_gelu,
+    gated_residual,
+    rotary_table,
+    rotated_query_key_value,
+)
 from sedd_scale.parallel.layout import Layout
 
 Stream = tuple[Tensor, Tensor, Tensor]
@@ -23,6 +34,64 @@ Stream = tuple[Tensor, Tensor, Tensor]
 The context is integers: each sequence's dropout key, then, where attention stays within documents,
 the document of each of its positions.
 """
+
+
+# What selective recomputation keeps: matrix products and attention, whatever backend runs it.
+_ATEN = torch.ops.aten
+COSTLY = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN.matmul.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+]
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron-core's self-attention with rotary positions applied where q, k and v are made."""
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[L, B, h, D] each, for this rank's heads; L is whole under sequence parallelism."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
+        table = rotary_table(
+            len(mixed), self.hidden_size_per_attention_head, mixed.dtype, mixed.device
+        )
+        return rotated_query_key_value(mixed, *table)
+
+
+class UnsharedRowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Megatron-core's row-parallel map, for selective recomputation.
+
+    The sum over tensor ranks overwrites the product it is given; here it is given a copy, so that
+    the product kept for the recomputation is not summed twice.
+    """
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        product: Tensor = super()._forward_impl(*args, **kwargs)
+        return product.clone()
+
+
+class BiasGeluMLP(MLP):
+    """Megatron-core's MLP with its first bias and its GELU in one pass.
+
+    `overwrite` is to be off where the first product is kept for a recomputation.
+    """
+
+    overwrite = True
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, B, H] to [L, B, H] and the bias that is still to be added."""
+        inner, bias = self.linear_fc1(hidden_states)
+        output: tuple[Tensor, Tensor] = self.linear_fc2(
+            bias_gelu(inner, bias, overwrite=self.overwrite)
+        )
+        return output
 
 
 class Block(nn.Module):
@@ -40,7 +109,7 @@ class Block(nn.Module):
         mlp_config: TransformerConfig,
         layout: Layout,
         *,
-        recompute: bool,
+        recompute: str | None,
     ) -> None:
         super().__init__()
         self.logical_name = f"blocks.{index}"
@@ -51,62 +120,80 @@ class Block(nn.Module):
         self.norm1 = AdaptiveNorm(model.hidden_size, layout)
         self.norm2 = AdaptiveNorm(model.hidden_size, layout)
         self.modulation = Modulation(model.cond_dim, model.hidden_size, 6, layout)
-        self.attention = SelfAttention(
+        row_linear = tensor_parallel.RowParallelLinear
+        if recompute == "selective":
+            row_linear = UnsharedRowParallelLinear
+        self.attention = RotarySelfAttention(
             attention_config,
             SelfAttentionSubmodules(
                 linear_qkv=tensor_parallel.ColumnParallelLinear,
                 core_attention=functools.partial(BidirectionalAttention, backend=model.attention),
-                linear_proj=tensor_parallel.RowParallelLinear,
+                linear_proj=row_linear,
             ),
             layer_number=index + 1,
             attn_mask_type=AttnMaskType.no_mask,
         )
-        self.mlp = MLP(
+        self.mlp = BiasGeluMLP(
             mlp_config,
             MLPSubmodules(
                 linear_fc1=tensor_parallel.ColumnParallelLinear,
-                linear_fc2=tensor_parallel.RowParallelLinear,
+                linear_fc2=row_linear,
             ),
             ffn_hidden_size=mlp_config.ffn_hidden_size,
             tp_group=layout.tensor_group,
         )
-        self.rotary = RotaryEmbedding(
-            model.hidden_size // model.num_heads, 1.0, use_cpu_initialization=True
-        )
+        self.mlp.overwrite = recompute != "selective"
 
     def forward(self, stream: Stream) -> Stream:
         """[L, B, H] to [L, B, H]; L is this rank's share under sequence parallelism."""
-        if self.recompute and self.training:
-            return checkpoint(self._forward, *stream, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(*stream)
+        if self.recompute is None or not self.training:
+            return self._forward(*stream)
+        contexts = noop_context_fn
+        if self.recompute == "selective":
+            contexts = functools.partial(create_selective_checkpoint_contexts, COSTLY)
+        return checkpoint(
+            self._forward,
+            *stream,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts,
+        )
 
     def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor) -> Stream:
         keys_B, documents_BL = context_BK[:, 0], context_BK[:, 1:]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BC)
-        length = hidden_LBH.shape[0]
-        if self.layout.sequence_parallel:
-            length *= self.layout.tensor
-
         normed = self.norm1(hidden_LBH, shift1, scale1)
         update, _ = self.attention(
-            normed,
-            attention_mask=documents_BL if documents_BL.numel() else None,
-            rotary_pos_emb=self.rotary(length),
+            normed, attention_mask=documents_BL if documents_BL.numel() else None
         )
-        update = gate1 * self._drop(update, keys_B, site=2 * self.index)
-        hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
+        keep = self._keep(hidden_LBH, keys_B, site=2 * self.index)
+        hidden_LBH = gated_residual(
+            hidden_LBH, update, gate1, keep_LBH=keep, keep_rate=1 - self.dropout
+        )
 
         normed = self.norm2(hidden_LBH, shift2, scale2)
         update, bias = self.mlp(normed)
-        update = update + sum_gradient_over_sequence(bias, self.layout)
-        update = gate2 * self._drop(update, keys_B, site=2 * self.index + 1)
-        hidden_LBH = (hidden_LBH + update).to(hidden_LBH.dtype)
+        keep = self._keep(hidden_LBH, keys_B, site=2 * self.index + 1)
+        hidden_LBH = gated_residual(
+            hidden_LBH,
+            update,
+            gate2,
+            bias_H=sum_gradient_over_sequence(bias, self.layout),
+            keep_LBH=keep,
+            keep_rate=1 - self.dropout,
+        )
         return hidden_LBH, cond_BC, context_BK
 
-    def _drop(self, update_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor:
+    def _keep(self, hidden_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor | None:
         if not (self.training and self.dropout > 0):
-            return update_LBH
-        first = 0
-        if self.layout.sequence_parallel:
-            first = update_LBH.shape[0] * self.layout.tensor_rank
-        return keyed_dropout(update_LBH, keys_B, rate=self.dropout, site=site, first_position=first)
+            return None
+        length, _, width = hidden_LBH.shape
+        first = length * self.layout.tensor_rank if self.layout.sequence_parallel else 0
+        return keep_mask(
+            keys_B,
+            length=length,
+            width=width,
+            rate=self.dropout,
+            site=site,
+            first_position=first,
+        )

@@ -19,22 +19,29 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
-def keyed_dropout(
-    value_LBH: Tensor, keys_B: Tensor, *, rate: float, site: int, first_position: int
+def keep_mask(
+    keys_B: Tensor, *, length: int, width: int, rate: float, site: int, first_position: int
 ) -> Tensor:
-    """Drop entries with probability `rate` and scale the rest by 1 / (1 - rate).
+    """Which entries dropout leaves, bool [length, B, width]; each goes with probability `rate`.
+
+    Rows (a position of a sequence) and channels are hashed well and cheaply, being few. Their
+    product is not: an affine map that each row draws, applied to the channel's hash, then one more
+    round, in 32-bit integers that wrap.
 
     Args:
-        value_LBH: positions `first_position`.. of each sequence.
         keys_B: one integer per sequence and step.
         site: which dropout of the network this is.
+        first_position: position in the sequence of the first row.
     """
-    length, _, width = value_LBH.shape
-    device = value_LBH.device
+    device = keys_B.device
     position_L = torch.arange(first_position, first_position + length, device=device)
     channel_H = torch.arange(width, device=device)
     key_B = _mix((keys_B.to(torch.int64) + 0x9E3779B9 * (site + 1)) & _WORD)
-    row_LB = _mix(key_B[None, :] ^ _mix(position_L)[:, None])
-    bits_LBH = _mix(row_LB[..., None] ^ _mix(channel_H + 0x632BE5AB))
-    keep_LBH = bits_LBH >= int(rate * 2**32)
-    return torch.where(keep_LBH, value_LBH / (1.0 - rate), 0.0).to(value_LBH.dtype)
+    row_LB1 = _mix(key_B[None, :] ^ _mix(position_L)[:, None])[..., None]
+    factor_LB1 = (row_LB1 | 1).to(torch.int32)
+    offset_LB1 = _mix(row_LB1 ^ 0x5BD1E995).to(torch.int32)
+    bits_LBH = factor_LB1 * _mix(channel_H + 0x632BE5AB).to(torch.int32)
+    bits_LBH += offset_LB1
+    bits_LBH ^= bits_LBH >> 15
+    bits_LBH *= 0x2C1B3C6D
+    return bits_LBH >= int(rate * 2**32) - 2**31

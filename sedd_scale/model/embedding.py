@@ -43,7 +43,6 @@ class Embedding(nn.Module):
         The context is the dropout keys_B alone, or [B, 1 + L]: keys, then documents_BL.
         """
         noisy_BL, sigma_B, context = inputs
-        hidden = self.tokens(noisy_BL)
-        if not self.layout.sequence_parallel:
-            hidden = hidden.transpose(0, 1).contiguous()
+        # Under sequence parallelism the lookup itself puts positions first, to scatter them.
+        hidden = self.tokens(noisy_BL if self.layout.sequence_parallel else noisy_BL.t())
         return hidden.to(self.residual_dtype), self.sigma(sigma_B), context.view(len(noisy_BL), -1)

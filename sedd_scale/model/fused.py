@@ -124,10 +124,12 @@ def gated_residual(
 
     Args:
         keep_LBH: bool, the entries that dropout leaves; None: all.
-        keep_rate: the kept are divided by it.
+        keep_rate: those left are divided by it.
     """
-    scaled_gate_BH = gate_BH.to(hidden_LBH.dtype) / keep_rate
-    result: Tensor = _GatedResidual.apply(hidden_LBH, update_LBH, scaled_gate_BH, bias_H, keep_LBH)
+    gate_BH = gate_BH.to(hidden_LBH.dtype)
+    if keep_LBH is not None:
+        gate_BH = gate_BH / keep_rate
+    result: Tensor = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, keep_LBH)
     return result
 
 
@@ -184,12 +186,13 @@ class _GatedResidual(torch.autograd.Function):
         return grad_LBH, grad_update_LBH, grad_gate_BH, grad_bias_H, None
 
 
-def bias_gelu(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
-    """GELU (tanh approximation) of inner + bias; on a CPU `inner` is overwritten by the sum.
+def bias_gelu(inner_LBF: Tensor, bias_F: Tensor, *, overwrite: bool) -> Tensor:
+    """GELU (tanh approximation) of inner + bias.
 
-    `inner` must be a product whose own backward pass does not look at it.
+    With `overwrite` the sum takes the place of `inner` on a CPU; then `inner` must be a product
+    whose own backward pass does not look at it.
     """
-    if inner_LBF.is_cuda:
+    if inner_LBF.is_cuda or not overwrite:
         return _bias_gelu(inner_LBF, bias_F)
     return F.gelu(inner_LBF.add_(bias_F), approximate="tanh")
 
@@ -207,6 +210,7 @@ def rotary_table(
     length: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, [L, 1, 1, 1, D / 2] each (Su et al., 2104.09864)."""
+    # The table outlives the call: made in inference mode it could not serve training after.
     with torch.inference_mode(False):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         position = torch.arange(length, dtype=torch.float32, device=device)
@@ -220,8 +224,41 @@ def rotated_query_key_value(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value [L, B, h, D] of each head, the first two turned by their position.
 
-    Half-split pairs: entry i turns with entry i + D / 2.
+    Entry i of a head turns with entry i + D / 2; `cos` and `sin` are as `rotary_table` makes them.
     """
-    turned_LBh2D = _Rotate.apply(mixed_LBh3D, cos, sin)
-    query, key = turned_LBh2D.unbind(3)
-    return query, key, mixed_LBh3D[..., 2, :]
+    query, key, value = _RotatedQueryKeyValue.apply(mixed_LBh3D, cos, sin)
+    return query, key, value
+
+
+@compiled_on_gpu
+def _turn(pair_LBh2D: Tensor, cos: Tensor, sin: Tensor, turned_LBh2D: Tensor) -> None:
+    """Write to `turned` the entries of `pair` turned by the angles."""
+    half = pair_LBh2D.shape[-1] // 2
+    first, second = pair_LBh2D[..., :half], pair_LBh2D[..., half:]
+    to_first, to_second = turned_LBh2D[..., :half], turned_LBh2D[..., half:]
+    to_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
+    to_second.copy_(second).mul_(cos).addcmul_(first, sin)
+
+
+class _RotatedQueryKeyValue(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mixed_LBh3D: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        pair_LBh2D = mixed_LBh3D[..., :2, :]
+        turned_LBh2D = torch.empty_like(pair_LBh2D, memory_format=torch.contiguous_format)
+        _turn(pair_LBh2D, cos, sin, turned_LBh2D)
+        query, key = turned_LBh2D.unbind(3)
+        return query, key, mixed_LBh3D[..., 2, :]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # One tensor for the three, as the product wants it: no concatenation.
+        grad_LBh3D = grads[0].new_empty((*grads[0].shape[:3], 3, grads[0].shape[3]))
+        for place, grad_LBhD in enumerate(grads[:2]):
+            grad_LBh1D = grad_LBh3D[..., place : place + 1, :]
+            _turn(grad_LBhD.unsqueeze(3), cos, -sin, grad_LBh1D)
+        grad_LBh3D[..., 2, :] = grads[2]
+        return grad_LBh3D, None, None

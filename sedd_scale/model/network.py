@@ -37,6 +37,7 @@ def layer_builders(
     scaled: bool,
     seed: int = 0,
     recompute_every: int = 0,
+    recompute_mode: str = "full",
 ) -> list[LayerBuilder]:
     """One builder a layer; calling it makes the layer with its initial weights (on the CPU).
 
@@ -46,6 +47,7 @@ def layer_builders(
         scaled: whether the head's outputs are log-scores up to the known shift of sigma.
         seed: keys the initial weights.
         recompute_every: 0, or k to recompute every k-th block's activations in the backward pass.
+        recompute_mode: "full", or "selective" to keep matrix products and attention.
     """
     mlp_config = TransformerConfig(
         num_layers=model.num_layers,
@@ -77,7 +79,8 @@ def layer_builders(
         )
 
     def block(index: int) -> nn.Module:
-        recompute = recompute_every > 0 and index % recompute_every == 0
+        chosen = recompute_every > 0 and index % recompute_every == 0
+        recompute = recompute_mode if chosen else None
         return Block(index, model, attention_config, mlp_config, layout, recompute=recompute)
 
     def head() -> nn.Module:

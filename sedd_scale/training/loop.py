@@ -66,6 +66,7 @@ def train(config: Config, run_dir: Path) -> None:
         scaled=config.resolved_scale_by_sigma,
         seed=config.training.seed,
         recompute_every=parallel.recompute_every,
+        recompute_mode=parallel.recompute_mode,
     )
     engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
     first_step = 0

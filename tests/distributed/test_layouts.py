@@ -41,6 +41,14 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2": (2, ("parallel.tensor=2",)),
     "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence_parallel=true")),
     "PP2": (2, ("parallel.pipeline=2",)),
+    "TP2 selective recompute": (
+        2,
+        (
+            "parallel.tensor=2",
+            "parallel.recompute_every=1",
+            "parallel.recompute_mode=selective",
+        ),
+    ),
     "DP2 ZeRO 1": (2, ()),
     "DP2 ZeRO 2": (2, ("parallel.zero_stage=2",)),
     "DP2 ZeRO 3": (2, ("parallel.zero_stage=3",)),
@@ -145,9 +153,9 @@ def test_layouts_agree_in_float32(
         )
     with capsys.disabled():
         print(f"\n{variant}, float32, {STEPS} steps: greatest relative difference to TP1 PP1")
-        print(f"{'layout':<22}{'loss':>10}{'grad norm':>11}{'weights':>10}{'EMA':>10}{'valid':>10}")
+        print(f"{'layout':<25}{'loss':>10}{'grad norm':>11}{'weights':>10}{'EMA':>10}{'valid':>10}")
         for name, *differences in rows:
-            print(f"{name:<22}" + "".join(f"{value:>10.1e}" for value in differences))
+            print(f"{name:<25}" + "".join(f"{value:>10.1e}" for value in differences))
     for name, *differences in rows:
         assert max(differences) < 1e-5, (name, differences)
 

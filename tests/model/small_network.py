@@ -30,6 +30,7 @@ def small_network(
     scaled: bool,
     seed: int = 3,
     recompute_every: int = 0,
+    recompute_mode: str = "full",
     **changes: object,
 ) -> ScoreNetwork:
     """A network with random weights on `small_model`; norm weights too are moved off one."""
@@ -40,6 +41,7 @@ def small_network(
         scaled=scaled,
         seed=seed,
         recompute_every=recompute_every,
+        recompute_mode=recompute_mode,
     )
     network = ScoreNetwork(builders)
     with torch.no_grad():

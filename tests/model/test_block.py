@@ -61,12 +61,12 @@ def test_dropout_is_for_training_only_and_differs_by_site(layout: Layout) -> Non
     never, _ = blocks_of(layout)
     inputs = stream()
     assert torch.equal(first.eval()(inputs)[0], never(inputs)[0])
-    first.train()
+    for block in (first, second):
+        block.train()
     assert torch.equal(first(inputs)[0], first(inputs)[0])
     assert not torch.equal(first(inputs)[0], never(inputs)[0])
-    updates = torch.ones(8, 3, 32)
     masks = [
-        block._drop(updates, inputs[2][:, 0], site=2 * block.index + branch)
+        block._keep(inputs[0], inputs[2][:, 0], site=2 * block.index + branch)
         for block in (first, second)
         for branch in (0, 1)
     ]
@@ -74,16 +74,24 @@ def test_dropout_is_for_training_only_and_differs_by_site(layout: Layout) -> Non
         assert all(not torch.equal(one, other) for other in masks[:i])
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("recompute_every", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_recomputation_changes_nothing(
-    layout: Layout, dropout: float, recompute_every: int
+    layout: Layout, dropout: float, recompute_every: int, mode: str
 ) -> None:
     """Not the loss nor any gradient, to the last bit; dropout's masks come back the same."""
     inputs, targets, _ = noisy_batch(GRAPH)
     results = []
     for every in (0, recompute_every):
-        network = small_network(GRAPH, layout, scaled=True, dropout=dropout, recompute_every=every)
+        network = small_network(
+            GRAPH,
+            layout,
+            scaled=True,
+            dropout=dropout,
+            recompute_every=every,
+            recompute_mode=mode,
+        )
         torch.manual_seed(every)
         loss = network(inputs, targets)
         torch.manual_seed(100 + every)
