@@ -28,7 +28,7 @@ setup(
         "megatron-core==0.16.1",  # the last that runs on Python 3.10 and 3.11
         "webdataset==1.0.2",
         "sentencepiece==0.2.3",
-        "tokenizers==0.23.3",
+        "tiktoken==0.14.0",
         "safetensors==0.8.0",
         "pyyaml==6.0.3",
         "wandb==0.31.0",
@@ -38,13 +38,23 @@ setup(
         "matplotlib>=3.9,<3.12",
     ],
     extras_require={
+        "remote": ["fsspec==2026.9.0", "s3fs==2026.9.0"],
+        "parquet": ["pyarrow==26.0.1"],
+        "zstd": ["zstandard==0.25.0"],
         "flash": ["flash-attn>=2.6,<3"],
         "dev": [
             "pytest==9.2.0",
+            "tokenizers==0.23.3",  # the tests compare with it
+            "s3fs==2026.9.0",
+            "moto[server]==5.2.5",
+            "pyarrow==26.0.1",
+            "zstandard==0.25.0",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML==6.0.12.20261113",
             "scipy>=1.13,<1.18",  # as with numpy; tested with 1.17.1
+            # The release that torch's CUDA build brings along; here for its interpreter.
+            'triton==3.7.1; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },
 )

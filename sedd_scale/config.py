@@ -94,11 +94,37 @@ class NoiseConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = _key(
-        None, "Directory that tools/prepare_data.py wrote, relative to the working directory."
+        None,
+        "Dataset of tools/prepare_data.py: a directory, a URL, or pipe: and a command.",
+    )
+    mixture: list | None = _key(
+        None,
+        "Instead of path, a list of {path, weight} or {path, tokens}; tokens: of the whole run.",
+    )
+    stages: list | None = _key(
+        None, "A list of {step, weights}: from this step on, these weights of the mixture."
     )
     block_length: int | None = _key(
         None, "Tokens in a training sequence; null: the dataset's.", at_least=1
     )
+    shuffle_window: int | None = _key(
+        262_144, "Blocks shuffled together, in whole shards; null: all.", at_least=1
+    )
+    random_length: float = _key(
+        0.0,
+        "Share of blocks cut to a random length; what is cut off becomes padding.",
+        at_least=0,
+        at_most=1,
+    )
+    on_bad_shard: str = _key(
+        "stop",
+        "At a damaged shard; skip: replace its blocks by others, alike on all ranks.",
+        choices=("stop", "skip"),
+    )
+    cache_dir: str | None = _key(
+        None, "Where a node keeps files of remote data; null: in the temporary directory."
+    )
+    cache_gb: float = _key(20.0, "Size of that cache in gigabytes.", above=0)
 
 
 @dataclass(frozen=True)
@@ -407,7 +433,13 @@ def _expected_type(key: Field[Any]) -> tuple[type[Any], bool]:
     return cast(type[Any], key.type), False
 
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+}
 
 
 def _typed(dotted: str, key: Field[Any], value: Any, source: str) -> Any:

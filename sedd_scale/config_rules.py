@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from sedd_scale.data_rules import check_data
 from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 LIMITS = {
     "at_least": ("at least", lambda value, limit: value >= limit),
+    "at_most": ("at most", lambda value, limit: value <= limit),
     "above": ("above", lambda value, limit: value > limit),
     "below": ("below", lambda value, limit: value < limit),
 }
@@ -39,6 +41,7 @@ def check_combinations(config: Config) -> None:
     _check_noise(config)
     _check_optimizer(config)
     _check_batch(config)
+    check_data(config)
 
 
 def _check_model(config: Config) -> None:

@@ -3,6 +3,7 @@
 PyYAML follows YAML 1.1, in which `1e-3` is text and `off` is false. Both occur in a configuration.
 """
 
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -89,6 +90,8 @@ def scalar_text(value: Any) -> str:
     if isinstance(value, float):
         mantissa, exponent, power = repr(value).partition("e")
         return mantissa + (".0" if exponent and "." not in mantissa else "") + exponent + power
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)  # which is YAML too
     if isinstance(value, str):
         if _PLAIN_TEXT.match(value) and value.lower() not in _WORDS_OF_YAML_1_1:
             return value

@@ -1,12 +1,11 @@
 """Measure the parts of a training step, side by side with straightforward formulations of them."""
 
-import importlib
-import importlib.util
 import sys
 
+from sedd_scale.benchmark import communication, data, loss, optimizer, step
 from sedd_scale.cli import make_parser, run_command
 
-SUBCOMMANDS = ("loss", "step", "optimizer", "data", "communication")
+SUBCOMMANDS = (loss, step, optimizer, data, communication)
 
 
 def main() -> int:
@@ -15,10 +14,8 @@ def main() -> int:
         "tools/benchmark.py loss --baseline --json",
     )
     subparsers = parser.add_subparsers(metavar="PART", required=True)
-    for name in SUBCOMMANDS:
-        module = f"sedd_scale.benchmark.{name}"
-        if importlib.util.find_spec(module):
-            importlib.import_module(module).add_arguments(subparsers)
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_arguments(subparsers)
     return run_command(parser, lambda arguments: arguments.run(arguments))
 
 

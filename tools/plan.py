@@ -13,7 +13,7 @@ from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
 if TYPE_CHECKING:
-    from sedd_scale.config import Config
+    from sedd_scale.config import Config, ParallelConfig
     from sedd_scale.planning.layouts import LayoutFit, Plan
 
 GB = 1e9
@@ -105,8 +105,8 @@ def print_plan(config: "Config", planned: "Plan", *, usable: float, seconds: flo
         print(f"  {part:<18}{count:>14,}")
     verdict = "fits" if heaviest.peak <= usable else "does NOT fit"
     print(
-        f"\n{planned.gpus} GPUs: {layout_text(planned)}, {training.precision}, {planned.accumulation} "
-        f"micro-batches of {training.micro_batch} a rank\n"
+        f"\n{planned.gpus} GPUs: {layout_text(planned)}, {training.precision}, "
+        f"{planned.accumulation} micro-batches of {training.micro_batch} a rank\n"
         f"heaviest rank, stage {planned.stages.index(heaviest)} of {len(planned.stages)} with "
         f"{heaviest.parameters:,} parameters, in GB:"
     )
@@ -137,13 +137,25 @@ def print_plan(config: "Config", planned: "Plan", *, usable: float, seconds: flo
     )
 
 
-COLUMNS = ("GPUs", "tensor", "pipeline", "data", "zero", "seq.par", "recompute", "peak GB", "sent GB")
+COLUMNS = (
+    "GPUs",
+    "tensor",
+    "pipeline",
+    "data",
+    "zero",
+    "seq.par",
+    "recompute",
+    "peak GB",
+    "sent GB",
+)
 
 
 def print_layouts(fits: "Sequence[LayoutFit]", num_rows: int) -> None:
     """The table of layouts, best first, and how many of them fit nowhere."""
     possible = [fit for fit in fits if fit.plan is not None]
-    print(f"\nfewest GPUs by layout, best first ({len(possible)} of {len(fits)} legal layouts fit):")
+    print(
+        f"\nfewest GPUs by layout, best first ({len(possible)} of {len(fits)} legal layouts fit):"
+    )
     print("  ".join(f"{column:>9}" for column in COLUMNS))
     for fit in possible[: num_rows or None]:
         assert fit.plan is not None
@@ -151,16 +163,21 @@ def print_layouts(fits: "Sequence[LayoutFit]", num_rows: int) -> None:
         cells = (
             *(fit.plan.gpus, parallel.tensor, parallel.pipeline, fit.plan.data),
             *(parallel.zero_stage, "yes" if parallel.sequence_parallel else "no"),
-            RECOMPUTE.get(parallel.recompute_every, f"1 in {parallel.recompute_every}"),
+            recompute_text(parallel),
             f"{fit.plan.heaviest.peak / GB:.1f}",
             f"{fit.plan.sent_bytes / GB:.1f}",
         )
         print("  ".join(f"{cell:>9}" for cell in cells))
+    print("(recompute with *: all but matrix products and attention)")
     if num_rows and len(possible) > num_rows:
         print(f"... {len(possible) - num_rows} more; --rows 0 shows all")
 
 
-RECOMPUTE = {0: "none", 1: "all"}
+def recompute_text(parallel: "ParallelConfig") -> str:
+    """Which blocks are recomputed; an asterisk: all but their products."""
+    every = parallel.recompute_every
+    blocks = {0: "none", 1: "all"}.get(every, f"1 in {every}")
+    return blocks + ("*" if every and parallel.recompute_mode == "selective" else "")
 
 
 def layout_text(planned: "Plan") -> str:
@@ -173,7 +190,7 @@ def layout_text(planned: "Plan") -> str:
     if parallel.sequence_parallel:
         text += ", sequence parallel"
     if parallel.recompute_every:
-        text += f", recompute every {parallel.recompute_every}"
+        text += f", recompute {recompute_text(parallel)}"
     return text
 
 
@@ -189,9 +206,7 @@ def as_json(
         "parameters": planned.total_parameters,
         "parameters_by_part": planned.parameters,
         **plan_json(planned),
-        "stages": [
-            {**dataclasses.asdict(stage), "peak": stage.peak} for stage in planned.stages
-        ],
+        "stages": [{**dataclasses.asdict(stage), "peak": stage.peak} for stage in planned.stages],
         "flops": dataclasses.asdict(planned.flops),
         "seconds": seconds,
         "layouts": [plan_json(fit.plan) for fit in fits if fit.plan is not None],
@@ -239,7 +254,9 @@ def main() -> int:
         "--mfu", type=float, default=0.4, help="share of the peak that is reached; default: 0.4"
     )
     parser.add_argument("--vocab-size", type=int, help="N; default: the config's or the dataset's")
-    parser.add_argument("--block-length", type=int, help="L; default: the config's or the dataset's")
+    parser.add_argument(
+        "--block-length", type=int, help="L; default: the config's or the dataset's"
+    )
     parser.add_argument("--rows", type=int, default=20, help="layouts to show; 0: all; default: 20")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return run_command(parser, plan_command, intermixed=True)

@@ -1,13 +1,19 @@
-"""Turn text into a tokenised dataset: webdataset shards, their index and the tokenizer."""
+"""Turn text into a tokenised dataset: webdataset shards, their index and the tokenizer.
+
+`prepare_data.py inspect PATH` shows what a dataset holds and verifies it.
+"""
 
 import argparse
 import contextlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sedd_scale.cli import make_parser, run_command
+from sedd_scale.data.inspection import inspect_dataset
+from sedd_scale.data.packing import PACKINGS
 from sedd_scale.data.prepare import (
     DEFAULT_BLOCKS_PER_SHARD,
     DEFAULT_SENTENCEPIECE_VOCABULARY,
@@ -34,9 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         action="extend",
         metavar="GLOB",
-        help=".txt or .jsonl files (also .gz, .xz), or builtin:python for text of this Python",
+        help=".txt, .jsonl or webdataset .tar files (also .gz, .xz, .zst), .parquet files, or "
+        "builtin:python for text of this Python",
     )
-    add("--field", default="text", help="field of a .jsonl line that holds the text")
+    add(
+        "--field",
+        default="text",
+        help="field of a .jsonl line, or column of a .parquet, that holds the text",
+    )
     add("--tokenizer", choices=KINDS, required=True, help="what turns text into token ids")
     add(
         "--tokenizer-path",
@@ -80,6 +91,53 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_BLOCKS_PER_SHARD,
         metavar="K",
         help="blocks in a shard (%(default)s)",
+    )
+    add(
+        "--packing",
+        choices=PACKINGS,
+        default=PACKINGS[0],
+        help="continuous: one stream of documents, cut every L tokens; documents: none is cut that "
+        "fits a block, the rest of a block is padding (%(default)s)",
+    )
+    add(
+        "--dedupe",
+        action="store_true",
+        help="keep only the first of documents with exactly equal text",
+    )
+    add(
+        "--processes",
+        type=int,
+        metavar="P",
+        help="processes that encode (one for each core; one for a small input)",
+    )
+    return parser
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    """The arguments of `inspect`."""
+    parser = make_parser(
+        "Show what a dataset holds, decode a few blocks, and compare every shard with its SHA-256.",
+        "python tools/prepare_data.py inspect data/corpus --blocks 2",
+    )
+    parser.prog += " inspect"
+    parser.add_argument("path", metavar="PATH", help="directory, URL or pipe: of a dataset")
+    parser.add_argument(
+        "--blocks", type=int, default=3, metavar="K", help="blocks to decode (%(default)s)"
+    )
+    parser.add_argument("--split", default="train", help="split to decode from (%(default)s)")
+    parser.add_argument(
+        "--characters",
+        type=int,
+        default=400,
+        metavar="C",
+        help="characters shown of each block (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="where the files of a remote dataset are kept (a temporary directory)",
     )
     return parser
 
@@ -131,6 +189,9 @@ def prepare_command(arguments: argparse.Namespace) -> None:
             valid_fraction=arguments.valid_fraction,
             test_fraction=arguments.test_fraction,
             blocks_per_shard=arguments.blocks_per_shard,
+            packing=arguments.packing,
+            dedupe=arguments.dedupe,
+            processes=arguments.processes,
             on_progress=show,
         )
     seconds = time.perf_counter() - start
@@ -140,5 +201,27 @@ def prepare_command(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def inspect_command(arguments: argparse.Namespace) -> None:
+    """Print what `inspect` found; an error where a shard is damaged."""
+    with contextlib.ExitStack() as stack:
+        cache_dir = arguments.cache_dir
+        if cache_dir is None:
+            cache_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for line in inspect_dataset(
+            arguments.path,
+            split=arguments.split,
+            num_blocks=arguments.blocks,
+            characters=arguments.characters,
+            cache_dir=cache_dir,
+        ):
+            print(line, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    if list(argv[:1]) == ["inspect"]:
+        return run_command(build_inspect_parser(), inspect_command, argv[1:])
+    return run_command(build_parser(), prepare_command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), prepare_command))
+    sys.exit(main(sys.argv[1:]))

@@ -57,8 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
     weight = torch.randn(graph.num_states, width, device=device) / width**0.5
     bias = torch.randn(graph.num_states, device=device)
     hidden_LBH = torch.randn(length, batch, width, device=device)
-    leaves = [part.to(dtype).requires_grad_() for part in (hidden_LBH, weight, bias)]
-    del weight, bias, hidden_LBH
+    hidden_LBH, weight, bias = (
+        part.to(dtype).requires_grad_() for part in (hidden_LBH, weight, bias)
+    )
+    leaves = (hidden_LBH, weight, bias)
     clean_BL = torch.randint(graph.num_tokens, (batch, length))
     noisy_BL, t = clean_BL.clone(), arguments.masked_fraction
     changed = torch.randperm(batch * length)[: round(t * batch * length)]
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def ours() -> "Tensor":
         forget_gradients()
-        loss = linear_score_entropy(*leaves, targets, shard)
+        loss = linear_score_entropy(hidden_LBH, weight, bias, targets, shard)
         loss.backward()
         return loss.detach()
 

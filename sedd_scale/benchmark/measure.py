@@ -1,5 +1,6 @@
-"""Time and memory of programs measured side by side: what is compared shares one process and minute."""
+"""Time and memory of programs, measured side by side in one process."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import torch
 def median_seconds(
     programs: Sequence[Callable[[], object]], *, repeats: int, warm_up: int = 1
 ) -> list[float]:
-    """Median seconds of each program over `repeats` rounds, after `warm_up` rounds that do not count.
+    """Median seconds of each program over `repeats` rounds, after `warm_up` uncounted ones.
 
     A round runs every program once, so that a slow minute of the machine slows them all alike.
     """
@@ -29,9 +30,9 @@ def median_seconds(
 def peak_bytes(program: Callable[[], object]) -> int:
     """The most bytes that PyTorch's allocator had handed out at once to `program`, run once.
 
-    Bytes that were alive before do not count. On a GPU the allocator's own counter; on the CPU its
-    record of every allocation, inside operators too (what a matrix library keeps for itself is not
-    in it).
+    Bytes that were alive before do not count, and are to stay alive. On a GPU the allocator's own
+    counter; on the CPU its record of every allocation, inside operators too (what a matrix library
+    keeps for itself is not in it).
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -40,6 +41,7 @@ def peak_bytes(program: Callable[[], object]) -> int:
         program()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints when it starts and stops
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:

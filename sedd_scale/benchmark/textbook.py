@@ -5,13 +5,14 @@ whole vocabulary, score entropy as the paper writes it, gradients by autograd, t
 average of the weights in a Python loop. Nothing of the rest of the package takes part but the
 configuration, the graph and the noisy batch, so that both sides see the same work.
 
-B sequences, L positions, H width, h heads, D head width, V states, N tokens.
+B sequences, L positions, H width, h heads, D head width, V states.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedd_scale.benchmark.loss import textbook_loss
 from sedd_scale.config import Config
 from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
@@ -63,43 +64,67 @@ def rotated(x_BhLD: Tensor, rotary_2LD: Tensor) -> Tensor:
     return x_BhLD * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+class VocabEmbedding(nn.Module):
+    """A row of numbers for each state."""
+
+    def __init__(self, num_states: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(num_states, width))
+        nn.init.kaiming_uniform_(self.embedding, a=5**0.5)
+
+
+class SigmaMap(nn.Module):
+    """Total noise to the conditioning vector."""
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma_B: Tensor) -> Tensor:
+        frequency = 10000.0 ** (-torch.arange(128, device=sigma_B.device) / 128)
+        angle = sigma_B.float()[:, None] * frequency
+        return F.silu(self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
+
+
+class OutputLayer(nn.Module):
+    """The adaptive norm before the map to scores, and the map."""
+
+    def __init__(self, width: int, cond_dim: int, num_states: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, bias=False)
+        self.adaLN_modulation = nn.Linear(cond_dim, 2 * width)
+        self.linear = nn.Linear(width, num_states)
+
+    def forward(self, x_BLH: Tensor, cond_BC: Tensor) -> Tensor:
+        """The input of `linear`."""
+        shift, scale = self.adaLN_modulation(cond_BC)[:, None].chunk(2, dim=-1)
+        return self.norm_final(x_BLH) * (1 + scale) + shift
+
+
 class TextbookNetwork(nn.Module):
-    """Noisy tokens and sigma to the head's raw outputs [B, L, V]."""
+    """Noisy tokens and sigma to the input [B, L, H] of `output_layer.linear`, the map to scores."""
 
     def __init__(self, config: Config, num_states: int) -> None:
         super().__init__()
         model = config.model
         width, cond_dim = model.hidden_size, model.cond_dim
         self.head_dim = config.head_dim
-        self.vocab_embed = nn.Module()
-        self.vocab_embed.embedding = nn.Parameter(torch.empty(num_states, width))
-        nn.init.kaiming_uniform_(self.vocab_embed.embedding, a=5**0.5)
-        self.sigma_map = nn.Module()
-        self.sigma_map.mlp = nn.Sequential(
-            nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
-        )
+        self.vocab_embed = VocabEmbedding(num_states, width)
+        self.sigma_map = SigmaMap(cond_dim)
         self.blocks = nn.ModuleList(
             TextbookBlock(width, model.num_heads, cond_dim, model.mlp_ratio, model.dropout)
             for _ in range(model.num_layers)
         )
-        self.output_layer = nn.Module()
-        self.output_layer.norm_final = nn.LayerNorm(width, bias=False)
-        self.output_layer.adaLN_modulation = nn.Linear(cond_dim, 2 * width)
-        self.output_layer.linear = nn.Linear(width, num_states)
+        self.output_layer = OutputLayer(width, cond_dim, num_states)
 
     def forward(self, noisy_BL: Tensor, sigma_B: Tensor) -> Tensor:
-        device = noisy_BL.device
-        frequency = 10000.0 ** (-torch.arange(128, device=device) / 128)
-        angle = sigma_B.float()[:, None] * frequency
-        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        cond_BC = F.silu(self.sigma_map.mlp(features))
+        cond_BC = self.sigma_map(sigma_B)
         x_BLH = self.vocab_embed.embedding[noisy_BL]
-        rotary_2LD = rotary_table(noisy_BL.shape[1], self.head_dim, device)
+        rotary_2LD = rotary_table(noisy_BL.shape[1], self.head_dim, noisy_BL.device)
         for block in self.blocks:
             x_BLH = block(x_BLH, cond_BC, rotary_2LD)
-        head = self.output_layer
-        shift, scale = head.adaLN_modulation(cond_BC)[:, None].chunk(2, dim=-1)
-        return head.linear(head.norm_final(x_BLH) * (1 + scale) + shift)
+        output: Tensor = self.output_layer(x_BLH, cond_BC)
+        return output
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:
@@ -107,46 +132,6 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angle = torch.arange(length, device=device)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)
-
-
-def textbook_loss(
-    logits_BLV: Tensor,
-    *,
-    noisy_BL: Tensor,
-    clean_BL: Tensor,
-    sigma_B: Tensor,
-    rate_B: Tensor,
-    graph: Graph,
-    scaled: bool,
-) -> Tensor:
-    """Mean score entropy in nats per token, from the log-scores of all rows (float32 throughout).
-
-    Source: Lou et al., arXiv 2310.16834, the diffusion-weighted denoising score entropy.
-    """
-    sigma_B11, rate_B1 = sigma_B.float()[:, None, None], rate_B.float()[:, None]
-    odds_B11 = torch.expm1(sigma_B11)
-    log_score_BLV = logits_BLV.float()
-    num_tokens = graph.num_tokens
-    if scaled:
-        log_score_BLV = log_score_BLV - odds_B11.log() - torch.tensor(float(num_tokens)).log()
-    log_score_BLV = log_score_BLV.scatter(-1, noisy_BL[..., None], 0.0)
-    target_BL = log_score_BLV.gather(-1, clean_BL[..., None]).squeeze(-1)
-    if graph.mask_id is not None:
-        counts_BL = noisy_BL == graph.mask_id
-        ratio_M = (1 / odds_B11).expand(*noisy_BL.shape, 1)[counts_BL].squeeze(-1)
-        score_sum_M = log_score_BLV[counts_BL][:, :num_tokens].exp().sum(-1)
-        entropy_M = score_sum_M - ratio_M * target_BL[counts_BL] + ratio_M * (ratio_M.log() - 1)
-        entropy_BL = torch.zeros_like(target_BL).masked_scatter(counts_BL, entropy_M)
-        return (rate_B1 * entropy_BL).mean()
-    # The own token's entry adds e^0 to the sum of scores and nothing to that of log-scores.
-    score_sum_BL = log_score_BLV.exp().sum(-1) - 1
-    total_BL = log_score_BLV.sum(-1)
-    a_B1 = (odds_B11 / (odds_B11 + num_tokens)).squeeze(-1)
-    unchanged_BL = score_sum_BL - a_B1 * total_BL + (num_tokens - 1) * a_B1 * (a_B1.log() - 1)
-    changed_BL = score_sum_BL - (total_BL - target_BL) - target_BL / a_B1
-    changed_BL = changed_BL - (num_tokens - 2) + (-a_B1.log() - 1) / a_B1
-    entropy_BL = torch.where(noisy_BL == clean_BL, unchanged_BL, changed_BL)
-    return (rate_B1 * entropy_BL).mean() / num_tokens
 
 
 class TextbookTrainer:
@@ -170,21 +155,23 @@ class TextbookTrainer:
 
     def loss(self, batch: NoisyBatch) -> Tensor:
         """Mean score entropy of a noisy batch, nats per token; differentiable."""
-        noisy_BL, clean_BL, sigma_B, rate_B = (
-            tensor.to(self.device)
-            for tensor in (batch.noisy_BL, batch.clean_BL, batch.sigma_B, batch.rate_B)
+        noise_B3 = torch.stack([batch.sigma_B, batch.rate_B, batch.rate_over_expm1_B], dim=1)
+        noisy_BL, clean_BL, noise_B3 = (
+            tensor.to(self.device) for tensor in (batch.noisy_BL, batch.clean_BL, noise_B3)
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits_BLV = self.network(noisy_BL, sigma_B)
-        return textbook_loss(
-            logits_BLV,
-            noisy_BL=noisy_BL,
-            clean_BL=clean_BL,
-            sigma_B=sigma_B,
-            rate_B=rate_B,
-            graph=self.graph,
-            scaled=self.config.resolved_scale_by_sigma,
-        )
+            x_BLH = self.network(noisy_BL, noise_B3[:, 0])
+            linear = self.network.output_layer.linear
+            return textbook_loss(
+                x_BLH.transpose(0, 1),
+                linear.weight,
+                linear.bias,
+                clean_BL,
+                noisy_BL,
+                noise_B3,
+                graph=self.graph,
+                scaled=self.config.resolved_scale_by_sigma,
+            )
 
     def step(self, batch: NoisyBatch, *, lr: float) -> tuple[float, float]:
         """One optimizer step; the loss (nats per token) and the gradient norm before clipping."""

@@ -1,41 +1,49 @@
 """From text to a dataset: choose splits, make the tokenizer, encode, pack and write.
 
 Documents are streamed: a first pass reads as many as it takes to know that no split is empty, a
-second one samples text where a tokenizer is to be trained, and the last one encodes.
+second one samples text where a tokenizer is to be trained, and the last one encodes, in several
+processes where the input is large. A journal (see journal) lets a killed preparation go on.
 """
 
-import contextlib
 import heapq
-import re
-import shutil
+import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedd_scale.data import shards
-from sedd_scale.data.documents import Document, DocumentStream
+import numpy as np
+
+from sedd_scale.data import journal
+from sedd_scale.data.documents import START, Document, DocumentStream, Place
+from sedd_scale.data.encoding import Encoded, Encoder
+from sedd_scale.data.gpt2_tokenizer import open_gpt2
 from sedd_scale.data.packing import SplitPacker
+from sedd_scale.data.prepare_checks import check_arguments, check_output, remove_preparation
 from sedd_scale.data.sentencepiece_training import train_sentencepiece
-from sedd_scale.data.shards import ShardWriter, write_index
+from sedd_scale.data.shard_writer import ShardWriter
+from sedd_scale.data.shards import TOKENIZER_DIRECTORY, write_index
 from sedd_scale.data.splits import SplitRule, document_hash, is_empty
 from sedd_scale.data.tokenizers import (
-    KINDS,
     BytesTokenizer,
     Text8Tokenizer,
     Tokenizer,
-    open_gpt2,
+    available_cores,
+    load_tokenizer,
     open_sentencepiece,
 )
-from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.errors import DataError, SeddScaleError
 
 DEFAULT_SENTENCEPIECE_VOCABULARY = 8192
 DEFAULT_VALID_FRACTION = 0.02
 DEFAULT_BLOCKS_PER_SHARD = 16_384
 DEFAULT_TOKENIZER_SAMPLE = 10_000_000
-BATCH_CHARACTERS = 4_000_000
-BATCH_DOCUMENTS = 4_096
-
-_OURS = re.compile(r"(train|valid|test)-\d{6}\.tar(\.tmp)?|index\.json\.tmp")
+# A batch is what one process encodes at a time.
+BATCH_CHARACTERS = 1_000_000
+BATCH_DOCUMENTS = 1_024
+# Smaller inputs are done before other processes have started.
+SMALL_INPUT_BYTES = 8_000_000
+JOURNAL_SECONDS = 15.0
 
 
 class Progress(NamedTuple):
@@ -61,26 +69,34 @@ def prepare(
     valid_fraction: float = DEFAULT_VALID_FRACTION,
     test_fraction: float = 0.0,
     blocks_per_shard: int = DEFAULT_BLOCKS_PER_SHARD,
+    packing: str = "continuous",
+    dedupe: bool = False,
+    processes: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Write the dataset of `inputs` into `output`; returns its index.
 
-    Equal inputs and arguments give equal bytes. On any failure the files written so far are
-    removed.
+    Equal inputs and arguments give equal bytes, on any number of processes, in one go or in
+    several. Where the input or the arguments are at fault the files written so far are removed;
+    after any other end, a kill among them, the same call goes on where the last one was.
 
     Args:
-        inputs: globs of .txt and .jsonl files, or `builtin:python` (see documents).
-        output: a directory that does not exist yet, is empty, or holds an unfinished preparation.
+        inputs: globs of files, or `builtin:python` (see documents).
+        output: a directory that does not exist yet, is empty, or holds an unfinished preparation
+            by the same arguments.
         block_length: L, tokens per block.
         tokenizer: sentencepiece, gpt2, bytes or text8.
         tokenizer_path: the model or vocabulary to load; without it sentencepiece is trained.
         vocab_size: N of the sentencepiece model to train; else, if given, must be the tokenizer's
             N.
         tokenizer_sample: characters of training documents that sentencepiece is trained on.
-        field: the field of a .jsonl line that holds the text.
+        field: the field of a .jsonl line or the column of a .parquet that holds the text.
         valid_fraction: share of documents that validate; 0: no validation split.
         test_fraction: share of documents that test; 0: no test split.
         blocks_per_shard: blocks in every shard but a split's last.
+        packing: how documents fill blocks, "continuous" or "documents" (see packing).
+        dedupe: keep only the first of documents with exactly equal text.
+        processes: that encode; None: one for each core, or one for a small input.
         on_progress: called after every batch of documents.
 
     Raises:
@@ -88,7 +104,7 @@ def prepare(
         DataError: an input, the tokenizer or the output directory cannot be used, or a split has
             less than one block.
     """
-    _check_arguments(
+    check_arguments(
         block_length=block_length,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
@@ -96,137 +112,166 @@ def prepare(
         test_fraction=test_fraction,
         blocks_per_shard=blocks_per_shard,
         tokenizer_sample=tokenizer_sample,
+        packing=packing,
+        processes=processes,
     )
-    _check_output(output)
+    check_output(output)
     documents = DocumentStream(inputs, field=field)
+    codec: Tokenizer | None = None
+    if tokenizer != "sentencepiece" or tokenizer_path is not None:
+        codec = _open_tokenizer(tokenizer, tokenizer_path, vocab_size)
+    command = {
+        "--input": documents.identity() + [[platform.python_version()]] * documents.builtin,
+        "--field": field,
+        "--tokenizer": [tokenizer, codec.fingerprint if codec else None],
+        "--vocab-size": vocab_size,
+        "--tokenizer-sample": tokenizer_sample,
+        "--block-length": block_length,
+        "--valid-fraction": valid_fraction,
+        "--test-fraction": test_fraction,
+        "--blocks-per-shard": blocks_per_shard,
+        "--packing": packing,
+        "--dedupe": dedupe,
+    }
+    state = journal.read_journal(output, command)
     rule = SplitRule(valid_fraction, test_fraction)
     rule.fit(documents)
-    codec: Tokenizer
-    if tokenizer == "sentencepiece" and tokenizer_path is None:
-        sample = _tokenizer_sample(documents, rule, tokenizer_sample, on_progress)
-        pieces = DEFAULT_SENTENCEPIECE_VOCABULARY if vocab_size is None else vocab_size
-        codec = train_sentencepiece(sample, pieces)
-    else:
-        codec = _open_tokenizer(tokenizer, tokenizer_path, vocab_size)
+    if processes is None:
+        processes = available_cores() if documents.total_bytes > SMALL_INPUT_BYTES else 1
 
-    with contextlib.ExitStack() as undo:
-        _clear_output(output, undo)
-        undo.callback(shutil.rmtree, output / shards.TOKENIZER_DIRECTORY, ignore_errors=True)
-        packers = {}
-        for name in rule.names:
+    existed = output.exists()
+    try:
+        if not state:
+            output.mkdir(parents=True, exist_ok=True)
+            remove_preparation(output)
+            journal.write_journal(output, command=command, state={})
+            if codec is None:
+                sample = _tokenizer_sample(documents, rule, tokenizer_sample, on_progress)
+                pieces = DEFAULT_SENTENCEPIECE_VOCABULARY if vocab_size is None else vocab_size
+                codec = train_sentencepiece(sample, pieces)
+            codec.save(output / TOKENIZER_DIRECTORY)
+        else:
+            codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
+        with (
+            Encoder[Place](codec, processes=processes) as encoder,
+            _Run(output, command, state or {}, codec, rule.names) as run,
+        ):
+            for batch, place in encoder.run(_batches(documents.documents_after(run.place))):
+                run.add(batch, rule, place)
+                on_progress(
+                    Progress(
+                        "encoding",
+                        documents.bytes_read,
+                        documents.total_bytes,
+                        sum(packer.documents for packer in run.packers.values()),
+                        sum(packer.tokens for packer in run.packers.values()),
+                    )
+                )
+            return run.finish({"valid_fraction": valid_fraction, "test_fraction": test_fraction})
+    except SeddScaleError:
+        remove_preparation(output)
+        if not existed:
+            output.rmdir()
+        raise
+
+
+class _Run:
+    """The part of a preparation that encodes and writes, and what it needs to go on later."""
+
+    def __init__(
+        self,
+        output: Path,
+        command: dict[str, Any],
+        state: dict[str, Any],
+        codec: Tokenizer,
+        names: Sequence[str],
+    ) -> None:
+        self.place = Place(*state.get("place", START))
+        self.packers: dict[str, SplitPacker] = {}
+        self._output, self._command, self._codec = output, command, codec
+        self._passed: int = state.get("passed", 0)
+        self._duplicates: int = state.get("duplicates", 0)
+        self._writers: list[ShardWriter] = []
+        self._saved_shards = -1
+        self._saved_at = time.monotonic()
+        self._seen: journal.SeenDocuments | None = None
+        if command["--dedupe"]:
+            self._seen = journal.SeenDocuments(output, documents=self._passed)
+        for name in names:
+            split_state = state.get("splits", {}).get(name)
             writer = ShardWriter(
                 output,
                 name,
-                block_length=block_length,
+                block_length=command["--block-length"],
                 vocab_size=codec.vocab_size,
-                blocks_per_shard=blocks_per_shard,
+                blocks_per_shard=command["--blocks-per-shard"],
+                state=None if split_state is None else split_state["writer"],
             )
-            undo.callback(writer.abandon)
-            packers[name] = SplitPacker(codec, writer, block_length)
-
-        for batch in _batches(documents):
-            for text, ids in zip(batch, codec.encode_batch(batch), strict=True):
-                if ids.size:
-                    packers[rule.split_of(document_hash(text))].add(text, ids)
-            for packer in packers.values():
-                packer.flush()
-            on_progress(
-                Progress(
-                    "encoding",
-                    documents.bytes_read,
-                    documents.total_bytes,
-                    sum(packer.documents for packer in packers.values()),
-                    sum(packer.tokens for packer in packers.values()),
-                )
+            self._writers.append(writer)
+            self.packers[name] = SplitPacker(
+                codec,
+                writer,
+                command["--block-length"],
+                packing=command["--packing"],
+                state=split_state,
             )
 
-        entries = {name: packer.finish(name) for name, packer in packers.items()}
-        codec.save(output / shards.TOKENIZER_DIRECTORY)
+    def add(self, batch: Encoded, rule: SplitRule, place: Place) -> None:
+        """Write one encoded batch, and the journal when a shard was finished or it is time."""
+        kept = batch.lengths > 0
+        if self._seen is not None:
+            first = self._seen.first_seen(batch.digests)
+            self._duplicates += int((kept & ~first).sum())
+            kept &= first
+        splits = np.array([rule.split_of(digest) for digest in batch.digests])
+        for name, packer in self.packers.items():
+            packer.add(batch, kept & (splits == name))
+        self._passed += len(batch.digests)
+        self.place = place
+        finished = sum(len(writer.shards) for writer in self._writers)
+        now = time.monotonic()
+        if finished != self._saved_shards or now - self._saved_at > JOURNAL_SECONDS:
+            self._save()
+            self._saved_shards, self._saved_at = finished, now
+
+    def _save(self) -> None:
+        state = {
+            "place": list(self.place),
+            "passed": self._passed,
+            "duplicates": self._duplicates,
+            "splits": {name: packer.save_state() for name, packer in self.packers.items()},
+        }
+        if self._seen is not None:
+            self._seen.commit()
+        journal.write_journal(self._output, command=self._command, state=state)
+
+    def finish(self, more: dict[str, Any]) -> dict[str, Any]:
+        """Complete the splits and write the index, which it returns."""
+        entries = {name: packer.finish(name) for name, packer in self.packers.items()}
         index = write_index(
-            output,
+            self._output,
             {
-                "block_length": block_length,
-                "vocab_size": codec.vocab_size,
-                "eos_id": codec.eos_id,
-                "tokenizer": {"kind": codec.kind, "fingerprint": codec.fingerprint},
-                "valid_fraction": valid_fraction,
-                "test_fraction": test_fraction,
+                "block_length": self._command["--block-length"],
+                "vocab_size": self._codec.vocab_size,
+                "eos_id": self._codec.eos_id,
+                "tokenizer": {"kind": self._codec.kind, "fingerprint": self._codec.fingerprint},
+                "packing": self._command["--packing"],
+                "duplicates_dropped": self._duplicates if self._command["--dedupe"] else None,
+                **more,
                 "splits": entries,
             },
         )
-        undo.pop_all()
-    return index
+        journal.remove_journal(self._output)
+        return index
 
+    def __enter__(self) -> "_Run":
+        return self
 
-def _check_arguments(
-    *,
-    block_length: int,
-    tokenizer: str,
-    tokenizer_path: Path | None,
-    valid_fraction: float,
-    test_fraction: float,
-    blocks_per_shard: int,
-    tokenizer_sample: int,
-) -> None:
-    for name, count in (
-        ("--block-length", block_length),
-        ("--blocks-per-shard", blocks_per_shard),
-        ("--tokenizer-sample", tokenizer_sample),
-    ):
-        if count < 1:
-            raise ConfigError(f"{name} {count} is not positive: give at least 1")
-    if tokenizer not in KINDS:
-        raise ConfigError(f"--tokenizer {tokenizer} is unknown: give one of {', '.join(KINDS)}")
-    if tokenizer == "gpt2" and tokenizer_path is None:
-        raise ConfigError(
-            "--tokenizer gpt2 needs --tokenizer-path: the directory of vocab.json and merges.txt"
-        )
-    if tokenizer in ("bytes", "text8") and tokenizer_path is not None:
-        raise ConfigError(f"--tokenizer {tokenizer} has no files: leave --tokenizer-path out")
-    for name, fraction in (("valid", valid_fraction), ("test", test_fraction)):
-        if not 0 <= fraction < 1:
-            raise ConfigError(f"--{name}-fraction {fraction} is not in [0, 1): give such as 0.02")
-    if valid_fraction + test_fraction >= 1:
-        raise ConfigError(
-            f"--valid-fraction {valid_fraction} and --test-fraction {test_fraction} leave nothing "
-            "to train on: give less than 1 together"
-        )
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a directory with a dataset or with anything that is not ours to replace."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise DataError(f"--output {output} is a file: give a directory")
-    if (output / shards.INDEX_FILE).exists():
-        raise DataError(
-            f"--output {output} already holds a dataset; give another --output or remove it"
-        )
-    names = sorted(entry.name for entry in output.iterdir())
-    # A preparation that was killed may have written the tokenizer, but never before a shard.
-    if any(_OURS.fullmatch(name) for name in names) and shards.TOKENIZER_DIRECTORY in names:
-        names.remove(shards.TOKENIZER_DIRECTORY)
-    for name in names:
-        if _OURS.fullmatch(name) is None:
-            raise DataError(
-                f"--output {output} is not empty (it holds {name}); give a new directory"
-            )
-
-
-def _clear_output(output: Path, undo: contextlib.ExitStack) -> None:
-    """Make the directory, without what an unfinished preparation left in it."""
-    if not output.exists():
-        output.mkdir(parents=True)
-        undo.callback(_remove_if_empty, output)
-    for entry in output.iterdir():
-        if _OURS.fullmatch(entry.name) is not None:
-            entry.unlink()
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
+    def __exit__(self, *_: object) -> None:
+        if self._seen is not None:
+            self._seen.close()
+        for writer in self._writers:
+            writer.release()
 
 
 def _open_tokenizer(kind: str, path: Path | None, vocab_size: int | None) -> Tokenizer:
@@ -277,17 +322,19 @@ def _tokenizer_sample(
     return [text for _, text in sorted(largest_first, reverse=True)]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Non-empty documents in batches of a bounded size, large enough to keep all cores busy."""
+def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], Place]]:
+    """Non-empty documents in batches of a bounded size, each with the place behind it."""
     batch: list[str] = []
     characters = 0
+    place = START
     for document in documents:
         if is_empty(document):
             continue
         batch.append(document.text)
+        place = document.after
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
+            yield batch, place
             batch, characters = [], 0
     if batch:
-        yield batch
+        yield batch, place

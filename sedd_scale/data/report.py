@@ -1,4 +1,4 @@
-"""What a prepared dataset holds, as a table."""
+"""What a prepared dataset holds, as tables."""
 
 import math
 from typing import Any
@@ -13,6 +13,7 @@ def format_report(index: dict[str, Any]) -> str:
         ("documents", lambda split: f"{split['documents']:,}"),
         ("tokens", lambda split: f"{split['tokens']:,}"),
         ("blocks", lambda split: f"{split['blocks']:,}"),
+        ("padding tokens", lambda split: f"{split['padding_tokens']:,}"),
         ("dropped tokens", lambda split: f"{split['dropped_tokens']:,}"),
         ("shards", lambda split: f"{len(split['shards']):,}"),
         ("characters", lambda split: f"{split['characters']:,}"),
@@ -24,12 +25,28 @@ def format_report(index: dict[str, Any]) -> str:
     splits: dict[str, dict[str, Any]] = index["splits"]
     lines = [
         f"tokenizer {index['tokenizer']['kind']}, {index['vocab_size']:,} tokens, "
-        f"blocks of {index['block_length']}",
+        f"blocks of {index['block_length']}, packing {index['packing']}",
         f"{'':20}" + "".join(f"{name:>16}" for name in splits),
     ]
     for title, value in rows:
         lines.append(f"{title:20}" + "".join(f"{value(split):>16}" for split in splits.values()))
+    lines += ["", *_length_lines(splits)]
+    if index["duplicates_dropped"] is not None:
+        lines += ["", f"{index['duplicates_dropped']:,} duplicate documents dropped"]
     return "\n".join(lines)
+
+
+def _length_lines(splits: dict[str, dict[str, Any]]) -> list[str]:
+    """How many documents of each split have how many tokens, in powers of two."""
+    tables = [split["documents_by_length"] for split in splits.values()]
+    rows = range(max(map(len, tables)))
+    lines = ["documents by tokens"]
+    for row in rows:
+        counts = [table[row] if row < len(table) else 0 for table in tables]
+        if any(counts):
+            title = f"{2**row - 1:,} to {2 ** (row + 1) - 2:,}"
+            lines.append(f"{title:>20}" + "".join(f"{count:>16,}" for count in counts))
+    return lines
 
 
 def unigram_bits_per_character(split: dict[str, Any]) -> float:

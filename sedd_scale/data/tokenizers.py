@@ -22,7 +22,6 @@ from sedd_scale.errors import DataError
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 KINDS = ("sentencepiece", "gpt2", "bytes", "text8")
-GPT2_EOS = "<|endoftext|>"
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,12 +34,16 @@ class Tokenizer(ABC):
         vocab_size: N, the number of real tokens.
         eos_id: the id written after every document.
         unknown_id: the id that stands for text the vocabulary cannot spell, or None.
+        eos_in_text: whether EOS also occurs inside documents, so that it marks no boundary.
+        threads: how many threads `encode_batch` may use, where its library has threads.
     """
 
     kind: ClassVar[str]
     vocab_size: int
     eos_id: int
     unknown_id: int | None = None
+    eos_in_text: ClassVar[bool] = False
+    threads: int = 1
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
@@ -140,6 +143,7 @@ class Text8Tokenizer(Tokenizer):
     kind = "text8"
     vocab_size = 27
     eos_id = 0
+    eos_in_text = True
 
     _ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
@@ -196,7 +200,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.unknown_id = self._processor.unk_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
-        lists = self._processor.encode(list(texts), out_type=int, num_threads=available_cores())
+        lists = self._processor.encode(list(texts), out_type=int, num_threads=self.threads)
         return [np.array(ids, dtype=np.int64) for ids in lists]
 
     def _decode(self, ids: list[int]) -> str:
@@ -204,86 +208,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {self.MODEL_FILE: self._model}
-
-
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE from its vocabulary and merges; EOS is `<|endoftext|>`.
-
-    The text "<|endoftext|>" inside a document is ordinary text and never becomes EOS.
-
-    Args:
-        vocabulary: the bytes of vocab.json (piece -> id).
-        merges: the bytes of merges.txt.
-        name: what errors call the vocabulary.
-
-    Raises:
-        DataError: a file is malformed, or the two do not belong together.
-    """
-
-    kind = "gpt2"
-    VOCABULARY_FILE = "vocab.json"
-    MERGES_FILE = "merges.txt"
-
-    def __init__(self, vocabulary: bytes, merges: bytes, *, name: str = VOCABULARY_FILE) -> None:
-        from tokenizers import Tokenizer as Pipeline
-        from tokenizers import decoders, models, pre_tokenizers
-
-        ids_of_pieces = _parse_gpt2_vocabulary(vocabulary, name)
-        pairs = _parse_gpt2_merges(merges, ids_of_pieces, name)
-        for symbol in pre_tokenizers.ByteLevel.alphabet():
-            if symbol not in ids_of_pieces:
-                raise DataError(f"{name} is not a byte-level vocabulary: it lacks {symbol!r}")
-        self._files = {self.VOCABULARY_FILE: vocabulary, self.MERGES_FILE: merges}
-        self._pipeline = Pipeline(models.BPE(vocab=ids_of_pieces, merges=pairs))
-        self._pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._pipeline.decoder = decoders.ByteLevel()
-        self.vocab_size = len(ids_of_pieces)
-        self.eos_id = ids_of_pieces[GPT2_EOS]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
-        encodings = self._pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._pipeline.decode(ids, skip_special_tokens=False))
-
-    def files(self) -> dict[str, bytes]:
-        return dict(self._files)
-
-
-def _parse_gpt2_vocabulary(vocabulary: bytes, name: str) -> dict[str, int]:
-    try:
-        parsed = json.loads(vocabulary)
-    except ValueError as error:
-        raise DataError(f"{name} is not JSON ({error}): give GPT-2's vocab.json") from error
-    if not isinstance(parsed, dict) or sorted(
-        token for token in parsed.values() if isinstance(token, int)
-    ) != list(range(len(parsed))):
-        raise DataError(f"{name} does not map pieces to the ids 0..N-1: give GPT-2's vocab.json")
-    if GPT2_EOS not in parsed:
-        raise DataError(f"{name} lacks {GPT2_EOS}, which separates documents: add it")
-    return parsed
-
-
-def _parse_gpt2_merges(
-    merges: bytes, ids_of_pieces: dict[str, int], name: str
-) -> list[tuple[str, str]]:
-    try:
-        lines = merges.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"the merges of {name} are not UTF-8: give GPT-2's merges.txt") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (number == 1 and line.startswith("#version")):
-            continue
-        parts = line.rstrip("\r").split(" ")
-        if len(parts) != 2 or parts[0] + parts[1] not in ids_of_pieces:
-            raise DataError(
-                f"line {number} of the merges does not fit {name}: {line!r}; give the merges.txt "
-                "that belongs to it"
-            )
-        pairs.append((parts[0], parts[1]))
-    return pairs
 
 
 def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
@@ -294,26 +218,18 @@ def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
         if len(models) != 1:
             raise DataError(f"{given} holds {len(models)} .model files: name the one to use")
         given = models[0]
-    return SentencePieceTokenizer(_read(given), name=str(given))
+    return SentencePieceTokenizer(read_tokenizer_file(given), name=str(given))
 
 
-def open_gpt2(path: str | os.PathLike[str]) -> GPT2Tokenizer:
-    """The GPT-2 tokenizer of a directory, or of a vocab.json with its merges.txt beside it.
+def tokenizer_of_files(kind: str, files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.files` describes; `kind` is one of `KINDS`."""
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(files[SentencePieceTokenizer.MODEL_FILE])
+    if kind == "gpt2":
+        from sedd_scale.data.gpt2_tokenizer import GPT2Tokenizer
 
-    The files may also be named gpt2-vocab.json and gpt2-merges.txt.
-    """
-    given = Path(path)
-    names = (GPT2Tokenizer.VOCABULARY_FILE, "gpt2-" + GPT2Tokenizer.VOCABULARY_FILE)
-    if given.is_dir():
-        found = [given / name for name in names if (given / name).is_file()]
-        if not found:
-            raise DataError(f"{given} holds neither {names[0]} nor {names[1]}: add it")
-        given = found[0]
-    elif not given.name.endswith(GPT2Tokenizer.VOCABULARY_FILE):
-        raise DataError(f"{given} is neither a directory nor a file named *{names[0]}")
-    stem = given.name[: -len(GPT2Tokenizer.VOCABULARY_FILE)]
-    merges = given.with_name(stem + GPT2Tokenizer.MERGES_FILE)
-    return GPT2Tokenizer(_read(given), _read(merges), name=str(given))
+        return GPT2Tokenizer(files[GPT2Tokenizer.VOCABULARY_FILE], files[GPT2Tokenizer.MERGES_FILE])
+    return BytesTokenizer() if kind == "bytes" else Text8Tokenizer()
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -322,6 +238,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         DataError: the directory holds none, a file is missing, or its files were changed since.
     """
+    from sedd_scale.data.gpt2_tokenizer import open_gpt2
+
     source = Path(directory)
     path = source / TOKENIZER_FILE
     if not path.is_file():
@@ -329,13 +247,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             f"{source} holds no {TOKENIZER_FILE}: give a directory that prepare_data made"
         )
     try:
-        description: Any = json.loads(_read(path))
+        description: Any = json.loads(read_tokenizer_file(path))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
     kind = description.get("kind") if isinstance(description, dict) else None
     makers: dict[str, Callable[[], Tokenizer]] = {
         "sentencepiece": lambda: open_sentencepiece(source / SentencePieceTokenizer.MODEL_FILE),
-        "gpt2": lambda: open_gpt2(source / GPT2Tokenizer.VOCABULARY_FILE),
+        "gpt2": lambda: open_gpt2(source),
         "bytes": BytesTokenizer,
         "text8": Text8Tokenizer,
     }
@@ -360,7 +278,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _read(path: Path) -> bytes:
+def read_tokenizer_file(path: Path) -> bytes:
+    """The bytes of a file; DataError where it is missing."""
     if not path.is_file():
         raise DataError(f"tokenizer file {path} does not exist: give the path of an existing one")
     return path.read_bytes()

@@ -22,10 +22,15 @@ from sedd_scale.config import Config
 from sedd_scale.errors import TrainingError
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
 from sedd_scale.model.parameters import LogicalParameter, logical_parameters
+from sedd_scale.parallel.diagnosis import explain_failure
 from sedd_scale.parallel.fragments import ZeroFragments
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
+from sedd_scale.parallel.reduction import reduce_no_more_than_needed
 from sedd_scale.parallel.stages import PipelineStage
 from sedd_scale.parallel.vocab import ScoreTargets
+
+REDUCE_BUCKET = 50_000_000
+"""Gradients, in numbers, that travel between data-parallel ranks at once."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -76,17 +81,30 @@ class Engine(ABC):
         """Accumulate the gradient over this rank's micro-batches and update the weights.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite (on every rank alike).
+            TrainingError: the loss or the gradient norm is not finite (on every rank alike); names
+                what was not finite first, and where.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.train()
         loss = self._accumulate_and_step(micro_batches)
-        result = StepResult(loss, float(self._deepspeed.get_global_grad_norm()))
+        norm = torch.as_tensor(
+            self._deepspeed.get_global_grad_norm(), dtype=loss.dtype, device=loss.device
+        )
+        # Read together: the only place of ours where the host waits for the device.
+        result = StepResult(*torch.stack([loss, norm]).tolist())
         if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
+            cause = explain_failure(
+                self._deepspeed.module,
+                self.parameters,
+                self.fragments,
+                self.layout,
+                lambda: self.evaluate(micro_batches),
+            )
             raise TrainingError(
-                f"loss {result.loss} with gradient norm {result.grad_norm} is not finite; resume "
-                "from the last checkpoint with a lower optimizer.lr or optimizer.clip"
+                f"step {self.fragments.get_step() + 1} has loss {result.loss} and gradient norm "
+                f"{result.grad_norm}: {cause}; resume from the last checkpoint with a lower "
+                "optimizer.lr or optimizer.clip, or with a longer optimizer.warmup_steps"
             )
         return result
 
@@ -99,7 +117,7 @@ class Engine(ABC):
         return losses
 
     @abstractmethod
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float: ...
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
 
     @abstractmethod
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
@@ -125,10 +143,11 @@ class WholeNetworkEngine(Engine):
             mpu=ModelParallelUnit(),
         )
         _assert_same_group(self._deepspeed.data_parallel_group, layout.data_group)
+        reduce_no_more_than_needed(self._deepspeed, layout)
         self.parameters = list(logical_parameters(self._deepspeed.module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.layout.device)
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.layout.device)
@@ -138,7 +157,7 @@ class WholeNetworkEngine(Engine):
             self._deepspeed.step()
         total /= len(micro_batches) * self.layout.data
         dist.all_reduce(total, group=self.layout.data_group)
-        return float(total)
+        return total
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         losses = []
@@ -167,12 +186,13 @@ class PipelineStageEngine(Engine):
         assert module.grid.get_slice_parallel_rank() == layout.tensor_rank
         assert module.stage_id == layout.pipeline_rank
         _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
+        reduce_no_more_than_needed(self._deepspeed, layout)
         self.parameters = list(logical_parameters(module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
-        return float(self._deepspeed.train_batch(batches))
+        return torch.as_tensor(self._deepspeed.train_batch(batches)).float()
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
@@ -215,7 +235,7 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": config.accumulation(layout.world_size),
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": _zero_config(config, layout),
         "zero_allow_untested_optimizer": True,
         # A stage's loss reaches the head's gradient before DeepSpeed starts its own backward pass,
         # which clears what is not yet in float32: so each gradient goes there at once.
@@ -225,6 +245,20 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         # Stage boundaries carry (hidden, conditioning, keys): only whole tensors can travel so.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 2**62,
+    }
+
+
+def _zero_config(config: Config, layout: Layout) -> dict[str, Any]:
+    return {
+        "stage": config.parallel.zero_stage,
+        # A bucket is reduced to the ranks that own its parts: half of an all-reduce's bytes.
+        "use_multi_rank_bucket_allreduce": False,
+        # Buckets travel during the backward pass, if they are small enough for the first to be
+        # ready early. A pipeline's backward passes have its stages to wait for instead.
+        "overlap_comm": layout.data > 1 and layout.pipeline == 1,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        # Copied next to each other only if they are to travel together.
+        "contiguous_gradients": layout.data > 1 or config.parallel.zero_stage == 3,
     }
 
 

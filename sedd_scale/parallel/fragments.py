@@ -8,7 +8,7 @@ from a parameter to that flat tensor in three ways; here it is one question with
 |---------------------------|-------------------------------|--------------------------------|
 | ZeRO 1 and bf16           | BF16_Optimizer                | bf16, gathered from the masters|
 | ZeRO 1 fp32, ZeRO 2       | DeepSpeedZeroOptimizer        | a copy, gathered               |
-| ZeRO 3                    | DeepSpeedZeroOptimizer_Stage3 | fp32: the masters; bf16: a copy|
+| ZeRO 3                    | DeepSpeedZeroOptimizer_Stage3 | a copy, partitioned alike      |
 """
 
 import contextlib

@@ -15,8 +15,9 @@ from sedd_scale.config import Config
 from sedd_scale.planning.model_states import BYTES, FLOAT32
 from sedd_scale.planning.parameters import num_states
 
-# Of parallel/vocab.py: memory of one chunk of float32 logits, and the fewest rows of one.
-CHUNK_BYTES = 32 * 2**20
+# Of parallel/vocab.py on a GPU: the memory that says how many rows of logits, counted in float32,
+# make a chunk, and the fewest.
+CHUNK_BYTES = 512 * 2**20
 MIN_CHUNK_ROWS = 16
 
 
@@ -27,8 +28,8 @@ class StageActivations:
     Attributes:
         kept: kept for the backward pass, all micro-batches in flight together.
         boundary: what is received from and sent to the neighbouring stages.
-        workspace: the most that lives beside them: dropout's bits in a forward pass, the loss and
-            its gradients, or a block's backward pass with what it recomputes.
+        workspace: the most that lives beside them: the loss and its gradients, or a block's
+            backward pass with what it recomputes.
     """
 
     kept: int
@@ -66,16 +67,17 @@ def stage_activations(
         if 1 <= layer <= model.num_layers:
             if every and (layer - 1) % every == 0:
                 kept += residual_bytes * stream
+                if parallel.recompute_mode == "selective":
+                    kept += _product_bytes(config, shard, tokens)
                 recomputed = True
             else:
                 kept += block
-    has_head = layers[-1] == model.num_layers + 1
-    backward = 2 * model.mlp_ratio * weight_bytes * shard + 4 * FLOAT32 * stream
-    dropout = (3 * 8 + FLOAT32) * stream if model.dropout else 0
-    workspace = max(backward, dropout) + (block if recomputed else 0)
-    if has_head:
-        # The input and the output of the head's norm.
-        kept += 2 * FLOAT32 * stream
+    # Gradients of the MLP's inner tensors, and of the stream in float32.
+    workspace = 2 * model.mlp_ratio * weight_bytes * shard + 4 * FLOAT32 * stream
+    workspace += block if recomputed else 0
+    if layers[-1] == model.num_layers + 1:
+        # The norm's output, and the linear map's input at every position.
+        kept += FLOAT32 * stream + weight_bytes * tokens * model.hidden_size
         rows = -(-num_states(config, vocab_size) // parallel.tensor)
         loss, loss_gradients = _loss_bytes(config, rows, tokens)
         workspace = max(loss, workspace + loss_gradients)
@@ -91,7 +93,6 @@ def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
     model = config.model
     weight_bytes = BYTES[config.training.precision]
     per_branch = {
-        "residual stream, the norm's input": FLOAT32,
         "norm's output": FLOAT32,
         "modulated norm, the linear map's input": weight_bytes,
         "branch before its gate": weight_bytes,
@@ -103,27 +104,39 @@ def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
         "attention's output": weight_bytes,
         "before and after GELU": 2 * model.mlp_ratio * weight_bytes,
     }
-    log_sums = FLOAT32 * tokens * model.num_heads // config.parallel.tensor
-    return 2 * sum(per_branch.values()) * stream + sum(per_shard.values()) * shard + log_sums
+    branches = 2 * sum(per_branch.values()) * stream
+    return branches + sum(per_shard.values()) * shard + _log_sum_bytes(config, tokens)
+
+
+def _product_bytes(config: Config, shard: int, tokens: int) -> int:
+    """What one block keeps besides its input where all but its products is recomputed."""
+    model = config.model
+    weight_bytes = BYTES[config.training.precision]
+    # Queries, keys and values, attention's output, and the MLP's inner product.
+    inner = (3 + 1 + model.mlp_ratio) * shard
+    # Of row-parallel products each rank holds its part of the sum, at every position.
+    outer = 2 * tokens * model.hidden_size
+    return weight_bytes * (inner + outer) + _log_sum_bytes(config, tokens)
+
+
+def _log_sum_bytes(config: Config, tokens: int) -> int:
+    return FLOAT32 * tokens * config.model.num_heads // config.parallel.tensor
 
 
 def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:
     """Bytes at the loss's peak, and of the gradients it keeps for the backward pass.
 
+    Every row counts, and logits become their gradient in place (the Triton kernels).
+
     Args:
         rows: rows of the head's weight on this rank.
     """
     width, weight_bytes = config.model.hidden_size, BYTES[config.training.precision]
-    low_precision = weight_bytes != FLOAT32
     chunk_rows = min(tokens, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT32 * rows)))
-    chunk = chunk_rows * rows * (FLOAT32 + (weight_bytes if low_precision else 0))
-    hidden = weight_bytes * tokens * width
-    kept = hidden + weight_bytes * rows * width
-    # The weight's gradient adds up in float32 and is then copied to the weight's type.
-    peak = 2 * hidden + FLOAT32 * rows * width + chunk
-    if low_precision:
-        peak += weight_bytes * rows * width
-    return peak, kept
+    hidden, weight = weight_bytes * tokens * width, weight_bytes * rows * width
+    # The weight's gradient adds up in float32; beside it a chunk's part, or its copy at the end.
+    peak = hidden + FLOAT32 * rows * width + weight + weight_bytes * chunk_rows * rows
+    return peak, hidden + weight
 
 
 def _boundary_bytes(

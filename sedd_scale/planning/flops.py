@@ -60,7 +60,9 @@ def step_flops(config: Config, *, vocab_size: int, block_length: int) -> StepFlo
     trunk = model.num_layers * block + noise
     tokens = config.training.global_batch * length
     every = config.parallel.recompute_every
-    recomputed = len(range(0, model.num_layers, every)) if every else 0
+    # Selective recomputation keeps every product.
+    whole_blocks = every and config.parallel.recompute_mode == "full"
+    recomputed = len(range(0, model.num_layers, every)) if whole_blocks else 0
     return StepFlops(
         required=3 * tokens * (trunk + rows * head),
         dense=3 * tokens * (trunk + head),

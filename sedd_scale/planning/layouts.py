@@ -1,6 +1,7 @@
 """What a configuration needs under one layout, and how few GPUs each legal layout can do with."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from sedd_scale.planning.model_states import BYTES, StateBytes, state_bytes
 from sedd_scale.planning.parameters import count_by_part, layer_shapes, stage_bounds
 
 ASSUMPTIONS = (
-    "DeepSpeed 0.19 with its default bucket sizes; no memory lost to fragmentation",
+    "DeepSpeed 0.19's buffers and no memory lost to fragmentation",
     "attention never materialises scores (flash-attn, or PyTorch's fused SDPA)",
     "the worst case under absorb: every position masked",
     "pipelines run 1F1B: stage s of S holds min(S - s, micro-batches) at one time",
@@ -119,7 +120,7 @@ def plan(config: Config, world_size: int, *, vocab_size: int, block_length: int)
     layers = layer_shapes(config, vocab_size)
     bounds = stage_bounds(len(layers), parallel.pipeline)
     stages = []
-    for stage, (first, end) in enumerate(zip(bounds, bounds[1:])):
+    for stage, (first, end) in enumerate(itertools.pairwise(bounds)):
         numels = [
             parameter.local_numel(parallel.tensor)
             for layer in layers[first:end]
@@ -167,8 +168,8 @@ def fit_layouts(
     """Every legal layout with the fewest GPUs of `usable_bytes` that it needs, best first.
 
     The batch, the micro-batch and the model stay as configured. Fewest GPUs come first, then the
-    fewest recomputed blocks, then the least communication, then the least memory; layouts that fit
-    on no number of GPUs come last.
+    least recomputation, then the least communication, then the least memory; layouts that fit on no
+    number of GPUs come last.
     """
     fits = [
         smallest_fit(
@@ -186,6 +187,7 @@ def fit_layouts(
         return (
             fit.plan.gpus,
             fit.plan.flops.recompute,
+            bool(fit.parallel.recompute_every),
             fit.plan.sent_bytes,
             fit.plan.heaviest.peak,
         )
@@ -218,23 +220,26 @@ def legal_layouts(
 ) -> Iterator[ParallelConfig]:
     """Layouts of this model that `Config.validate` accepts.
 
-    Tensor and pipeline sizes are powers of two up to 8 and 16, and blocks are recomputed not at
-    all, every second one or all; besides, each is as configured.
+    Tensor and pipeline sizes are powers of two up to 8 and 16; blocks are recomputed not at all,
+    all but their products, every second one or all. Besides, each is as configured.
     """
     config = _resolved(config, vocab_size, block_length)
     parallel = config.parallel
-    recomputations = sorted({0, 1, 2, parallel.recompute_every})
+    recomputations = {(0, "full"), (1, "selective"), (1, "full"), (2, "full")}
+    if parallel.recompute_every:
+        recomputations.add((parallel.recompute_every, parallel.recompute_mode))
     for tensor in sorted({*_divisors(MAX_TENSOR), parallel.tensor}):
         for pipeline in sorted({*_divisors(MAX_PIPELINE), parallel.pipeline}):
             for zero_stage in (1, 2, 3):
                 for sequence_parallel in (False, True):
-                    for recompute_every in recomputations:
+                    for recompute_every, recompute_mode in sorted(recomputations):
                         parallel = ParallelConfig(
                             tensor=tensor,
                             pipeline=pipeline,
                             zero_stage=zero_stage,
                             sequence_parallel=sequence_parallel,
                             recompute_every=recompute_every,
+                            recompute_mode=recompute_mode,
                         )
                         try:
                             dataclasses.replace(config, parallel=parallel).validate()
@@ -275,13 +280,15 @@ def _sent_bytes(
         # (two rings); under sequence parallelism their inputs are gathered once more.
         rings = memory.layers * (8 + 2 * parallel.sequence_parallel)
         if parallel.recompute_every:
+            # Collectives are no products: selective recomputation runs them again too.
             rings += 4 * memory.layers // parallel.recompute_every
         sent = accumulation * ring(rings * weight_bytes * hidden, parallel.tensor)
         weights = weight_bytes * memory.parameters
         if parallel.zero_stage == 1:
-            sent += 3 * ring(weights, data)
+            # Float32 gradients to their owners, and weights back from them.
+            sent += ring(4 * memory.parameters + weights, data)
         elif parallel.zero_stage == 2:
-            sent += (2 * accumulation + 1) * ring(weights, data)
+            sent += (accumulation + 1) * ring(weights, data)
         else:
             sent += 3 * accumulation * ring(weights, data)
         neighbours = (stage > 0) + (stage < len(stages) - 1)

@@ -2,15 +2,14 @@
 
 n numbers on a rank, p those of its partition among the data-parallel ranks, both padded:
 
-| engine            | weights            | gradients           | optimizer: masters, 2 moments, EMA |
-|-------------------|--------------------|---------------------|------------------------------------|
-| bf16, ZeRO 1      | 2n                 | 4n, one flat buffer | 16p                                |
-| bf16, ZeRO 2      | 2n                 | 4p                  | 16p                                |
-| fp32, ZeRO 1      | 4n                 | 4n, as autograd's   | 16p                                |
-| fp32, ZeRO 2      | 4n                 | 4 x parameters that | 16p                                |
-|                   |                    | touch the partition |                                    |
-| ZeRO 3            | 2p or 4p, and the  | 4p                  | 16p                                |
-|                   | small ones whole   |                     |                                    |
+| engine       | weights           | gradients                     | masters, moments, EMA |
+|--------------|-------------------|-------------------------------|-----------------------|
+| bf16, ZeRO 1 | 2n                | 4n, one flat buffer           | 16p                   |
+| bf16, ZeRO 2 | 2n                | 4p                            | 16p                   |
+| fp32, ZeRO 1 | 4n                | 4n, as autograd makes them    | 16p                   |
+| fp32, ZeRO 2 | 4n                | 4 x what touches a partition  | 16p                   |
+| ZeRO 3       | 2p or 4p, and the | 4p                            | 16p                   |
+|              | small ones whole  |                               |                       |
 
 Source: deepspeed 0.19: BF16_Optimizer, DeepSpeedZeroOptimizer and DeepSpeedZeroOptimizer_Stage3.
 """
@@ -18,8 +17,8 @@ Source: deepspeed 0.19: BF16_Optimizer, DeepSpeedZeroOptimizer and DeepSpeedZero
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# DeepSpeed's defaults, in numbers (not bytes).
-REDUCE_BUCKET = 500_000_000
+# What the engine asks DeepSpeed for, or its defaults, in numbers (not bytes).
+REDUCE_BUCKET = 50_000_000
 PERSISTENT_PARAMETER = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 SUB_GROUP = 1_000_000_000
@@ -38,7 +37,7 @@ class StateBytes:
         weights: what forward and backward passes read.
         gradients: what is held from the last backward pass to the update.
         optimizer: float32 masters, AdamW's two moments and the moving average.
-        buckets: buffers that DeepSpeed fills with gradients to reduce during a backward pass.
+        buckets: gradients on their way between ranks during a backward pass.
         gathered: whole weights that ZeRO 3 may have gathered at one time.
         update: temporaries of the reduction and the update, when activations are gone.
     """
@@ -64,57 +63,62 @@ def state_bytes(
         return _zero_3(numels, BYTES[precision], data)
     total = _aligned(sum(numels), 2 * data)
     partition = total // data
-    # AdamW's foreach update makes one temporary of the partition's size.
-    temporary = FLOAT32 * partition
     weight_bytes = BYTES[precision]
     optimizer = FLOAT32 * NUM_OPTIMIZER_TENSORS * partition
     if precision == "bf16" and zero_stage == 1:
-        # Gradients are reduced as a bf16 copy of the flat buffer.
+        # Reduced, clipped and read where they are: parallel/reduction.py.
         return StateBytes(
             weights=weight_bytes * total,
             gradients=FLOAT32 * total,
             optimizer=optimizer,
             buckets=0,
             gathered=0,
-            update=max(weight_bytes * total, temporary),
+            update=0,
         )
-    bucket = weight_bytes * REDUCE_BUCKET
-    copied = weight_bytes * min(total, REDUCE_BUCKET)
     touching = FLOAT32 * max(_touching_partitions(numels, data))
+    # Two buckets take turns, but in a pipeline; alone, gradients are not copied into one. A
+    # parameter larger than a bucket travels by itself, and what travels is copied once.
+    travelling = weight_bytes * min(total, max(REDUCE_BUCKET, *numels))
+    buckets = 0
+    if data > 1:
+        buckets = weight_bytes * (1 if pipeline > 1 else 2) * REDUCE_BUCKET + travelling
     if precision == "bf16":
-        gradients, update = FLOAT32 * partition, temporary
+        gradients, update = FLOAT32 * partition, 0
+        buckets = max(buckets, travelling)
     elif zero_stage == 1:
-        # The partition's gradients are copied out of the bucket, then once more into one tensor.
-        gradients, update = FLOAT32 * sum(numels), touching + 2 * temporary
-        # Outside the backward pass, the pipeline makes itself a second bucket.
-        update += bucket if pipeline > 1 else 0
+        # The partition's gradients are copied out of the buckets, then once more into one tensor.
+        gradients, update = FLOAT32 * sum(numels), FLOAT32 * partition
+        update += touching if data > 1 else 0
     else:
-        # Each micro-batch makes its own copy before it is added to the first one's.
-        gradients, update = touching, max(touching, 2 * temporary)
-    # A bucket that fills before the backward pass has ended is reduced among the activations.
-    early = copied if total > REDUCE_BUCKET else 0
+        # Each micro-batch makes its own copy before it is added to the first one's; the update
+        # makes one that is no larger.
+        gradients, update = touching, touching
+        buckets = max(buckets, touching if data == 1 else 0)
+    if pipeline > 1 and data > 1:
+        # Outside the backward pass, a pipeline makes itself one bucket more.
+        update += weight_bytes * REDUCE_BUCKET
     return StateBytes(
         weights=weight_bytes * total,
         gradients=gradients,
         optimizer=optimizer,
-        buckets=bucket + early,
+        buckets=buckets,
         gathered=0,
-        update=max(update, copied),
+        update=update,
     )
 
 
 def _zero_3(numels: Sequence[int], weight_bytes: int, data: int) -> StateBytes:
     partition = sum(-(-numel // data) for numel in numels)
     whole = sum(numel for numel in numels if numel <= PERSISTENT_PARAMETER)
-    sub_group = min(partition, SUB_GROUP)
+    travelling = min(sum(numels), max(REDUCE_BUCKET, *numels))
     return StateBytes(
         weights=weight_bytes * (partition + whole),
         gradients=FLOAT32 * partition,
         optimizer=FLOAT32 * NUM_OPTIMIZER_TENSORS * partition,
-        buckets=weight_bytes * (REDUCE_BUCKET + min(sum(numels), REDUCE_BUCKET)),
+        buckets=weight_bytes * (REDUCE_BUCKET + travelling),
         gathered=weight_bytes * min(sum(numels) - whole, MAX_LIVE_PARAMETERS),
-        # The flattened gradient of a sub-group and the update's temporary.
-        update=2 * FLOAT32 * sub_group,
+        # The flattened gradient of a sub-group.
+        update=FLOAT32 * min(partition, SUB_GROUP),
     )
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from sedd_scale.config import Config, config_from_dict
-from sedd_scale.data.loader import Prefetcher
-from sedd_scale.data.shards import TOKENIZER_DIRECTORY, Dataset
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, make_engine
@@ -49,15 +49,15 @@ def train(config: Config, run_dir: Path) -> None:
             to resume from does not fit.
         TrainingError: a loss or gradient that is not finite.
     """
-    config, dataset = fit_to_dataset(config)
-    source = find_resume(config, run_dir, dataset)
+    config, corpus = fit_to_dataset(config)
+    source = find_resume(config, run_dir, corpus)
     parallel = config.parallel
     layout = initialize_layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         sequence_parallel=parallel.sequence_parallel,
     )
-    graph = make_graph(config.graph.name, dataset.vocab_size)
+    graph = make_graph(config.graph.name, corpus.vocab_size)
     schedule = schedule_of(config)
     builders = layer_builders(
         config.model,
@@ -87,21 +87,20 @@ def train(config: Config, run_dir: Path) -> None:
     )
     if source is not None:
         log.say(f"resumed {source} at step {first_step}")
-    batches = TrainBatches(dataset.reader("train"), config, graph, schedule, layout)
+    batches = TrainBatches(corpus, config, graph, schedule, layout)
+    if source is not None:
+        batches.loader.skip((dataset, shard) for dataset, shard in meta.get("skipped_shards", []))
     validation = None
     if config.training.valid_every:
-        validation = ValidationBatches(dataset.reader("valid"), config, graph, schedule, layout)
+        validation = ValidationBatches(corpus, config, graph, schedule, layout)
 
     def save(step: int) -> None:
         meta = {
             "step": step,
             "samples_seen": step * config.training.global_batch,
-            "tokens": step * config.training.global_batch * dataset.block_length,
+            "tokens": step * config.training.global_batch * corpus.block_length,
             "config": config.to_dict(),
-            "dataset_fingerprint": dataset.fingerprint,
-            "tokenizer_fingerprint": dataset.index["tokenizer"]["fingerprint"],
-            "num_tokens": dataset.vocab_size,
-            "block_length": dataset.block_length,
+            **corpus.describe_position(batches.loader, step * config.training.global_batch),
         }
         path = save_checkpoint(
             run_dir,
@@ -109,13 +108,13 @@ def train(config: Config, run_dir: Path) -> None:
             parameters=engine.parameters,
             layout=layout,
             meta=meta,
-            tokenizer_directory=dataset.path / TOKENIZER_DIRECTORY,
+            tokenizer_directory=corpus.tokenizer_directory,
             keep=config.checkpoint.keep,
         )
         log.say(f"saved {path}")
 
     last_step = config.training.steps
-    tokens_per_step = config.training.global_batch * dataset.block_length
+    tokens_per_step = config.training.global_batch * corpus.block_length
     logged_step, logged_at = first_step, time.perf_counter()
     with Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
         for step, micro_batches in enumerate(prefetched, start=first_step + 1):
@@ -133,6 +132,7 @@ def train(config: Config, run_dir: Path) -> None:
                     tokens=step * tokens_per_step,
                     tokens_per_second=steps * tokens_per_step / seconds,
                     step_ms=1000 * seconds / steps,
+                    data=batches.metrics(step * config.training.global_batch),
                 )
                 logged_step, logged_at = step, time.perf_counter()
             paused_at = time.perf_counter()
@@ -147,31 +147,34 @@ def train(config: Config, run_dir: Path) -> None:
     log.close()
 
 
-def fit_to_dataset(config: Config) -> tuple[Config, Dataset]:
-    """Open the dataset and fill in what the configuration leaves to it.
+def fit_to_dataset(config: Config) -> tuple[Config, Corpus]:
+    """Open the dataset, or those of the mixture, and fill in what the configuration leaves to it.
 
     Raises:
         ConfigError: N or L given and not the dataset's, or an illegal combination with them.
-        DataError: no dataset there, or a damaged one.
+        DataError: no dataset there, or a damaged one; a missing tokenizer; a training set smaller
+            than a batch, or one without validation blocks where they are needed.
     """
-    dataset = Dataset(config.require_data())
+    config.validate()
+    corpus = Corpus(config.data)
     for key, given, found in (
-        ("model.vocab_size", config.model.vocab_size, dataset.vocab_size),
-        ("data.block_length", config.data.block_length, dataset.block_length),
+        ("model.vocab_size", config.model.vocab_size, corpus.vocab_size),
+        ("data.block_length", config.data.block_length, corpus.block_length),
     ):
         if given not in (None, found):
             raise ConfigError(
-                f"{key}={given} does not fit {dataset.path}, which has {found}: set {key}={found} "
-                "or null, or prepare the data again"
+                f"{key}={given} does not fit {corpus.location}, which has {found}: set "
+                f"{key}={found} or null, or prepare the data again"
             )
     config = config.override(
-        f"model.vocab_size={dataset.vocab_size}", f"data.block_length={dataset.block_length}"
+        f"model.vocab_size={corpus.vocab_size}", f"data.block_length={corpus.block_length}"
     )
     config.validate(launched_world_size())
-    return config, dataset
+    corpus.check_use(config)
+    return config, corpus
 
 
-def find_resume(config: Config, run_dir: Path, dataset: Dataset) -> Path | None:
+def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
@@ -188,18 +191,19 @@ def find_resume(config: Config, run_dir: Path, dataset: Dataset) -> Path | None:
         return None
     source = find_checkpoint(run_dir if resume == "auto" else Path(resume))
     meta = read_meta(source)
-    if meta["dataset_fingerprint"] != dataset.fingerprint:
-        raise DataError(
-            f"{source} was trained on another dataset than {dataset.path} (their fingerprints "
-            "differ): give the same data.path, or another --run-dir for a new run"
-        )
+    corpus.check_position(source, meta, config)
     saved = config_from_dict(meta["config"])
-    for key in ("global_batch", "seed"):
-        before, now = getattr(saved.training, key), getattr(config.training, key)
+    for section, key in (
+        ("training", "global_batch"),
+        ("training", "seed"),
+        ("data", "shuffle_window"),
+        ("data", "random_length"),
+    ):
+        before, now = (getattr(getattr(tree, section), key) for tree in (saved, config))
         if before != now:
             raise CheckpointError(
-                f"{source} was trained with training.{key}={before}, not {now}: the order of its "
-                f"data depends on it; set training.{key}={before}"
+                f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
+                f"data depends on it; set {section}.{key}={before}"
             )
     if meta["step"] > config.training.steps:
         raise ConfigError(

@@ -66,6 +66,7 @@ class MetricsLog:
         tokens: int,
         tokens_per_second: float,
         step_ms: float,
+        data: Mapping[str, float] | None = None,
     ) -> None:
         """Record one interval of training, after `step` updates.
 
@@ -74,6 +75,7 @@ class MetricsLog:
             grad_norm: before clipping.
             tokens: seen since the run began.
             step_ms: milliseconds a step.
+            data: epochs and the like, for the file alone.
         """
         values = {
             "loss": loss,
@@ -83,7 +85,7 @@ class MetricsLog:
             "tokens_per_second": tokens_per_second,
             "step_ms": step_ms,
         }
-        self._record(step, values)
+        self._record(step, {**values, **(data or {})})
         self.say(format_training_line(step, self._total_steps, values))
 
     def validation(self, step: int, *, nats_per_token: float, stderr: float) -> None:

@@ -4,7 +4,6 @@ As one more state tensor the average is partitioned, saved and resumed with ever
 AdamW holds, under every ZeRO stage and pipeline layout.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,7 +32,7 @@ class AdamWithEMA(torch.optim.AdamW):
     ) -> None:
         assert 0.0 <= ema_decay < 1.0, ema_decay
         super().__init__(
-            parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True
+            parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
         self.ema_decay = ema_decay
 
@@ -43,7 +42,7 @@ class AdamWithEMA(torch.optim.AdamW):
         state: dict[str, Any] = self.state[parameter]
         if not state:
             # AdamW makes its own state only where it finds none, so all of it is made here.
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["ema"] = parameter.detach().clone()
@@ -65,18 +64,15 @@ class AdamWithEMA(torch.optim.AdamW):
         for parameter in parameters:
             self.initialize_state(parameter)
         super().step()
-        by_update: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(
-            lambda: ([], [])
-        )
         for parameter in parameters:
-            averages, weights = by_update[int(self.state[parameter]["step"])]
-            averages.append(self.state[parameter]["ema"])
-            weights.append(parameter)
-        for n, (averages, weights) in by_update.items():
-            torch._foreach_lerp_(averages, weights, 1.0 - ema_decay_after(n, self.ema_decay))
+            state = self.state[parameter]
+            # The count stays on its device, where nothing has to wait for it.
+            decay = ema_decay_after(state["step"], self.ema_decay)
+            state["ema"].lerp_(parameter.detach(), (1.0 - decay).to(parameter.dtype))
         return loss
 
 
-def ema_decay_after(n: int, ema_decay: float) -> float:
+def ema_decay_after(n: Tensor, ema_decay: float) -> Tensor:
     """Decay of the average at the n-th update, counted from 1: it warms up from 2/11."""
-    return min(ema_decay, (1 + n) / (10 + n))
+    n = n.double()
+    return ((1 + n) / (10 + n)).clamp_max(ema_decay)

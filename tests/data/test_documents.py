@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sedd_scale.data import documents
+from sedd_scale.data import document_formats
 from sedd_scale.data.builtin_text import LARGEST_TOTAL_BYTES, builtin_python_documents
 from sedd_scale.data.documents import DocumentStream
 from sedd_scale.errors import DataError
@@ -46,11 +46,11 @@ def test_a_lone_text_file_is_cut_at_blank_lines(
     path.write_text(text, encoding="utf-8")
     pieces = texts_of(path)
     assert len(pieces) > 10
-    assert all(len(piece) >= documents.PIECE_CHARACTERS for piece in pieces[:-1])
+    assert all(len(piece) >= document_formats.PIECE_CHARACTERS for piece in pieces[:-1])
     assert "\n\n".join(pieces) == text
     # Cuts depend neither on the size of a read nor on where it splits a character.
     for size in (1, 977, 30_001):
-        monkeypatch.setattr(documents, "READ_BYTES", size)
+        monkeypatch.setattr(document_formats, "READ_BYTES", size)
         assert texts_of(path) == pieces
 
 
@@ -63,8 +63,8 @@ def test_a_lone_text_file_without_blank_lines(tmp_path: Path, separator: str, un
     path.write_text(text, encoding="utf-8")
     pieces = texts_of(path)
     assert separator.join(pieces) == text
-    assert max(map(len, pieces)) <= documents.LONGEST_PIECE_CHARACTERS
-    assert len(pieces) < len(text) / documents.PIECE_CHARACTERS
+    assert max(map(len, pieces)) <= document_formats.LONGEST_PIECE_CHARACTERS
+    assert len(pieces) < len(text) / document_formats.PIECE_CHARACTERS
 
 
 def test_builtin_text() -> None:
@@ -106,7 +106,7 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str
 
 def test_an_undecodable_byte_far_into_a_lone_file(tmp_path: Path) -> None:
     text = "\n\n".join(make_texts(300)).encode() * 6
-    assert len(text) > documents.READ_BYTES
+    assert len(text) > document_formats.READ_BYTES
     path = tmp_path / "a.txt"
     path.write_bytes(text + b"\xe6\x9d")
     with pytest.raises(DataError, match=f"offset {len(text)} is not UTF-8"):

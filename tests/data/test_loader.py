@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.data.loader import BlockOrder, Prefetcher, TrainLoader, spread_blocks
+from sedd_scale.data.loader import TrainLoader, spread_blocks
+from sedd_scale.data.order import BlockOrder
+from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BlockReader, Dataset
 from tests.data.corpus import make_texts, write_jsonl
@@ -29,7 +31,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> BlockReader:
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 5, 7, 16, 97, 1000, 65_537])
 def test_each_epoch_is_a_permutation(num_blocks: int) -> None:
-    order = BlockOrder(num_blocks, 7)
+    order = BlockOrder([num_blocks], 7)
     for epoch in (0, 1, 12):
         samples = np.arange(num_blocks) + epoch * num_blocks
         assert np.array_equal(np.sort(order.block_of_sample(samples)), np.arange(num_blocks))
@@ -37,25 +39,29 @@ def test_each_epoch_is_a_permutation(num_blocks: int) -> None:
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     samples = np.arange(3000)
-    blocks = BlockOrder(1000, 1).block_of_sample(samples)
-    assert np.array_equal(blocks, BlockOrder(1000, 1).block_of_sample(samples))
-    others = [blocks[1000:2000], blocks[2000:], BlockOrder(1000, 2).block_of_sample(samples[:1000])]
+    blocks = BlockOrder([1000], 1).block_of_sample(samples)
+    assert np.array_equal(blocks, BlockOrder([1000], 1).block_of_sample(samples))
+    others = [
+        blocks[1000:2000],
+        blocks[2000:],
+        BlockOrder([1000], 2).block_of_sample(samples[:1000]),
+    ]
     for other in others:
         # Two random permutations of 1000 agree in about one place.
         assert (other == blocks[:1000]).sum() < 8
 
 
 def test_any_part_in_any_order_gives_the_same() -> None:
-    order = BlockOrder(1000, 3)
+    order = BlockOrder([1000], 3)
     whole = order.block_of_sample(np.arange(5000))
     chosen = np.random.default_rng(0).permutation(5000)[:777]
-    assert np.array_equal(BlockOrder(1000, 3).block_of_sample(chosen), whole[chosen])
+    assert np.array_equal(BlockOrder([1000], 3).block_of_sample(chosen), whole[chosen])
 
 
 @pytest.mark.parametrize("num_blocks", [4, 6, 35])
 def test_every_block_is_equally_likely_everywhere(num_blocks: int) -> None:
     epochs = 3000
-    order = BlockOrder(num_blocks, 0)
+    order = BlockOrder([num_blocks], 0)
     samples = np.arange(num_blocks * epochs).reshape(epochs, num_blocks)
     table = np.stack([order.block_of_sample(row) for row in samples])
     counts = np.stack([(table == block).sum(0) for block in range(num_blocks)])
@@ -69,7 +75,7 @@ def test_every_block_is_equally_likely_everywhere(num_blocks: int) -> None:
 
 def test_neighbours_are_torn_apart() -> None:
     num_blocks = 100_000
-    blocks = BlockOrder(num_blocks, 5).block_of_sample(np.arange(num_blocks))
+    blocks = BlockOrder([num_blocks], 5).block_of_sample(np.arange(num_blocks))
     assert abs(np.corrcoef(np.arange(num_blocks), blocks)[0, 1]) < 0.02
     assert abs(np.corrcoef(blocks[:-1], blocks[1:])[0, 1]) < 0.02
     steps = np.diff(blocks)
@@ -78,7 +84,7 @@ def test_neighbours_are_torn_apart() -> None:
 
 
 def test_a_billion_blocks_cost_nothing() -> None:
-    order = BlockOrder(1_000_000_007, 1)
+    order = BlockOrder([1_000_000_007], 1)
     samples = np.arange(999_990_000, 1_000_010_000)
     start = time.perf_counter()
     blocks = order.block_of_sample(samples)
@@ -105,14 +111,14 @@ def test_each_block_once_per_epoch(reader: BlockReader) -> None:
     num_blocks = len(reader)
     samples = np.concatenate([loader.sample_ids(step, range(10)) for step in range(num_blocks)])
     assert np.array_equal(samples, np.arange(10 * num_blocks))
-    counts = np.bincount(loader.order.block_of_sample(samples))
+    counts = np.bincount(loader.orders[0].block_of_sample(samples))
     assert np.array_equal(counts, np.full(num_blocks, 10))
 
 
 def test_a_batch_larger_than_the_data_runs_on(reader: BlockReader) -> None:
     size = 2 * len(reader) + 1
     loader = TrainLoader(reader, seed=1, global_batch=size)
-    blocks = loader.order.block_of_sample(loader.sample_ids(0, range(size)))
+    blocks = loader.orders[0].block_of_sample(loader.sample_ids(0, range(size)))
     assert set(np.bincount(blocks)) <= {2, 3}
     assert loader.batch(0, range(size)).shape == (size, 64)
 

@@ -13,9 +13,10 @@ import pytest
 from sedd_scale.data import shards
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.report import format_report
-from sedd_scale.data.shards import Dataset, ShardWriter, write_index
+from sedd_scale.data.shard_writer import ShardWriter
+from sedd_scale.data.shards import BadShardError, Dataset, write_index
 from sedd_scale.data.splits import document_hash
-from sedd_scale.data.tokenizers import BytesTokenizer
+from sedd_scale.data.tar_blocks import token_dtype
 from sedd_scale.errors import DataError
 from tests.data.corpus import make_texts, write_jsonl
 
@@ -152,8 +153,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     dataset = Dataset(tmp_path)
     assert dataset.index["dtype"] == "<u4"
     assert np.array_equal(dataset.reader("train").read([1, 0]), blocks[::-1])
-    assert shards.token_dtype(65_536) == np.dtype("<u2")
-    assert shards.token_dtype(65_537) == np.dtype("<u4")
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
 
 
 def test_one_text_file_makes_a_dataset(tmp_path: Path) -> None:
@@ -177,33 +178,6 @@ def test_no_validation_when_asked(tmp_path: Path) -> None:
         dataset.reader("valid")
 
 
-def test_an_unfinished_preparation_is_replaced(tmp_path: Path) -> None:
-    clean = prepare_texts(tmp_path, make_texts(30))
-    wanted = files_of(clean.path)
-    clean.path.joinpath("index.json").unlink()
-    clean.path.joinpath("train-000000.tar").write_bytes(b"half")
-    clean.path.joinpath("train-000009.tar.tmp").write_bytes(b"half")
-    assert files_of(prepare_texts(tmp_path, make_texts(30)).path) == wanted
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_failure_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool
-) -> None:
-    if existed:
-        (tmp_path / "out").mkdir()
-
-    def fail(tokenizer: BytesTokenizer, directory: Path) -> None:
-        assert (tmp_path / "out/train-000000.tar").exists()
-        raise OSError("disk full")
-
-    monkeypatch.setattr(BytesTokenizer, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        prepare_texts(tmp_path, make_texts(30))
-    assert (tmp_path / "out").exists() == existed
-    assert not existed or not list((tmp_path / "out").iterdir())
-
-
 @pytest.mark.parametrize("change", [-1, -5000, +512])
 def test_a_shard_of_another_size(tmp_path: Path, change: int) -> None:
     dataset = prepare_texts(tmp_path, make_texts(30))
@@ -223,15 +197,17 @@ def test_damage_inside_a_shard(tmp_path: Path) -> None:
     original = first.read_bytes()
 
     first.write_bytes(second.read_bytes())
-    with pytest.raises(DataError, match=r"train-000000\.tar does not hold member 0+(99)?\.npy"):
+    with pytest.raises(BadShardError, match=r"does not hold member 0+3\.npy at byte 3072") as hit:
         dataset.reader("train").read([3])
 
     damaged = bytearray(original)
     position = dataset.index["data_offset"] + 3 * dataset.index["stride"]
     damaged[position : position + 2] = b"\xff\xff"
     first.write_bytes(damaged)
-    with pytest.raises(DataError, match="holds id 65535, but the vocabulary ends at 256"):
+    assert hit.value.shard == 0
+    with pytest.raises(BadShardError, match=r"000003\.npy with other bytes than were written"):
         dataset.reader("train").read([2, 3])
+    assert dataset.reader("train").read([2]).shape == (1, 48)
     with pytest.raises(DataError, match=r"train-000000\.tar is damaged \(its SHA-256"):
         dataset.verify()
 

@@ -6,16 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sedd_scale.data.gpt2_tokenizer import GPT2_EOS, GPT2Tokenizer, open_gpt2
 from sedd_scale.data.sentencepiece_training import train_sentencepiece
 from sedd_scale.data.tokenizers import (
-    GPT2_EOS,
     BytesTokenizer,
-    GPT2Tokenizer,
     SentencePieceTokenizer,
     Text8Tokenizer,
     Tokenizer,
     load_tokenizer,
-    open_gpt2,
     open_sentencepiece,
 )
 from sedd_scale.errors import DataError

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from sedd_scale.config import Config
-from sedd_scale.data.loader import TrainLoader
-from sedd_scale.data.shards import Dataset
 from sedd_scale.diffusion.corruption import corrupt_batch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.score_entropy import (
@@ -20,6 +18,7 @@ from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.training.loop import fit_to_dataset
 from tests.plain_network import PlainNetwork
 
 
@@ -35,8 +34,8 @@ class PlainRun:
 
 def plain_training(config: Config) -> PlainRun:
     """Whole batches, whole log-scores, autograd, torch's AdamW and a hand-written average."""
-    dataset = Dataset(config.require_data())
-    graph = make_graph(config.graph.name, dataset.vocab_size)
+    config, corpus = fit_to_dataset(config)
+    graph = make_graph(config.graph.name, corpus.vocab_size)
     schedule = schedule_of(config)
     scaled = config.resolved_scale_by_sigma
     model, optimizer, training = config.model, config.optimizer, config.training
@@ -64,9 +63,7 @@ def plain_training(config: Config) -> PlainRun:
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
     )
-    loader = TrainLoader(
-        dataset.reader("train"), seed=training.seed, global_batch=training.global_batch
-    )
+    loader = corpus.train_loader(config)
     losses, norms = [], []
     for step in range(training.steps):
         sample_ids = loader.sample_ids(step, range(training.global_batch))

@@ -20,36 +20,29 @@ SIZES = (
     "training.global_batch=4",
     "training.micro_batch=1",
 )
-LAYOUTS = {
-    "fp32 alone": (1, "training.precision=fp32"),
-    "bf16 alone": (1, "training.precision=bf16"),
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "fp32 alone": (1, ["training.precision=fp32"]),
+    "bf16 alone": (1, ["training.precision=bf16"]),
     **{
         f"{precision} zero{stage} data2": (
             2,
-            f"training.precision={precision}",
-            f"parallel.zero_stage={stage}",
+            [f"training.precision={precision}", f"parallel.zero_stage={stage}"],
         )
         for precision in ("fp32", "bf16")
         for stage in (1, 2, 3)
     },
     "fp32 zero2 tensor2": (
         2,
-        "training.precision=fp32",
-        "parallel.zero_stage=2",
-        "parallel.tensor=2",
+        ["training.precision=fp32", "parallel.zero_stage=2", "parallel.tensor=2"],
     ),
     "bf16 tensor2 sequence": (
         2,
-        "training.precision=bf16",
-        "parallel.tensor=2",
-        "parallel.sequence_parallel=true",
+        ["training.precision=bf16", "parallel.tensor=2", "parallel.sequence_parallel=true"],
     ),
-    "fp32 pipeline2": (2, "training.precision=fp32", "parallel.pipeline=2"),
+    "fp32 pipeline2": (2, ["training.precision=fp32", "parallel.pipeline=2"]),
     "bf16 pipeline2 uniform": (
         2,
-        "training.precision=bf16",
-        "parallel.pipeline=2",
-        "graph.name=uniform",
+        ["training.precision=bf16", "parallel.pipeline=2", "graph.name=uniform"],
     ),
 }
 
@@ -60,7 +53,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     for num_processes in (1, 2):
         jobs = []
-        for name, (processes, *overrides) in LAYOUTS.items():
+        for name, (processes, overrides) in LAYOUTS.items():
             if processes == num_processes:
                 (folder / name).mkdir()
                 jobs.append({"overrides": [*SIZES, *overrides], "reports": str(folder / name)})
@@ -72,10 +65,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_prediction_is_within_ten_percent_of_what_is_measured(name: str, reports: Path) -> None:
-    num_processes, *overrides = LAYOUTS[name]
+    num_processes, overrides = LAYOUTS[name]
     config = load_config(REPOSITORY / "configs/runs/tiny.yaml", [*SIZES, *overrides])
     planned = plan(config, num_processes, vocab_size=VOCAB_SIZE, block_length=BLOCK_LENGTH)
-    measured = [json.loads((reports / name / f"{r}.json").read_text()) for r in range(num_processes)]
+    measured = [
+        json.loads((reports / name / f"{r}.json").read_text()) for r in range(num_processes)
+    ]
     for stage, memory in enumerate(planned.stages):
         ranks = [report for report in measured if report["stage"] == stage]
         for key in ("weights", "gradients", "optimizer"):

@@ -164,9 +164,7 @@ def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) ->
         batches = [
             batch.inputs
             for rank in range(data)
-            for batch in TrainBatches(
-                opened.reader("train"), split, graph, schedule, layout(data, rank)
-            ).of_step(5)
+            for batch in TrainBatches(opened, split, graph, schedule, layout(data, rank)).of_step(5)
         ]
         return [torch.cat(part) for part in zip(*batches, strict=True)]
 
@@ -183,9 +181,7 @@ def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> Non
     def bound(data: int) -> tuple[float, float]:
         nats = []
         for rank in range(data):
-            batches = ValidationBatches(
-                opened.reader("valid"), config, graph, schedule, layout(data, rank)
-            )
+            batches = ValidationBatches(opened, config, graph, schedule, layout(data, rank))
             # Any function of the batch stands for the loss here.
             nats.append(
                 torch.cat(

@@ -1,0 +1,28 @@
+"""Options that several benchmarks share."""
+
+import argparse
+
+
+def add_shape_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str,
+    batch: int = 2,
+    accumulate: int = 1,
+    length: int = 1024,
+    vocab: int = 50257,
+) -> None:
+    """What is trained, with the benchmark's own defaults; see `synthetic.synthetic_config`."""
+    parser.add_argument(
+        "--model", default=model, help=f"of configs/models, or a YAML file (default: {model})"
+    )
+    for name, default, meaning in (
+        ("--batch", batch, "sequences in a forward pass of a rank"),
+        ("--accumulate", accumulate, "forward passes in a step"),
+        ("--length", length, "positions of a sequence"),
+        ("--vocab", vocab, "tokens N"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )

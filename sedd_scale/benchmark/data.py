@@ -1,0 +1,140 @@
+"""What one loader process delivers: batches read, corrupted and ready for the device.
+
+On a dataset made for the purpose in a temporary directory, or on a prepared one.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sedd_scale.benchmark.report import environment, print_report
+
+WORDS = ("the", "mask", "token", "noise", "score", "river", "stone", "walks", "falls", "old")
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Register `data` and its options."""
+    parser = subparsers.add_parser("data", help="one process that loads and corrupts batches")
+    parser.add_argument("--data", type=Path, help="a prepared dataset (default: one made here)")
+    parser.add_argument(
+        "--blocks", type=int, default=4096, help="of the dataset made here (default: 4096)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=1024, help="of its blocks, in tokens (default: 1024)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="sequences in a micro-batch")
+    parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="to measure each rate for (default: 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and report."""
+    if arguments.data is not None:
+        result = measure(arguments, arguments.data)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(arguments, write_dataset(arguments, Path(folder)))
+    print_report(result, as_json=arguments.json)
+
+
+def write_dataset(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Random words as bytes, at least `--blocks` blocks of `--length` tokens."""
+    import random
+
+    from sedd_scale.data.prepare import prepare
+
+    words = random.Random(0)
+    wanted, written, documents = 1.1 * arguments.blocks * arguments.length, 0, 0
+    with (folder / "text.jsonl").open("w") as lines:
+        while written < wanted or documents < 100:  # so many that each split gets some
+            text = " ".join(words.choices(WORDS, k=400))
+            lines.write(f'{{"text": "{text}"}}\n')
+            written, documents = written + len(text), documents + 1
+    prepare(
+        [str(folder / "text.jsonl")],
+        output=folder / "prepared",
+        block_length=arguments.length,
+        tokenizer="bytes",
+        valid_fraction=0.05,
+    )
+    return folder / "prepared"
+
+
+def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The report on the dataset at `path`."""
+    import torch
+
+    from sedd_scale.config import Config
+    from sedd_scale.data.corpus import Corpus
+    from sedd_scale.data.shards import Dataset
+    from sedd_scale.diffusion.graphs import make_graph
+    from sedd_scale.model.score_model import schedule_of
+    from sedd_scale.parallel.layout import initialize_layout, shutdown
+    from sedd_scale.training.batches import TrainBatches
+
+    torch.set_num_threads(1)  # one loader process, beside a training that has the others
+    layout = initialize_layout()
+    resident = resident_megabytes()
+    start = time.perf_counter()
+    dataset = Dataset(path)
+    config = Config().override(
+        f"graph.name={arguments.graph}",
+        f"data.path={path}",
+        f"model.vocab_size={dataset.vocab_size}",
+        f"training.global_batch={arguments.batch}",
+        f"training.micro_batch={arguments.batch}",
+    )
+    graph = make_graph(arguments.graph, dataset.vocab_size)
+    corpus = Corpus(config.data)
+    batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
+    batches.of_step(0)
+    first_batch = time.perf_counter() - start
+
+    tokens = arguments.batch * dataset.block_length
+    positions = range(arguments.batch)
+    rates = [
+        tokens * steps_per_second(make, arguments.seconds)
+        for make in (
+            lambda step: batches.loader.batch(step, positions),
+            batches.of_step,
+        )
+    ]
+    result = {
+        "part": "data",
+        "dataset": "made here" if arguments.data is None else str(arguments.data),
+        "blocks": dataset.splits["train"]["blocks"],
+        "length": dataset.block_length,
+        "batch": arguments.batch,
+        "graph": arguments.graph,
+        "seconds_to_first_batch": first_batch,
+        "seconds": tokens / rates[1],
+        "tokens_per_second": rates[1],
+        "read_tokens_per_second": rates[0],
+        "resident_mb": resident_megabytes(),
+        "extra_mb": resident_megabytes() - resident,
+        **environment(),
+    }
+    shutdown()
+    return result
+
+
+def steps_per_second(make: Any, seconds: float) -> float:
+    """How many steps `make` makes in a second, over `seconds` of consecutive ones."""
+    start, step = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step += 1
+        make(step)
+    return step / (time.perf_counter() - start)
+
+
+def resident_megabytes() -> float:
+    """Memory that this process holds now."""
+    with open("/proc/self/status") as lines:
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return kilobytes * 1024 / 1e6

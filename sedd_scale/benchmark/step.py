@@ -1,0 +1,201 @@
+"""The whole training step, beside the textbook step on the same batches.
+
+Both sides start from tokens on the host and end with updated weights and averages: corrupt,
+forward, loss, backward, clip, AdamW and its moving average.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.benchmark.arguments import add_shape_arguments
+from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sedd_scale.config import Config
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Register `step` and its options."""
+    parser = subparsers.add_parser("step", help="the whole training step")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "best"),
+        default="best",
+        help="best: that in which a matrix product is faster here (default)",
+    )
+    parser.add_argument(
+        "--recompute", type=int, default=0, help="recompute every k-th block (default: 0, none)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
+    parser.add_argument("--baseline", action="store_true", help="measure the textbook step too")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_shape_arguments(parser, model="small")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure both sides and report; under a launcher every process calls this."""
+    from sedd_scale.parallel.layout import launched_world_size, shutdown
+
+    if arguments.baseline and launched_world_size() > 1:
+        raise ConfigError(
+            f"--baseline with {launched_world_size()} processes: the textbook step knows one; "
+            "leave it out"
+        )
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    result, rank = measure(arguments)
+    if rank == 0:
+        print_report(result, as_json=arguments.json)
+    shutdown()
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """The report and the rank of this process."""
+    from sedd_scale.benchmark.measure import median_seconds, peak_bytes
+    from sedd_scale.benchmark.synthetic import LEARNING_RATE, SyntheticRun, synthetic_config
+    from sedd_scale.benchmark.textbook import TextbookTrainer
+    from sedd_scale.parallel.layout import initialize_layout, launched_world_size, local_device
+    from sedd_scale.planning.flops import step_flops
+
+    device = local_device()
+    precision = arguments.dtype if arguments.dtype != "best" else faster_precision(device)
+    config = synthetic_config(
+        arguments,
+        f"parallel.recompute_every={arguments.recompute}",
+        f"training.precision={precision}",
+        world_size=launched_world_size(),
+    )
+    layout = initialize_layout(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    synthetic = SyntheticRun(config, layout)
+    engine = synthetic.engine()
+    steps = [0, 0]
+
+    def ours() -> None:
+        steps[0] += 1
+        synthetic.train_step(engine, steps[0])
+
+    product, product_flops = matrix_product(device, precision)
+    programs: list[Callable[[], object]] = [product, ours]
+    if arguments.baseline:
+        textbook = TextbookTrainer(config, synthetic.graph, device, bf16=precision == "bf16")
+
+        def baseline() -> None:
+            steps[1] += 1
+            textbook.step(synthetic.noisy_batch(steps[1]), lr=LEARNING_RATE)
+
+        programs.append(baseline)
+    product_seconds, *seconds = median_seconds(programs, repeats=arguments.repeats)
+    extra = [peak_bytes(program) / 1e6 for program in programs[1:]]
+
+    training, model = config.training, config.model
+    tokens = training.global_batch * arguments.length
+    rows = layout.data * sum(
+        len(batch.targets.rows_M) for batch in synthetic.micro_batches(steps[0])
+    )
+    flops = step_flops(config, vocab_size=arguments.vocab, block_length=arguments.length)
+    # `required` expects the rows of an average step; these batches have their own.
+    head = (flops.dense - flops.required) / (1 - flops.head_rows) if flops.head_rows < 1 else 0.0
+    required = flops.dense - head * (1 - rows / tokens)
+    per_device = required / seconds[0] / layout.world_size
+    peak = named_peak(device, precision)
+    with_baseline = len(seconds) > 1
+    result = {
+        "part": "step",
+        "model": arguments.model,
+        "layers": model.num_layers,
+        "width": model.hidden_size,
+        "graph": config.graph.name,
+        "dropout": model.dropout,
+        "layout": layout_text(config, layout.data),
+        "batch": training.micro_batch,
+        "accumulate": training.global_batch // training.micro_batch // layout.data,
+        "length": arguments.length,
+        "vocab": arguments.vocab,
+        "dtype": precision,
+        "recompute_every": config.parallel.recompute_every,
+        "repeats": arguments.repeats,
+        "seconds": seconds[0],
+        "baseline_seconds": seconds[1] if with_baseline else None,
+        "speedup": seconds[1] / seconds[0] if with_baseline else None,
+        "tokens_per_second": tokens / seconds[0],
+        "baseline_tokens_per_second": tokens / seconds[1] if with_baseline else None,
+        "rows": rows,
+        "flops_required": required,
+        "flops_dense": flops.dense,
+        "flops_per_token": required / tokens,
+        "mfu": None if peak is None else per_device / peak,
+        "mfu_of_measured_matmul": per_device / (product_flops / product_seconds),
+        "measured_matmul_flops_per_second": product_flops / product_seconds,
+        "extra_mb": extra[0],
+        "baseline_extra_mb": extra[1] if with_baseline else None,
+        "peak_mb": peak_megabytes(),
+        **environment(),
+    }
+    return result, layout.rank
+
+
+def faster_precision(device: "torch.device") -> str:
+    """fp32 or bf16, whichever multiplies matrices faster here."""
+    from sedd_scale.benchmark.measure import median_seconds
+
+    names = ("fp32", "bf16")
+    products = [matrix_product(device, name, size=1024)[0] for name in names]
+    seconds = median_seconds(products, repeats=5)
+    return names[seconds.index(min(seconds))]
+
+
+def matrix_product(
+    device: "torch.device", precision: str, *, size: int | None = None
+) -> tuple[Callable[[], object], int]:
+    """A large product of square matrices and its floating-point operations."""
+    import torch
+
+    if size is None:
+        size = 8192 if device.type == "cuda" else 2560
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    output = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=output), 2 * size**3
+
+
+def named_peak(device: "torch.device", precision: str) -> float | None:
+    """FLOP/s in the maker's data sheet for the matrix products of this device, if it is known."""
+    import torch
+
+    from sedd_scale.planning.flops import PEAK_FLOPS
+
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    if "h100" in words and "pcie" in words:
+        return PEAK_FLOPS["h100-pcie"][precision]
+    return next((PEAK_FLOPS[word][precision] for word in words if word in PEAK_FLOPS), None)
+
+
+def layout_text(config: "Config", data: int) -> str:
+    """Such as "TP2 SP PP1 DP4 ZeRO 1"."""
+    parallel = config.parallel
+    tensor = f"TP{parallel.tensor}{' SP' if parallel.sequence_parallel else ''}"
+    return f"{tensor} PP{parallel.pipeline} DP{data} ZeRO {parallel.zero_stage}"
+
+
+def peak_megabytes() -> float:
+    """The most memory the process has held: of the GPU, or resident where there is none."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

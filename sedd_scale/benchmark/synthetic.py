@@ -1,0 +1,125 @@
+"""A training run on random tokens: the configuration, the batches and the engine of a benchmark."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedd_scale.config import Config, load_config
+from sedd_scale.diffusion.corruption import NoisyBatch, corrupt_batch
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.model.network import layer_builders
+from sedd_scale.model.score_model import schedule_of
+from sedd_scale.parallel.engine import Engine, MicroBatch, StepResult, make_engine
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.training.batches import micro_batch_of
+from sedd_scale.training.loop import make_optimizer
+
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
+LEARNING_RATE = 1e-4
+
+
+def synthetic_config(arguments: argparse.Namespace, *overrides: str, world_size: int) -> Config:
+    """The configuration of a run, from `arguments.add_shape_arguments` and further overrides.
+
+    Those of the command line come last. Raises ConfigError as `load_config` and `validate` do.
+    """
+    named = MODELS / f"{arguments.model}.yaml"
+    config = load_config(
+        named if named.is_file() else arguments.model,
+        [
+            f"model.vocab_size={arguments.vocab}",
+            "model.zero_init=false",  # a head of zeros would make every logit the same
+            f"data.block_length={arguments.length}",
+            f"training.micro_batch={arguments.batch}",
+            *overrides,
+            *arguments.overrides,
+        ],
+    )
+    data = config.data_parallel(world_size)
+    config = config.override(
+        f"training.global_batch={arguments.batch * arguments.accumulate * data}"
+    )
+    config.validate(world_size)
+    return config
+
+
+class SyntheticRun:
+    """An engine on random tokens; the same tokens and noise at the same step, in every process."""
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        assert config.model.vocab_size is not None and config.data.block_length is not None
+        self.config, self.layout = config, layout
+        self.length = config.data.block_length
+        self.graph = make_graph(config.graph.name, config.model.vocab_size)
+        self.schedule = schedule_of(config)
+        self.builders: list[Any] = layer_builders(
+            config.model,
+            self.graph,
+            layout,
+            scaled=config.resolved_scale_by_sigma,
+            seed=config.training.seed,
+            recompute_every=config.parallel.recompute_every,
+            recompute_mode=config.parallel.recompute_mode,
+        )
+
+    def engine(self) -> Engine:
+        """The engine that training uses, with its optimizer."""
+        return make_engine(
+            self.builders,
+            self.layout,
+            self.config,
+            lambda weights: make_optimizer(weights, self.config),
+        )
+
+    def noisy_batch(self, step: int) -> NoisyBatch:
+        """This rank's share of a step, corrupted on the host.
+
+        Times lie in the middle of their strata, so that every step masks about as much.
+        """
+        training = self.config.training
+        per_rank = training.global_batch // self.layout.data
+        first = self.layout.data_rank * per_rank
+        clean_BL = torch.stack(
+            [
+                torch.randint(
+                    self.graph.num_tokens,
+                    (self.length,),
+                    generator=torch.Generator().manual_seed(step * training.global_batch + sample),
+                )
+                for sample in range(first, first + per_rank)
+            ]
+        )
+        middle_B = (torch.arange(first, first + per_rank).double() + 0.5) / training.global_batch
+        t_min = self.config.noise.t_min
+        return corrupt_batch(
+            clean_BL,
+            sample_ids_B=range(first, first + per_rank),
+            step=step,
+            seed=training.seed,
+            global_batch=training.global_batch,
+            graph=self.graph,
+            schedule=self.schedule,
+            t_min=t_min,
+            t_B=t_min + (1 - t_min) * middle_B,
+        )
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The same share as the engine takes it."""
+        noisy = self.noisy_batch(step)
+        size = self.config.training.micro_batch
+        pin = self.layout.device.type == "cuda"
+        return [
+            micro_batch_of(
+                NoisyBatch(*(part[start : start + size] for part in noisy)),
+                self.graph,
+                document_end=None,
+                pin=pin,
+            )
+            for start in range(0, len(noisy.noisy_BL), size)
+        ]
+
+    def train_step(self, engine: Engine, step: int) -> StepResult:
+        """One whole step, from tokens on the host to updated weights."""
+        return engine.train_step(self.micro_batches(step), lr=LEARNING_RATE)

@@ -1,0 +1,104 @@
+"""Gradients after the backward pass: what ZeRO needs to send and read, where DeepSpeed does more.
+
+ZeRO 1 needs each rank to hold the sum of its own partition: a reduce-scatter. DeepSpeed's bf16
+optimizer all-reduces the whole gradient instead. With one replica its other optimizer still copies
+every gradient into buckets and back to reduce it over itself, and for the norm it makes a float64
+copy of each.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sedd_scale.parallel.layout import Layout
+
+
+def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
+    """Teach a DeepSpeed engine of ZeRO 1 or 2 the shorter way; ZeRO 3 has no longer one."""
+    # Imported here, as the engine must choose DeepSpeed's device before its first import.
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        partitions = _Bf16Partitions(engine.optimizer, layout)
+        engine.buffered_allreduce_fallback = partitions.reduce
+        engine.optimizer.get_grads_for_norm = partitions.for_norm_or_clipping
+    elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        zero = engine.optimizer
+        zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
+        if layout.data == 1:
+            zero.buffered_reduce_fallback = lambda *_, **__: None
+
+
+@torch.no_grad()
+def _norm_of_partition(
+    zero: Any, layout: Layout, gradients: list[Tensor], parameters: list[Tensor]
+) -> Tensor:
+    """Norm of the whole gradient from each rank's part of it, -1 if that is not finite."""
+    held = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    counted = [
+        gradient for gradient, parameter in zip(held, parameters) if _is_counted(parameter, layout)
+    ]
+    squares = _sum_of_squares(counted, layout)
+    zero._model_parallel_all_reduce(squares, dist.ReduceOp.SUM)
+    norm = squares.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+def _is_counted(parameter: Tensor, layout: Layout) -> bool:
+    """Whether this rank's gradient is in the norm: what is not split every tensor rank holds."""
+    return bool(getattr(parameter, "tensor_model_parallel", False)) or layout.tensor_rank == 0
+
+
+def _sum_of_squares(gradients: list[Tensor], layout: Layout) -> Tensor:
+    """Of the parts that data-parallel ranks hold, a scalar in float32."""
+    squares = torch.zeros((), device=layout.device)
+    if gradients:
+        if layout.device.type == "cpu":
+            # It adds up float32 squares one after the other, which loses digits in a long row.
+            gradients = [piece for part in gradients for piece in part.flatten().split(1 << 16)]
+        squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum().float()
+    if layout.data > 1:
+        dist.all_reduce(squares, group=layout.data_group)
+    return squares
+
+
+class _Bf16Partitions:
+    """The part of the float32 gradient that this rank updates, reduced, measured and clipped.
+
+    Args:
+        optimizer: DeepSpeed's `BF16_Optimizer` (ZeRO 1).
+    """
+
+    def __init__(self, optimizer: Any, layout: Layout) -> None:
+        self.layout = layout
+        self._whole: list[Tensor] = optimizer.fp32_groups_gradients_flat
+        self._mine: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
+        self._counted: list[Tensor] = []
+        for parameters, mine in zip(optimizer.bf16_groups, self._mine, strict=True):
+            for parameter in parameters:
+                if parameter._hp_mapping is not None and _is_counted(parameter, layout):
+                    place = parameter._hp_mapping.hp_fragment_address
+                    self._counted.append(mine.narrow(0, place.start, place.numel))
+
+    @torch.no_grad()
+    def reduce(self, *_: Any, **__: Any) -> None:
+        """Average this rank's partition over the data-parallel ranks; the rest is left as it is."""
+        if self.layout.data == 1:
+            return
+        for whole, mine in zip(self._whole, self._mine, strict=True):
+            dist.reduce_scatter_tensor(mine, whole, group=self.layout.data_group)
+            mine.div_(self.layout.data)
+
+    @torch.no_grad()
+    def for_norm_or_clipping(self, for_clipping: bool = False) -> Any:
+        """What DeepSpeed clips, or takes the norm of: one number per rank stands for its gradient.
+
+        The norm of the norm is itself, so DeepSpeed has only the model-parallel ranks to add up.
+        """
+        if for_clipping:
+            return self._mine
+        return [_sum_of_squares(self._counted, self.layout).sqrt()], {}

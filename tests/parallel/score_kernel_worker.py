@@ -1,0 +1,99 @@
+"""The chunk's statistics and gradient by the Triton kernels, run by Triton's interpreter.
+
+    TRITON_INTERPRET=1 python score_kernel_worker.py FILE
+
+Interpreting is decided when Triton is imported, so it needs a process of its own. What the kernels
+found for every case goes to FILE.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_scale.parallel import score_kernel
+from sedd_scale.parallel.score_kernel import (
+    ChunkStatistics,
+    Coefficients,
+    RowColumns,
+    chunk_gradient,
+    chunk_statistics,
+)
+from tests.parallel.vocab_worker import KINDS, loss_on_shard, make_problem
+
+
+class ChunkCase(NamedTuple):
+    """A chunk of logits with odd sizes and places."""
+
+    num_rows: int
+    num_columns: int
+    with_own: bool
+    dtype: torch.dtype
+
+
+CHUNKS = [
+    ChunkCase(num_rows, num_columns, with_own, dtype)
+    for num_rows, num_columns in ((1, 1), (3, 2), (7, 50), (2, 4096), (5, 4097), (3, 9001))
+    for with_own in (False, True)
+    for dtype in (torch.float32, torch.bfloat16)
+]
+LOSSES = [
+    (name, scaled, dtype) for name, scaled in KINDS for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def make_chunk(case: ChunkCase) -> tuple[Tensor, RowColumns, Coefficients]:
+    """Logits in a wider buffer; columns held elsewhere, shared by target and own, and -inf."""
+    generator = torch.Generator().manual_seed(case.num_columns)
+    num_rows, num_columns = case.num_rows, case.num_columns
+    buffer = 4 * torch.randn(num_rows, num_columns + 3, generator=generator)
+    logits_mW = buffer.to(case.dtype)[:, :num_columns]
+    target_m, own_m = torch.randint(num_columns, (2, num_rows), generator=generator)
+    if num_rows > 2:
+        target_m[0] = own_m[1] = -1
+        own_m[2] = target_m[2]
+        logits_mW[1] -= 80.0  # a shift that the maximum must take away
+        logits_mW[:, num_columns // 2] = -torch.inf
+    target_m[target_m == num_columns // 2] = -1  # a clean token of score zero costs infinitely
+    coefficients = Coefficients(*torch.randn(3, num_rows, generator=generator))
+    return logits_mW, RowColumns(target_m, own_m if case.with_own else None), coefficients
+
+
+def run_chunk(case: ChunkCase) -> tuple[ChunkStatistics, Tensor]:
+    """Statistics (without their table) and gradient."""
+    logits_mW, columns, coefficients = make_chunk(case)
+    statistics = chunk_statistics(logits_mW, columns)
+    gradient_mW = chunk_gradient(statistics, columns, coefficients)
+    return statistics._replace(table=torch.empty(0)), gradient_mW
+
+
+def run_loss(name: str, scaled: bool, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """Losses and gradients of the whole operation, in several chunks."""
+    problem = make_problem(name, scaled, 101, dtype=dtype, length=5)
+    parts = {
+        key: getattr(problem, key).to(device)
+        for key in ("hidden_LBH", "weight", "bias", "clean_BL", "noisy_BL", "noise_B3")
+    }
+    problem = problem._replace(**parts)
+    shard = problem.shard(chunk_bytes=1)
+    return loss_on_shard(problem, shard, problem.weight, problem.bias)
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    # On a machine without a GPU the kernels are to be taken all the same.
+    score_kernel._has_kernel = lambda table_mW: table_mW.dtype != torch.float64
+    found = {
+        "chunks": [run_chunk(case) for case in CHUNKS],
+        "losses": [run_loss(*case) for case in LOSSES],
+    }
+    torch.save(found, path)
+
+
+if __name__ == "__main__":
+    # Results are of classes that the tests import under the module's full name.
+    from tests.parallel import score_kernel_worker
+
+    score_kernel_worker.main(Path(sys.argv[1]))

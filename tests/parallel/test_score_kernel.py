@@ -1,0 +1,171 @@
+"""Statistics and gradient of a chunk: by their definition, and the kernels against PyTorch."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sedd_scale.parallel import score_kernel
+from sedd_scale.parallel.score_kernel import Coefficients, RowColumns
+from tests.model.small_network import relative
+from tests.parallel.score_kernel_worker import (
+    CHUNKS,
+    LOSSES,
+    ChunkCase,
+    make_chunk,
+    run_chunk,
+    run_loss,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+CHUNK_IDS = [
+    f"{case.num_rows}x{case.num_columns}-{'own' if case.with_own else 'all'}-{case.dtype}"
+    for case in CHUNKS
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the kernels found under Triton's interpreter."""
+    path = tmp_path_factory.mktemp("interpreted") / "found.pt"
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "ignore",
+    }
+    worker = Path(__file__).with_name("score_kernel_worker.py")
+    done = subprocess.run(
+        [sys.executable, worker, path], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(path, weights_only=False)
+
+
+def by_definition(
+    logits_mW: Tensor, columns: RowColumns, coefficients: Coefficients
+) -> tuple[list[list[float]], Tensor]:
+    """max, sum of e^(z - max), target and total of each row, and the gradient, in float64."""
+    rows, gradient_mW = [], torch.zeros_like(logits_mW, dtype=torch.float64)
+    for row, logits_W in enumerate(logits_mW.double()):
+        target = int(columns.target[row])
+        own = -1 if columns.own is None else int(columns.own[row])
+        counted_W = torch.arange(len(logits_W)) != own
+        kept = logits_W[counted_W]
+        top = float(kept.max()) if len(kept) and kept.max() > -torch.inf else None
+        rows.append(
+            [
+                torch.finfo(torch.float32).min if top is None else top,
+                0.0 if top is None else float((kept - top).exp().sum()),
+                float(logits_W[target]) if target >= 0 else 0.0,
+                float(kept.sum()),
+            ]
+        )
+        gradient_W = coefficients.exp[row] * (logits_W - rows[-1][0]).exp()
+        if columns.own is not None:
+            gradient_W += coefficients.rest[row]
+        if target >= 0:
+            gradient_W[target] += coefficients.target[row]
+        gradient_mW[row] = torch.where(counted_W, gradient_W, 0.0)
+    return rows, gradient_mW
+
+
+@pytest.mark.parametrize("case", CHUNKS, ids=CHUNK_IDS)
+def test_statistics_and_gradient_are_the_definitions(case: ChunkCase) -> None:
+    expected, expected_gradient = by_definition(*make_chunk(case))
+    statistics, gradient = run_chunk(case)
+    found = [statistics.max, statistics.sum_exp, statistics.target]
+    found += [] if statistics.total is None else [statistics.total]
+    assert (statistics.total is not None) == case.with_own
+    for part, numbers in zip(found, zip(*expected)):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, torch.tensor(numbers), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("index", range(len(CHUNKS)), ids=CHUNK_IDS)
+def test_the_kernels_do_what_pytorch_does(index: int, interpreted: dict[str, Any]) -> None:
+    case = CHUNKS[index]
+    statistics, gradient = interpreted["chunks"][index]
+    expected, expected_gradient = run_chunk(case)
+    assert (statistics.total is None) == (expected.total is None)
+    for part, same in zip(statistics[:4], expected[:4]):
+        if same is not None:
+            torch.testing.assert_close(part, same, rtol=1e-6, atol=1e-4)
+    assert gradient.dtype == case.dtype
+    # Rounded once to the type of the logits (the interpreter cuts the digits off).
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[case.dtype]
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=tolerance, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("index", range(len(LOSSES)), ids=["-".join(map(str, k)) for k in LOSSES])
+def test_the_loss_through_the_kernels_is_the_same(index: int, interpreted: dict[str, Any]) -> None:
+    compare_losses(interpreted["losses"][index], run_loss(*LOSSES[index]), LOSSES[index][2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_triton
+@pytest.mark.parametrize(("name", "scaled", "dtype"), LOSSES)
+def test_on_a_gpu_the_kernels_lose_what_pytorch_does(
+    name: str, scaled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_loss(name, scaled, dtype, "cuda")
+    monkeypatch.setattr(score_kernel, "_has_kernel", lambda table_mW: False)
+    compare_losses(found, run_loss(name, scaled, dtype, "cuda"), dtype)
+
+
+def compare_losses(found: Any, expected: Any, dtype: torch.dtype) -> None:
+    """Losses to 1e-6, gradients to the rounding of their type."""
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    for kind in ("mean", "sequence"):
+        torch.testing.assert_close(found[kind][0], expected[kind][0], rtol=1e-6, atol=1e-6)
+        for part, same in zip(found[kind][1:], expected[kind][1:]):
+            assert part.dtype == dtype
+            assert relative(part, same) < tolerance
+
+
+@needs_triton
+@pytest.mark.parametrize("with_own", [True, False], ids=["own", "all"])
+@pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
+def test_the_kernels_compile_for_a_gpu(
+    logits: str, with_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter accepts what the compiler may not; compiling needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "LOWEST": score_kernel._LOWEST,
+        "HAS_OWN": with_own,
+        "BLOCK": score_kernel._BLOCK,
+        **({} if with_own else {"own": None}),
+    }
+    types = {"logits": logits, "target": "*i64", "own": "*i64"}
+    types.update(row_stride="i32", num_columns="i32")
+    for kernel in score_kernel._compiled():
+        names = [name for name in kernel.arg_names]
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
+        }
+        source = ASTSource(
+            kernel, signature, {name: constants[name] for name in names if name in constants}
+        )
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
+        )
+        assert compiled.asm["cubin"]
