@@ -14,13 +14,33 @@ import pytest
 from sedd_scale.config import Config, load_config
 from sedd_scale.config_reference import reference
 from sedd_scale.errors import ConfigError
-from tools import convert_ckpt, eval_ppl, generate, plot_run, prepare_data, quickstart
+from tools import (
+    benchmark,
+    convert_ckpt,
+    eval_ppl,
+    generate,
+    plan,
+    plot_run,
+    prepare_data,
+    quickstart,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     f"tools/{module.__name__.rpartition('.')[2]}.py": module.build_parser
-    for module in (convert_ckpt, eval_ppl, generate, plot_run, prepare_data, quickstart)
+    for module in (
+        benchmark,
+        convert_ckpt,
+        eval_ppl,
+        generate,
+        plan,
+        plot_run,
+        prepare_data,
+        quickstart,
+        train,
+    )
 }
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -78,11 +98,7 @@ def after_launcher(words: list[str]) -> tuple[int | None, list[str]]:
 
 def check_training(arguments: list[str], num_processes: int) -> None:
     """Refuse a line for tools/train.py whose configuration cannot run on so many processes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("config")
-    parser.add_argument("--run-dir", required=True)
-    parser.add_argument("overrides", nargs="*")
-    parsed = parser.parse_intermixed_args(arguments)
+    parsed = train.build_parser().parse_intermixed_args(arguments)
     config = load_config(ROOT / parsed.config, parsed.overrides)
     config.require_data()
     config.validate(num_processes)
@@ -105,6 +121,9 @@ def check_command(line: str) -> None:
     assert (ROOT / rest[0]).is_file(), line
     if rest[0] == "tools/train.py":
         check_training(rest[1:], num_processes or 1)
+    elif rest[0] == "tools/plan.py":
+        parsed = plan.build_parser().parse_intermixed_args(rest[1:])
+        load_config(ROOT / parsed.config, parsed.overrides).validate()
     else:
         PARSERS[rest[0]]().parse_args(rest[1:])
 
@@ -117,7 +136,7 @@ def test_every_step_from_text_to_export_is_shown_in_the_readme():
         for word in shlex.split(line)
         if word.startswith("tools/")
     }
-    assert {*PARSERS, "tools/train.py"} - {"tools/quickstart.py"} <= shown
+    assert {*PARSERS} - {"tools/quickstart.py"} <= shown
     assert {"make quickstart", "make test"} <= {line for _, line in commands()}
 
 

@@ -1,5 +1,6 @@
 """Measure the parts of a training step, side by side with straightforward formulations of them."""
 
+import argparse
 import sys
 
 from sedd_scale.benchmark import communication, data, loss, optimizer, step
@@ -8,7 +9,8 @@ from sedd_scale.cli import make_parser, run_command
 SUBCOMMANDS = (loss, step, optimizer, data, communication)
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments, a subcommand a part."""
     parser = make_parser(
         "Measure one part of a training step: median time over repeats, tokens a second, memory.",
         "tools/benchmark.py loss --baseline --json",
@@ -16,7 +18,11 @@ def main() -> int:
     subparsers = parser.add_subparsers(metavar="PART", required=True)
     for subcommand in SUBCOMMANDS:
         subcommand.add_arguments(subparsers)
-    return run_command(parser, lambda arguments: arguments.run(arguments))
+    return parser
+
+
+def main() -> int:
+    return run_command(build_parser(), lambda arguments: arguments.run(arguments))
 
 
 if __name__ == "__main__":

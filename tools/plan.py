@@ -231,7 +231,8 @@ def plan_json(planned: "Plan") -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = make_parser(
         "Predict parameters, memory, FLOPs and time of a run, and how few GPUs each legal layout "
         "of its model needs, without starting it.",
@@ -259,7 +260,11 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=20, help="layouts to show; 0: all; default: 20")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    return run_command(parser, plan_command, intermixed=True)
+    return parser
+
+
+def main() -> int:
+    return run_command(build_parser(), plan_command, intermixed=True)
 
 
 if __name__ == "__main__":

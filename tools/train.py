@@ -20,7 +20,8 @@ def train_command(arguments: argparse.Namespace) -> None:
     shutdown()
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = make_parser(
         "Train a score-entropy model on a prepared dataset, under any layout; started again with "
         "the same --run-dir it goes on from its last checkpoint.",
@@ -34,7 +35,11 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
-    return run_command(parser, train_command, intermixed=True)
+    return parser
+
+
+def main() -> int:
+    return run_command(build_parser(), train_command, intermixed=True)
 
 
 if __name__ == "__main__":

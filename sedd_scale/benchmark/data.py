@@ -11,6 +11,8 @@ from typing import Any
 
 from sedd_scale.benchmark.report import environment, print_report
 
+# Blocks of 1024 that one process has to read, so that 8 GPUs use a fraction of a node's cores.
+READ_BAR = 20_000_000
 WORDS = ("the", "mask", "token", "noise", "score", "river", "stone", "walks", "falls", "old")
 
 
@@ -116,6 +118,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "seconds": tokens / rates[1],
         "tokens_per_second": rates[1],
         "read_tokens_per_second": rates[0],
+        "read_bar_tokens_per_second": READ_BAR,
         "resident_mb": resident_megabytes(),
         "extra_mb": resident_megabytes() - resident,
         **environment(),

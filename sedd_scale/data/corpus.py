@@ -53,6 +53,7 @@ class Corpus:
                 f"data.mixture names one dataset twice ({', '.join(locations)}): name it once, "
                 "with the sum of the weights"
             )
+        self._check_sizes = config.on_bad_shard == "stop"
         self.block_length, self.vocab_size = first.block_length, first.vocab_size
         self.eos_id = first.eos_id
         self.packing: str = first.index["packing"]
@@ -80,7 +81,7 @@ class Corpus:
     def train_loader(self, config: Config) -> TrainLoader:
         """The training order of this configuration; raises DataError for a split without blocks."""
         return TrainLoader(
-            [dataset.reader("train") for dataset in self.datasets],
+            [dataset.reader("train", check_sizes=self._check_sizes) for dataset in self.datasets],
             seed=config.training.seed,
             global_batch=config.training.global_batch,
             window=config.data.shuffle_window,
@@ -108,7 +109,7 @@ class Corpus:
         plan = plan_of(config, self.block_length)
         total = config.training.steps * config.training.global_batch
         for dataset, samples in zip(self.datasets, plan.given(total).tolist()):
-            blocks = len(dataset.reader("train"))
+            blocks = len(dataset.reader("train", check_sizes=self._check_sizes))
             if samples and blocks < config.training.global_batch:
                 raise DataError(
                     f"{dataset.location} has {blocks} training blocks, fewer than "

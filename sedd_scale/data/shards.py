@@ -143,9 +143,9 @@ class Dataset:
         """Whether shards come from elsewhere, through the cache."""
         return self._source is not None
 
-    def reader(self, split: str) -> "BlockReader":
-        """A reader of one split's blocks."""
-        return BlockReader(self, split)
+    def reader(self, split: str, *, check_sizes: bool = True) -> "BlockReader":
+        """A reader of one split's blocks; arguments as `BlockReader`."""
+        return BlockReader(self, split, check_sizes=check_sizes)
 
     def describe(self, name: str) -> str:
         """What errors call one of the dataset's files."""
@@ -258,6 +258,9 @@ class BlockReader:
     Every block is checked as it is read: its tar header, its array header, its CRC-32. At most
     MAX_OPEN_SHARDS files are open at once; threads may share a reader.
 
+    Args:
+        check_sizes: refuse a local shard of another size at once, and not when it is read.
+
     Attributes:
         block_length: L, tokens per block.
         vocab_size: N; every id read is below it.
@@ -317,8 +320,11 @@ class BlockReader:
             offset = places[row] * stride
             record = buffer[row * stride : (row + 1) * stride]
             stream = self._stream(shard)
-            have = os.preadv(stream.fileno(), [record], offset)
-            fault = "ends" if have < len(record) else self._format.fault(record, block)
+            try:
+                have = os.preadv(stream.fileno(), [record], offset)
+                fault = "ends" if have < len(record) else self._format.fault(record, block)
+            except OSError as error:
+                fault = f"cannot be read ({error.strerror})"
             if fault is not None:
                 name = self.dataset.describe(self.shards[shard]["name"])
                 raise self._bad(shard, f"shard {name} {fault} at byte {offset}: prepare it again")

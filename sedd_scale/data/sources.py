@@ -101,6 +101,8 @@ def _response_bytes(response: Any, url: str) -> Iterator[bytes]:
         with response:
             while content := response.read(READ_BYTES):
                 yield content
+            if response.length:  # what is still missing of the length that was announced
+                raise OSError(f"{url} ended {response.length} bytes early")
     except http.client.HTTPException as error:
         raise OSError(f"{url}: {type(error).__name__}") from error
 
@@ -135,7 +137,8 @@ class ObjectSource(Source):
 
     def _parts(self, path: str, offset: int, size: int) -> Iterator[bytes]:
         while offset < size:
-            content: bytes = self._store.cat_file(path, offset, offset + OBJECT_READ_BYTES)
+            end = min(size, offset + OBJECT_READ_BYTES)
+            content: bytes = self._store.cat_file(path, start=offset, end=end)
             if not content:
                 raise OSError(f"{path} ends at byte {offset} of {size}")
             offset += len(content)

@@ -10,7 +10,8 @@ import pytest
 from sedd_scale.cli import run_command
 from sedd_scale.data.shards import Dataset
 from tests.data.corpus import make_texts, write_jsonl
-from tools.prepare_data import build_parser, prepare_command
+from tests.data.file_server import serving
+from tools.prepare_data import build_parser, main, prepare_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,3 +127,29 @@ def test_nothing_of_another_is_written_over(
     assert run(source, output) == 2
     assert "is not empty (it holds tokenizer)" in capsys.readouterr().err
     assert (output / "tokenizer/tokenizer.json").read_text() == "somebody's"
+
+
+def test_inspect_shows_and_verifies(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert run(source, output, "--dedupe", "--blocks-per-shard", "40") == 0
+    prepared = capsys.readouterr().out
+    assert "0 duplicate documents dropped" in prepared
+    assert main(["inspect", str(output), "--blocks", "2", "--characters", "30"]) == 0
+    shown = capsys.readouterr().out
+    for line in prepared.splitlines()[:-2]:
+        assert line in shown
+    assert shown.count("--- train block") == 2
+    text = make_texts(40)[0][:20]
+    assert text in shown or "Document" in shown
+    assert shown.rstrip().endswith("every SHA-256 is right")
+    with serving(output) as server:
+        assert main(["inspect", server.url, "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert "every SHA-256 is right" in capsys.readouterr().out
+    shard = output / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["inspect", str(output)]) == 2
+    assert "train-000001.tar is damaged (its SHA-256" in capsys.readouterr().err

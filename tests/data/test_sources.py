@@ -111,7 +111,7 @@ def test_failures_that_stay_are_named(
     server: FileServer, tmp_path: Path, faults: list[int | str], error: type, message: str
 ) -> None:
     remote = Dataset(server.url, cache=cache_in(tmp_path))
-    server.faults = {"train-000000.tar": faults}
+    server.faults = {"train-000000.tar": list(faults)}
     with pytest.raises(error, match=message):
         remote.reader("train").read([0])
     assert server.requests["train-000000.tar"] == (1 if faults == [403] else ATTEMPTS)
@@ -207,7 +207,7 @@ def bucket(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "import time\n"
         "server = Server(ip_address='127.0.0.1', port=0)\n"
         "server.start()\n"
-        "print(server.get_host_and_port()[1], flush=True)\n"
+        "print('port', server.get_host_and_port()[1], flush=True)\n"
         "time.sleep(600)\n"
     )
     process = subprocess.Popen(
@@ -219,7 +219,8 @@ def bucket(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     )
     assert process.stdout is not None
     try:
-        endpoint = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        port = next(line.split()[1] for line in process.stdout if line.startswith("port"))
+        endpoint = f"http://127.0.0.1:{port}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         import s3fs
 

@@ -1,6 +1,7 @@
 """Tokenizers: text survives, ids lie in 0..N-1, what is saved is what is loaded."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +196,24 @@ def test_a_foreign_sentencepiece_model(shared: Path) -> None:
     assert (
         tokenizer.decode(tokenizer.encode("Straße 東京 🙂\nnew line")) == "Straße 東京 🙂\nnew line"
     )
+
+
+def test_gpt2_agrees_with_an_independent_implementation(shared: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    directory = shared / "data/tokenizers"
+    if not directory.is_dir():
+        pytest.skip(f"no GPT-2 vocabulary: {directory} is absent")
+    gpt2 = open_gpt2(directory)
+    vocabulary = json.loads((directory / "gpt2-vocab.json").read_text(encoding="utf-8"))
+    lines = (directory / "gpt2-merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    merges = [(line.split(" ")[0], line.split(" ")[1]) for line in lines if line]
+    other = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    draw = random.Random(0)
+    pieces = [*make_texts(20), *HARD_TEXTS, "'ll", "  ", "\n\n", "don't", "3.14", "\u00b2\u2167"]
+    for _ in range(200):
+        symbols = [chr(draw.randint(1, limit)) for limit in (0x7F, 0x2FF, 0x3000, 0xD7FF) * 10]
+        text = "".join(draw.sample([*pieces, *symbols], 30))
+        ids = gpt2.encode(text).tolist()
+        assert ids == other.encode(text).ids
+        assert gpt2.decode(ids) == text

@@ -1,0 +1,172 @@
+"""Batches of a run: damaged shards are met alike by all ranks, padding has no part in the loss."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sedd_scale.config import Config
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.data.padding import counted_positions
+from sedd_scale.data.prepare import prepare
+from sedd_scale.data.shards import BadShardError
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.model.score_model import schedule_of
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
+from tests.data.corpus import make_texts, write_jsonl
+from tests.data.skip_worker import damage
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTH = 48
+ALONE = Layout(
+    tensor=1,
+    pipeline=1,
+    data=1,
+    tensor_rank=0,
+    pipeline_rank=0,
+    data_rank=0,
+    rank=0,
+    device=torch.device("cpu"),
+)
+
+
+def make(directory: Path, **arguments: Any) -> Path:
+    source = write_jsonl(directory / "texts.jsonl", make_texts(80))
+    chosen = {"tokenizer": "bytes", "block_length": LENGTH, "valid_fraction": 0.1, **arguments}
+    prepare([str(source)], output=directory / "d", blocks_per_shard=60, **chosen)
+    return directory / "d"
+
+
+def batches_of(path: Path, *overrides: str) -> tuple[TrainBatches, ValidationBatches]:
+    config = Config().override(
+        f"data.path={path}",
+        "training.global_batch=8",
+        "training.micro_batch=4",
+        "model.vocab_size=257",
+        *overrides,
+    )
+    corpus = Corpus(config.data)
+    graph = make_graph(config.graph.name, corpus.vocab_size)
+    arguments = (corpus, config, graph, schedule_of(config), ALONE)
+    return TrainBatches(*arguments), ValidationBatches(*arguments)
+
+
+def launch(path: Path, *arguments: object, ranks: int) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.data.skip_worker", str(path), *map(str, arguments)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **common,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, errors
+    return [json.loads(path.with_name(f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def test_ranks_skip_a_damaged_shard_alike_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    two = launch(path, 0, 30, 4, "skip", "[]", ranks=2)
+    assert two[0]["skipped"] == two[1]["skipped"] == [[0, 1]]
+    assert two[0]["order"] == two[1]["order"]
+    assert two[0]["metrics"] == two[1]["metrics"]
+    assert two[0]["metrics"]["skipped_shards"] == 1.0
+    # Another number of ranks goes on from what the checkpoint says, with the same batches.
+    (one,) = launch(path, 12, 30, -1, "skip", json.dumps(two[0]["last"]), ranks=1)
+    together = [first + second for first, second in zip(two[0]["digests"], two[1]["digests"])]
+    assert one["digests"] == together[12:]
+
+
+def test_a_damaged_shard_stops_a_run_by_default(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    batches, _ = batches_of(path)
+    damage(path, 1)
+    with pytest.raises(BadShardError, match=r"train-000001\.tar holds member .* at byte \d+"):
+        for step in range(100):
+            batches.of_step(step)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_padding_is_neither_corrupted_nor_counted(tmp_path: Path, graph: str) -> None:
+    path = make(tmp_path, packing="documents", block_length=700)
+    train, valid = batches_of(path, f"graph.name={graph}")
+    eos = train.corpus.eos_id
+    checked = 0
+    for step in range(6):
+        clean_BL = train.loader.batch(step, range(8))
+        counted_BL = counted_positions(clean_BL, eos)
+        for number, batch in enumerate(train.of_step(step)):
+            part = slice(4 * number, 4 * number + 4)
+            noisy_BL, counted = batch.inputs[0].numpy(), counted_BL[part]
+            assert np.array_equal(noisy_BL[~counted], clean_BL[part][~counted])
+            checked += int((~counted).sum())
+            # Rows of the loss are positions [L * B]: none of them padding.
+            rows = batch.targets.rows_M.numpy()
+            assert counted.T.reshape(-1)[rows].all()
+            if graph == "uniform":
+                assert len(rows) == counted.sum()
+            else:
+                assert len(rows) == (noisy_BL == 257).sum()
+    assert checked > 1000
+    blocks = [batch.inputs[0] for batch in valid.micro_batches]
+    reader = valid.corpus.valid_reader()
+    text = counted_positions(reader.read(valid.blocks), eos).sum(1)
+    assert valid.tokens_n.tolist() == text.tolist()
+    # A network that loses 2 nats on each text token is 2 nats per token above the constant.
+    nats = [valid.tokens_n * rate for rate in (0.0, 2.0)]
+    none, two = (valid.bound([part])[0] for part in nats)
+    assert two - none == pytest.approx(2.0 * (1 - valid.t_min))
+    assert valid.bound([nats[1]])[1] == pytest.approx(0.0, abs=1e-12)
+    assert sum(map(len, blocks)) >= len(valid.blocks)
+
+
+def test_a_share_of_blocks_has_a_random_length(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    batches, _ = batches_of(path, "data.random_length=0.25", "graph.name=uniform")
+    eos = batches.corpus.eos_id
+    samples, short = 0, 0
+    for step in range(40):
+        clean = batches.loader.batch(step, range(8))
+        for number, batch in enumerate(batches.of_step(step)):
+            ids = np.arange(8 * step + 4 * number, 8 * step + 4 * number + 4)
+            lengths = random_lengths(ids, step=step, seed=0, block_length=LENGTH, share=0.25)
+            assert len(batch.targets.rows_M) == lengths.sum()
+            for row, length in enumerate(lengths.tolist()):
+                assert (batch.inputs[0][row, length:] == eos).all()
+                samples, short = samples + 1, short + (length < LENGTH)
+        assert clean.shape == (8, LENGTH)
+    # Binomial: 320 samples, a quarter of which is cut (one in 48 of those to its whole length).
+    expected = samples * 0.25 * (1 - 1 / LENGTH)
+    assert abs(short - expected) < 4 * np.sqrt(expected)
+
+
+def test_random_lengths_are_uniform_and_keyed_by_sample() -> None:
+    ids = np.arange(4000)
+    lengths = random_lengths(ids, step=3, seed=1, block_length=10, share=1.0)
+    counts = np.bincount(lengths, minlength=11)
+    assert counts[0] == 0
+    assert np.abs(counts[1:] - 400).max() < 5 * 20
+    some = random_lengths(ids[17:23], step=3, seed=1, block_length=10, share=1.0)
+    assert np.array_equal(some, lengths[17:23])
+    assert (random_lengths(ids, step=3, seed=1, block_length=10, share=0.0) == 10).all()
