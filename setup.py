@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "remote": ["fsspec==2026.9.0", "s3fs==2026.9.0"],
-        "parquet": ["pyarrow==26.0.1"],
+        "parquet": ["pyarrow==25.0.1"],
         "zstd": ["zstandard==0.25.0"],
         "flash": ["flash-attn>=2.6,<3"],
         "dev": [
@@ -47,7 +47,7 @@ setup(
             "tokenizers==0.23.3",  # the tests compare with it
             "s3fs==2026.9.0",
             "moto[server]==5.2.5",
-            "pyarrow==26.0.1",
+            "pyarrow==25.0.1",
             "zstandard==0.25.0",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -125,7 +125,8 @@ class Corpus:
             "dataset_fingerprint": self.fingerprint,
             "dataset_fingerprints": [dataset.fingerprint for dataset in self.datasets],
             "dataset_samples": loader.plan.given(num_samples).tolist(),
-            "skipped_shards": sorted(map(list, loader.skipped)),
+            # [dataset, shard, from which step on]
+            "skipped_shards": sorted([*shard, step] for shard, step in loader.skipped.items()),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "num_tokens": self.vocab_size,
             "block_length": self.block_length,

@@ -20,6 +20,7 @@ from sedd_scale.errors import DataError
 # Tries to find a whole shard in the same window, then in other epochs' orders.
 TRIES_IN_WINDOW = 24
 TRIES = 96
+NEVER = np.iinfo(np.int64).max
 
 IntArray = npt.NDArray[np.int64]
 # A shard of a training split: the dataset's number in the mixture, the shard's in the dataset.
@@ -41,7 +42,7 @@ class TrainLoader:
         plan: which dataset each sample comes from; needed for more than one.
 
     Attributes:
-        skipped: the damaged shards whose blocks are replaced.
+        skipped: the damaged shards whose blocks are replaced, each with the step from which on.
 
     Raises:
         DataError: a split has no block.
@@ -74,8 +75,9 @@ class TrainLoader:
             )
             for reader in self.readers
         ]
-        self.skipped: set[Shard] = set()
-        self._is_skipped = [np.zeros(len(reader.shards), dtype=np.bool_) for reader in self.readers]
+        self.skipped: dict[Shard, int] = {}
+        # The first sample for which each shard is skipped.
+        self._skipped_from = [np.full(len(reader.shards), NEVER) for reader in self.readers]
         self._ahead: ThreadPoolExecutor | None = None
         self._asked: dict[Shard, Future[None]] = {}
 
@@ -87,12 +89,13 @@ class TrainLoader:
 
     def places(self, sample_ids_B: npt.ArrayLike) -> tuple[IntArray, IntArray]:
         """The dataset and the block of each sample, with blocks of skipped shards replaced."""
-        datasets, numbers = self.plan.assign(sample_ids_B)
+        samples = np.asarray(sample_ids_B, dtype=np.int64)
+        datasets, numbers = self.plan.assign(samples)
         blocks = np.empty_like(numbers)
-        for dataset, order in enumerate(self.orders):
+        for dataset in range(len(self.readers)):
             here = datasets == dataset
             if here.any():
-                blocks[here] = self._whole(dataset, numbers[here], order)
+                blocks[here] = self._whole(dataset, samples[here], numbers[here])
         return datasets, blocks
 
     def read_samples(self, sample_ids_B: npt.ArrayLike) -> IntArray:
@@ -128,8 +131,8 @@ class TrainLoader:
         fingerprints = [reader.dataset.fingerprint for reader in self.readers]
         return fingerprints.index(error.fingerprint), error.shard
 
-    def skip(self, shards: Iterable[Shard]) -> None:
-        """From now on replace the blocks of these shards by others; alike on all ranks.
+    def skip(self, shards: Iterable[Shard], *, from_step: int) -> None:
+        """From a step on replace the blocks of these shards by others; alike on all ranks.
 
         Each sample keeps its place and its dataset: only samples of these shards change, to blocks
         of the same window drawn by the same kind of pure function.
@@ -137,30 +140,34 @@ class TrainLoader:
         Raises:
             DataError: nothing of a dataset is left.
         """
-        self.skipped.update(shards)
-        for dataset, shard in self.skipped:
-            self._is_skipped[dataset][shard] = True
-        for reader, skipped in zip(self.readers, self._is_skipped):
-            if skipped.all():
+        # Another thread may be reading `skipped` for a checkpoint: it is replaced, not changed.
+        self.skipped = {**self.skipped, **dict.fromkeys(shards, from_step)}
+        for (dataset, shard), step in self.skipped.items():
+            self._skipped_from[dataset][shard] = step * self.global_batch
+        for reader, skipped_from in zip(self.readers, self._skipped_from):
+            if (skipped_from < NEVER).all():
                 raise DataError(
                     f"every training shard of {reader.dataset.location} is damaged: prepare it "
                     "again"
                 )
 
-    def _whole(self, dataset: int, numbers: IntArray, order: BlockOrder) -> IntArray:
+    def _whole(self, dataset: int, samples: IntArray, numbers: IntArray) -> IntArray:
+        """The blocks of samples that are a dataset's samples of these numbers."""
+        order, reader = self.orders[dataset], self.readers[dataset]
         blocks = order.block_of_sample(numbers)
-        if not self._is_skipped[dataset].any():
+        skipped_from = self._skipped_from[dataset]
+        if not self.skipped:
             return blocks
-        reader, skipped = self.readers[dataset], self._is_skipped[dataset]
         for attempt in range(1, TRIES):
-            bad = skipped[reader.shard_of_block(blocks)]
+            bad = samples >= skipped_from[reader.shard_of_block(blocks)]
             if not bad.any():
                 return blocks
             far = max(0, attempt - TRIES_IN_WINDOW)
             blocks[bad] = order.substitutes(numbers[bad], attempt=attempt, epochs_off=far)
+        damaged = int((skipped_from < NEVER).sum())
         raise DataError(
-            f"{reader.dataset.location}: {int(skipped.sum())} of {len(skipped)} shards are "
-            "damaged, too many to go on: prepare it again"
+            f"{reader.dataset.location}: {damaged} of {len(skipped_from)} shards are damaged, too "
+            "many to go on: prepare it again"
         )
 
     def _look_ahead(self, samples: IntArray) -> None:

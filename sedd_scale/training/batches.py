@@ -99,7 +99,7 @@ class TrainBatches:
         per_rank = training.global_batch // self.layout.data
         first = self.layout.data_rank * per_rank
         sample_ids = self.loader.sample_ids(step, np.arange(first, first + per_rank))
-        tokens_BL = self._read(sample_ids)
+        tokens_BL = self._read(step, sample_ids)
         return [
             self._micro_batch(step, sample_ids[begin:end], tokens_BL[begin:end])
             for begin, end in (
@@ -118,7 +118,7 @@ class TrainBatches:
             values["skipped_shards"] = float(len(self.loader.skipped))
         return values
 
-    def _read(self, sample_ids: IntArray) -> IntArray:
+    def _read(self, step: int, sample_ids: IntArray) -> IntArray:
         """The samples' blocks; with the ranks' agreement on which shards to skip."""
         while True:
             bad: set[Shard] = set()
@@ -133,7 +133,7 @@ class TrainBatches:
             bad = self._union(bad)
             if not bad:
                 return tokens_BL
-            self.loader.skip(bad)
+            self.loader.skip(bad, from_step=step)
 
     def _union(self, bad: set[Shard]) -> set[Shard]:
         """The damaged shards that any rank found, on every rank."""

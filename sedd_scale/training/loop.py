@@ -89,7 +89,8 @@ def train(config: Config, run_dir: Path) -> None:
         log.say(f"resumed {source} at step {first_step}")
     batches = TrainBatches(corpus, config, graph, schedule, layout)
     if source is not None:
-        batches.loader.skip((dataset, shard) for dataset, shard in meta.get("skipped_shards", []))
+        for dataset, shard, step in meta.get("skipped_shards", []):
+            batches.loader.skip([(dataset, shard)], from_step=step)
     validation = None
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, graph, schedule, layout)

@@ -43,7 +43,8 @@ def main() -> None:
     corpus = Corpus(config.data)
     graph = make_graph("absorb", corpus.vocab_size)
     batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
-    batches.loader.skip(map(tuple, skips))
+    for dataset_number, shard, step in skips:
+        batches.loader.skip([(dataset_number, shard)], from_step=step)
     digests = []
 
     def produce(step: int) -> list[MicroBatch]:

@@ -213,7 +213,7 @@ def test_a_shard_of_another_size_stops_at_once_or_is_skipped(tmp_path: Path, how
     samples = np.arange(len(loader.readers[0]))
     with pytest.raises(BadShardError, match=rf"train-000002\.tar .*{how}") as hit:
         loader.read_samples(samples)
-    loader.skip([loader.shard_of_error(hit.value)])
+    loader.skip([loader.shard_of_error(hit.value)], from_step=0)
     assert loader.read_samples(samples).shape == (len(samples), LENGTH)
 
 
@@ -236,7 +236,11 @@ def test_a_skipped_shard_is_replaced_and_nothing_else(tmp_path: Path, window: st
     with pytest.raises(BadShardError, match=r"train-000002\.tar .*at byte 0") as hit:
         skipping.read_samples(samples)
     assert skipping.shard_of_error(hit.value) == (0, 2)
-    skipping.skip([(0, 2)])
+    later = corpus.train_loader(config)
+    later.skip([(0, 2)], from_step=10)
+    assert np.array_equal(later.places(samples)[1][:80], before[:80])
+    skipping.skip([(0, 2)], from_step=0)
+    assert np.array_equal(later.places(samples)[1][80:], skipping.places(samples)[1][80:])
     after = skipping.places(samples)[1]
     gone = reader.shard_of_block(before) == 2
     assert gone.sum() == 3 * reader.shards[2]["blocks"]
@@ -248,4 +252,4 @@ def test_a_skipped_shard_is_replaced_and_nothing_else(tmp_path: Path, window: st
     assert np.array_equal(found[~gone], expected[~gone])
     assert skipping.read_samples(samples[5:9]).tolist() == found[5:9].tolist()
     with pytest.raises(DataError, match="every training shard"):
-        skipping.skip((0, number) for number in range(len(reader.shards)))
+        skipping.skip([(0, number) for number in range(len(reader.shards))], from_step=0)

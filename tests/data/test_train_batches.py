@@ -96,6 +96,8 @@ def test_ranks_skip_a_damaged_shard_alike_and_a_resumed_run_goes_on(tmp_path: Pa
     (one,) = launch(path, 12, 30, -1, "skip", json.dumps(two[0]["last"]), ranks=1)
     together = [first + second for first, second in zip(two[0]["digests"], two[1]["digests"])]
     assert one["digests"] == together[12:]
+    assert one["order"] == two[0]["order"]
+    assert one["last"] == two[0]["last"]
 
 
 def test_a_damaged_shard_stops_a_run_by_default(tmp_path: Path) -> None:
