@@ -108,7 +108,9 @@ class _ModulatedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_norm_backward(grad_LBH, *ctx.saved_tensors, ctx.hidden_dtype), None, None)
+        normed_LBH, rstd_LB1, scale_BH = ctx.saved_tensors
+        grads = _norm_backward(grad_LBH, normed_LBH, rstd_LB1, scale_BH, ctx.hidden_dtype)
+        return (*grads, None, None)
 
 
 def gated_residual(
@@ -179,8 +181,10 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
         with_bias = ctx.bias_dtype is not None
-        grads = _gate_backward(grad_LBH, *ctx.saved_tensors, with_bias)
-        grad_update_LBH, grad_gate_BH, grad_bias_H = grads
+        update_LBH, gate_BH, keep_LBH = ctx.saved_tensors
+        grad_update_LBH, grad_gate_BH, grad_bias_H = _gate_backward(
+            grad_LBH, update_LBH, gate_BH, keep_LBH, with_bias
+        )
         if grad_bias_H is not None:
             grad_bias_H = grad_bias_H.to(ctx.bias_dtype)
         return grad_LBH, grad_update_LBH, grad_gate_BH, grad_bias_H, None

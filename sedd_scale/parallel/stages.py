@@ -1,8 +1,8 @@
 """The list of layers as DeepSpeed pipeline stages.
 
 Between stages travel one floating-point tensor, the hidden states with the conditioning vector
-appended as further positions, and the integers of the context: DeepSpeed runs a backward pass for each
-floating-point tensor, so one is better than two.
+appended as further positions, and the integers of the context: DeepSpeed runs a backward pass for
+each floating-point tensor, so one is better than two.
 """
 
 import torch

@@ -29,6 +29,7 @@ BASE = (
     "training.valid_every=20",
     "checkpoint.every=20",
     "model.hidden_size=32",
+    "model.num_layers=2",
     "model.cond_dim=40",
     "model.zero_init=false",
     f"optimizer.clip={CLIP}",
