@@ -41,8 +41,8 @@ def run_command(
     With `intermixed` positional arguments may stand before and after options.
 
     A `SeddScaleError` or an error of the operating system becomes one line on stderr and exit code
-    2; with --debug the traceback is shown. In a job of several processes each rank that fails says so
-    and leaves at once, so that the launcher stops the others.
+    2; with --debug the traceback is shown. In a job of several processes each rank that fails says
+    so and leaves at once, so that the launcher stops the others.
     """
     # Megatron-core warns of every optional package that is not installed, in every process, and
     # DeepSpeed calls collectives under names that torch is about to retire.
