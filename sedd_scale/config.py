@@ -1,7 +1,7 @@
 """One tree of dataclasses for everything a run depends on.
 
-Each field carries its sentence, its limits and its choices. `load_config` fills the tree from YAML
-files and dotted overrides; `Config.validate` refuses what cannot run, before any process group.
+`config_sections` holds the keys. `load_config` fills the tree from YAML files and dotted overrides;
+`Config.validate` refuses what cannot run, before any process group.
 """
 
 import math
@@ -14,199 +14,38 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedd_scale.config_rules import check_combinations, check_value
+from sedd_scale.config_sections import (
+    CheckpointConfig,
+    DataConfig,
+    GraphConfig,
+    LoggingConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from sedd_scale.errors import ConfigError
 from sedd_scale.yaml_text import parse_yaml, read_yaml, scalar_text
 
-
-def _key(default: Any, sentence: str, *, choices: Sequence[Any] = (), **limits: float) -> Any:
-    """A dataclass field with its sentence, its choices and its limits.
-
-    Limits are `at_least`, `above` and `below`, as `config_rules.LIMITS` reads them.
-    """
-    metadata = {"sentence": sentence, "choices": tuple(choices), "limits": limits}
-    return field(default=default, metadata=metadata)
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "GraphConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+    "config_from_dict",
+    "load_config",
+]
 
 
 def _section(section_class: type, sentence: str) -> Any:
     return field(default_factory=section_class, metadata={"sentence": sentence})
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    hidden_size: int = _key(768, "Width of the residual stream.", at_least=1)
-    num_layers: int = _key(12, "Number of transformer blocks.", at_least=1)
-    num_heads: int = _key(12, "Attention heads in each block.", at_least=1)
-    cond_dim: int = _key(
-        128, "Width of the time conditioning that modulates every block.", at_least=1
-    )
-    mlp_ratio: int = _key(4, "Inner width of the MLP in multiples of hidden_size.", at_least=1)
-    dropout: float = _key(
-        0.1, "Probability of dropping a number on each residual branch.", at_least=0, below=1
-    )
-    scale_by_sigma: bool | None = _key(
-        None,
-        "Divide the score by expm1(sigma) times N; null: true for absorb, false for uniform.",
-    )
-    vocab_size: int | None = _key(
-        None, "Number of real tokens N, without the mask; null: the dataset's.", at_least=2
-    )
-    attention: str = _key(
-        "auto",
-        "Attention backend; auto: flash where it is installed and can run, else sdpa.",
-        choices=("auto", "sdpa", "flash"),
-    )
-    document_attention: bool = _key(
-        False, "Attend only to positions of the same document of a packed block."
-    )
-    residual_dtype: str = _key(
-        "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")
-    )
-    zero_init: bool = _key(True, "Start the head and all modulations at zero, as the paper does.")
-
-
-@dataclass(frozen=True)
-class GraphConfig:
-    name: str = _key(
-        "absorb",
-        "Forward corruption; absorb: tokens become the mask, uniform: tokens are redrawn.",
-        choices=("absorb", "uniform"),
-    )
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    name: str = _key(
-        "loglinear",
-        "Noise schedule, the curve of total noise sigma over time t in [0, 1].",
-        choices=("loglinear", "geometric", "cosine", "linear"),
-    )
-    eps: float = _key(
-        1e-3,
-        "Distance of the move probability at t = 1 from one (not geometric).",
-        above=0,
-        below=1,
-    )
-    sigma_min: float = _key(1e-4, "Total noise at t = 0 of the geometric schedule.", above=0)
-    sigma_max: float = _key(20.0, "Total noise at t = 1 of the geometric schedule.", above=0)
-    t_min: float = _key(1e-3, "Smallest time drawn in training.", above=0, below=1)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    path: str | None = _key(
-        None,
-        "Dataset of tools/prepare_data.py: a directory, a URL, or pipe: and a command.",
-    )
-    mixture: list | None = _key(
-        None,
-        "Instead of path, a list of {path, weight} or {path, tokens}; tokens: of the whole run.",
-    )
-    stages: list | None = _key(
-        None, "A list of {step, weights}: from this step on, these weights of the mixture."
-    )
-    block_length: int | None = _key(
-        None, "Tokens in a training sequence; null: the dataset's.", at_least=1
-    )
-    shuffle_window: int | None = _key(
-        262_144, "Blocks shuffled together, in whole shards; null: all.", at_least=1
-    )
-    random_length: float = _key(
-        0.0,
-        "Share of blocks cut to a random length; what is cut off becomes padding.",
-        at_least=0,
-        at_most=1,
-    )
-    on_bad_shard: str = _key(
-        "stop",
-        "At a damaged shard; skip: replace its blocks by others, alike on all ranks.",
-        choices=("stop", "skip"),
-    )
-    cache_dir: str | None = _key(
-        None, "Where a node keeps files of remote data; null: in the temporary directory."
-    )
-    cache_gb: float = _key(20.0, "Size of that cache in gigabytes.", above=0)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    tensor: int = _key(1, "Processes that share the tensors of one layer.", at_least=1)
-    pipeline: int = _key(1, "Stages that the list of layers is cut into.", at_least=1)
-    zero_stage: int = _key(
-        1,
-        "ZeRO stage; 1 spreads optimizer state over data-parallel ranks, 2 gradients, 3 weights.",
-        choices=(1, 2, 3),
-    )
-    sequence_parallel: bool = _key(
-        False, "Spread activations between tensor-parallel layers over the sequence."
-    )
-    recompute_every: int = _key(
-        0, "Recompute activations of every k-th block in the backward pass; 0: none.", at_least=0
-    )
-    recompute_mode: str = _key(
-        "full",
-        "What such a block recomputes; full: all; selective: all but matrix products, attention.",
-        choices=("full", "selective"),
-    )
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    lr: float = _key(3e-4, "Peak learning rate of AdamW.", above=0)
-    beta1: float = _key(0.9, "Decay of AdamW's mean of gradients.", at_least=0, below=1)
-    beta2: float = _key(0.999, "Decay of AdamW's mean of squared gradients.", at_least=0, below=1)
-    eps: float = _key(1e-8, "Added to the root of AdamW's mean of squared gradients.", above=0)
-    weight_decay: float = _key(0.0, "Decoupled weight decay of AdamW.", at_least=0)
-    clip: float = _key(1.0, "Largest gradient norm; longer gradients are scaled to it.", above=0)
-    schedule: str = _key(
-        "constant",
-        "Learning rate after warm-up; wsd: constant, then a linear decay at the end.",
-        choices=("constant", "cosine", "wsd"),
-    )
-    warmup_steps: int = _key(2500, "Steps of linear warm-up from zero to lr.", at_least=0)
-    decay_steps: int = _key(0, "Steps of the final decay, for schedule wsd alone.", at_least=0)
-    min_lr_ratio: float = _key(
-        0.0, "Last learning rate over lr, for cosine and wsd.", at_least=0, below=1
-    )
-    ema_decay: float = _key(
-        0.9999, "Decay of the moving average of the weights, once warmed up.", at_least=0, below=1
-    )
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1)
-    global_batch: int = _key(512, "Sequences in one optimizer step, over all ranks.", at_least=1)
-    micro_batch: int = _key(8, "Sequences in one forward pass of one rank.", at_least=1)
-    seed: int = _key(0, "Seed of weights, data order, noise and dropout.", at_least=0, below=2**63)
-    precision: str = _key(
-        "bf16",
-        "Number format of weights and activations; losses and master weights stay fp32.",
-        choices=("fp32", "bf16"),
-    )
-    resume: str = _key(
-        "auto",
-        "auto: go on from the run directory's last checkpoint; never; or a checkpoint's path.",
-    )
-    valid_every: int = _key(
-        1000, "Steps between validations of the averaged weights; 0: never.", at_least=0
-    )
-    valid_blocks: int = _key(256, "Validation sequences in one validation.", at_least=1)
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    every: int = _key(10, "Steps between lines of metrics.", at_least=1)
-    wandb: str = _key("off", "Also log to Weights & Biases.", choices=("off", "online", "offline"))
-    wandb_project: str = _key("sedd-scale", "Weights & Biases project.")
-    wandb_name: str | None = _key(
-        None, "Weights & Biases run name; null: the name of the run directory."
-    )
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = _key(1000, "Steps between checkpoints; the last step always has one.", at_least=1)
-    keep: int = _key(3, "Latest checkpoints kept in the run directory; 0: all.", at_least=0)
 
 
 @dataclass(frozen=True)
