@@ -1,0 +1,142 @@
+"""How samples are drawn: the sampler, its steps and what changes the law of a token."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sedd_scale.errors import ConfigError
+from sedd_scale.sampling import DRAW_DTYPES, SAMPLERS, TIME_GRIDS
+
+DEFAULT_STEPS = 128
+T_END = 1e-5
+
+UNIFORM_SAMPLERS = ("analytic", "euler")
+"""Samplers of the uniform graph; absorb has all of `SAMPLERS`."""
+
+CALL_SAMPLERS = ("first-hitting", "confidence", "entropy", "margin")
+"""Samplers whose steps are groups of positions: without `steps`, one position a network call."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """Everything about the draw of a sample but what is given of it and its seed.
+
+    Attributes:
+        sampler: one of `SAMPLERS`.
+        steps: steps from time 1 to `t_end`, each one network call at most (the last, denoising step
+            is one more). For `CALL_SAMPLERS` the network calls themselves, over which a sample's
+            free positions are spread. None: 128, and for `CALL_SAMPLERS` one call a position.
+        time_grid: "uniform" in time, "cosine" (slow at the start, when little is known) or
+            "schedule" (equal steps of the move probability); not for first-hitting, which draws its
+            times, nor for the orderings without `steps`.
+        temperature: logits of the token's law are divided by it; 0 takes the likeliest token.
+        top_p: keep the fewest likeliest tokens whose probability reaches it; 1 keeps all.
+        top_k: keep that many likeliest tokens; None keeps all.
+        remask: how often a token is taken back over the whole run, on average (ancestral only).
+        draw_dtype: arithmetic of the draws; "float32" cuts the tail of the law off.
+        t_end: time at which the last, denoising step begins.
+    """
+
+    sampler: str = "analytic"
+    steps: int | None = None
+    time_grid: str = "uniform"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    remask: float = 0.0
+    draw_dtype: str = "float64"
+    t_end: float = T_END
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("time_grid", self.time_grid, TIME_GRIDS),
+            ("draw_dtype", self.draw_dtype, DRAW_DTYPES),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is unknown: choose {_listed(known)}")
+        for name, count in (("steps", self.steps), ("top_k", self.top_k)):
+            if count is not None and (type(count) is not int or count < 1):
+                raise ConfigError(f"{name}={count} is no count: give an integer from 1 on")
+        for name, number, low, high, open_low in (
+            ("temperature", self.temperature, 0.0, math.inf, False),
+            ("top_p", self.top_p, 0.0, 1.0, True),
+            ("remask", self.remask, 0.0, math.inf, False),
+            ("t_end", self.t_end, 0.0, 1.0, True),
+        ):
+            _check_number(name, number, low, high, open_low)
+        if self.t_end >= 1.0:
+            raise ConfigError(f"t_end={self.t_end} leaves no step: give a small time such as 1e-5")
+        if self.temperature == 0 and (self.top_p < 1.0 or self.top_k is not None):
+            raise ConfigError(
+                "temperature=0 takes the likeliest token, which top_p and top_k cannot change: "
+                "leave them out or raise temperature"
+            )
+        if self.remask > 0 and self.sampler != "ancestral":
+            raise ConfigError(
+                f"remask={self.remask} does not go with sampler {self.sampler}: choose ancestral "
+                "or leave remask out"
+            )
+        if self.time_grid != "uniform" and self.sampler in CALL_SAMPLERS:
+            if self.sampler == "first-hitting":
+                raise ConfigError(
+                    f"time_grid={self.time_grid} does not go with first-hitting, which draws its "
+                    "times: leave time_grid out"
+                )
+            if self.steps is None:
+                raise ConfigError(
+                    f"time_grid={self.time_grid} with sampler {self.sampler} needs steps: without, "
+                    "each step fills one position"
+                )
+
+    def check_graph(self, name: str) -> None:
+        """Raise ConfigError for what the graph of that name does not have."""
+        if name == "absorb":
+            return
+        if self.sampler not in UNIFORM_SAMPLERS:
+            raise ConfigError(
+                f"sampler {self.sampler} fills masks, which the graph {name} does not have: choose "
+                f"{_listed(UNIFORM_SAMPLERS)}"
+            )
+        defaults = SamplerSettings()
+        for option in ("temperature", "top_p", "top_k"):
+            value = getattr(self, option)
+            if value != getattr(defaults, option):
+                raise ConfigError(
+                    f"{option}={value} has no law under the graph {name}, where a token may also "
+                    f"stay: leave {option} out"
+                )
+
+    @property
+    def resolved_steps(self) -> int | None:
+        """`steps`, with None resolved where it does not depend on the sample."""
+        if self.steps is None and self.sampler not in CALL_SAMPLERS:
+            return DEFAULT_STEPS
+        return self.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Option -> value, of plain types, for a record; `settings_from_dict` reads it."""
+        return asdict(self)
+
+
+def settings_from_dict(options: dict[str, Any]) -> SamplerSettings:
+    """Settings of named options; ConfigError for an unknown one or a value that cannot be used."""
+    known = [key.name for key in fields(SamplerSettings)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown sampler option {name!r}: the options are {_listed(known)}")
+    return SamplerSettings(**options)
+
+
+def _check_number(name: str, number: Any, low: float, high: float, open_low: bool) -> None:
+    if type(number) not in (int, float) or not math.isfinite(number):
+        raise ConfigError(f"{name}={number!r} is no number")
+    if number < low or number > high or (open_low and number == low):
+        limits = f"above {low:g}" if open_low else f"at least {low:g}"
+        limits += "" if math.isinf(high) else f" and at most {high:g}"
+        raise ConfigError(f"{name}={number} has to be {limits}: change it")
+
+
+def _listed(names: Any) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
