@@ -65,7 +65,8 @@ def generate_command(arguments: argparse.Namespace) -> None:
         unconditional_requests,
         write_jsonl,
     )
-    from sedd_scale.sampling.infill import read_prompts, unconditional
+    from sedd_scale.sampling.infill import unconditional
+    from sedd_scale.sampling.prompts_file import prompts_of_lines, read_prompt_lines
 
     check_arguments(arguments)
     refuse_existing_output(arguments.output)
@@ -83,8 +84,8 @@ def generate_command(arguments: argparse.Namespace) -> None:
         count = 1 if arguments.num_samples is None else arguments.num_samples
         requests = unconditional_requests(count, unconditional(length), arguments.seed)
     else:
-        prompts = read_prompts(
-            arguments.prompts,
+        prompts = prompts_of_lines(
+            read_prompt_lines(arguments.prompts),
             tokenizer=model.tokenizer,
             num_tokens=model.graph.num_tokens,
             length=length,

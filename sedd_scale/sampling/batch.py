@@ -16,7 +16,8 @@ from sedd_scale.data.atomic import write_atomically
 from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling.infill import Infill, Prompt
+from sedd_scale.sampling.infill import Infill
+from sedd_scale.sampling.prompts_file import Prompt
 from sedd_scale.sampling.samplers import sample
 
 

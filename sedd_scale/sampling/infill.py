@@ -5,11 +5,9 @@ A blank of k tokens is written `[blank:k]`. A blank without a number, `[blank]` 
 sample is as long as its text and numbered blanks.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,6 @@ from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import DataError
 
 DEFAULT_MARKER = "____"
-PROMPT_KEYS = ("id", "text", "prefix", "suffix", "tokens", "positions", "num_samples", "seed")
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -34,15 +31,6 @@ class Infill(NamedTuple):
 
     tokens_L: IntArray
     fixed_L: BoolArray
-
-
-class Prompt(NamedTuple):
-    """One line of a prompts file."""
-
-    id: str | int
-    infill: Infill
-    num_samples: int
-    seed: int | None
 
 
 def unconditional(length: int) -> Infill:
@@ -110,118 +98,6 @@ def infill_from_tokens(
     infill.tokens_L[list(positions)] = tokens
     infill.fixed_L[list(positions)] = True
     return infill
-
-
-def read_prompts(
-    path: str | Path,
-    *,
-    tokenizer: Tokenizer | None,
-    num_tokens: int,
-    length: int,
-    marker: str = DEFAULT_MARKER,
-) -> list[Prompt]:
-    """The prompts of a JSONL file, one object a line; blank lines are passed over.
-
-    A line holds `text` with blanks, or `prefix` and/or `suffix`, or `tokens` with `positions`; and
-    optionally `id` (the line number by default), `num_samples` (1) and `seed`.
-
-    Args:
-        tokenizer: of the model; None where there is none, which leaves only token ids.
-        num_tokens: N.
-        length: L, the most tokens a sequence may have.
-
-    Raises:
-        DataError: the file is missing, empty or not UTF-8, or a line is malformed; it is named.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"prompts file {path} does not exist: give a JSONL file")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte at offset {error.start} is not UTF-8: convert the file to UTF-8"
-        ) from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{where} is not JSON ({error}): each line must be one object"
-            ) from error
-        try:
-            prompts.append(_prompt(record, number, tokenizer, num_tokens, length, marker))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-    if not prompts:
-        raise DataError(f"prompts file {path} is empty: give at least one line")
-    return prompts
-
-
-def _prompt(
-    record: Any,
-    number: int,
-    tokenizer: Tokenizer | None,
-    num_tokens: int,
-    length: int,
-    marker: str,
-) -> Prompt:
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__} is no prompt: each line must be an object")
-    unknown = sorted(set(record) - set(PROMPT_KEYS))
-    if unknown:
-        raise DataError(f"unknown key {unknown[0]!r}: the keys are {', '.join(PROMPT_KEYS)}")
-    for key, kind in (("text", str), ("prefix", str), ("suffix", str)):
-        if key in record and not isinstance(record[key], kind):
-            raise DataError(f"{key}={record[key]!r} is no text: give a string")
-    count, seed = record.get("num_samples", 1), record.get("seed")
-    if type(count) is not int or count < 1:
-        raise DataError(f"num_samples={count!r} is no positive integer")
-    if seed is not None and (type(seed) is not int or seed < 0):
-        raise DataError(f"seed={seed!r} is no integer from 0 on")
-    name = record.get("id", number)
-    if not isinstance(name, (str, int)):
-        raise DataError(f"id={name!r} is neither a string nor an integer")
-    return Prompt(name, _infill(record, tokenizer, num_tokens, length, marker), count, seed)
-
-
-def _infill(
-    record: Mapping[str, Any],
-    tokenizer: Tokenizer | None,
-    num_tokens: int,
-    length: int,
-    marker: str,
-) -> Infill:
-    kinds = [
-        kind
-        for kind, keys in (
-            ("text", ("text",)),
-            ("ends", ("prefix", "suffix")),
-            ("tokens", ("tokens", "positions")),
-        )
-        if any(key in record for key in keys)
-    ]
-    if len(kinds) != 1:
-        raise DataError("give exactly one of text, prefix/suffix, or tokens with positions")
-    if kinds == ["tokens"]:
-        tokens, positions = record.get("tokens"), record.get("positions")
-        for key, value in (("tokens", tokens), ("positions", positions)):
-            if not isinstance(value, list) or any(type(item) is not int for item in value):
-                raise DataError(f"{key}={value!r} is no list of integers")
-        assert tokens is not None and positions is not None
-        return infill_from_tokens(tokens, positions, num_tokens, length)
-    if tokenizer is None:
-        raise DataError(
-            "the checkpoint carries no tokenizer to read text with: give --tokenizer, or tokens "
-            "with positions"
-        )
-    if kinds == ["text"]:
-        return infill_from_text(record["text"], tokenizer, length, marker=marker)
-    return infill_from_ends(record.get("prefix", ""), record.get("suffix", ""), tokenizer, length)
 
 
 def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Infill:

@@ -1,9 +1,5 @@
-"""Prompts as tokens and fixed positions, and errors that name the line."""
+"""What is given as tokens and fixed positions."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from sedd_scale.data.tokenizers import BytesTokenizer
@@ -13,7 +9,6 @@ from sedd_scale.sampling.infill import (
     infill_from_ends,
     infill_from_text,
     infill_from_tokens,
-    read_prompts,
 )
 
 BYTES = BytesTokenizer()
@@ -74,71 +69,3 @@ def test_tokens_at_positions() -> None:
 def test_text_that_cannot_be_filled_is_refused(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         infill_from_text(text, BYTES, 10)
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text(
-        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    )
-    return path
-
-
-def test_prompts_are_read_in_order(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "prompts.jsonl",
-        {"id": "one", "text": "a[blank:2]", "num_samples": 3, "seed": 4},
-        "\n",
-        {"prefix": "ab"},
-        {"tokens": [1], "positions": [2]},
-    )
-    prompts = read_prompts(path, tokenizer=BYTES, num_tokens=257, length=5)
-    assert [prompt.id for prompt in prompts] == ["one", 3, 4]
-    assert [(prompt.num_samples, prompt.seed) for prompt in prompts] == [
-        (3, 4),
-        (1, None),
-        (1, None),
-    ]
-    assert [len(prompt.infill.tokens_L) for prompt in prompts] == [3, 5, 5]
-    assert np.flatnonzero(prompts[2].infill.fixed_L).tolist() == [2]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{\n", "is not JSON"),
-        ("[1]\n", "a JSON list is no prompt"),
-        ({"text": 3}, "text=3 is no text"),
-        ({"text": "a____", "prefix": "b"}, "exactly one of"),
-        ({"id": 1}, "exactly one of"),
-        ({"txt": "a____"}, "unknown key 'txt'"),
-        ({"text": "a____", "num_samples": 0}, "num_samples=0"),
-        ({"text": "a____", "seed": -1}, "seed=-1"),
-        ({"text": "abcdefgh____"}, "more than the length 6"),
-        ({"tokens": [1, 2], "positions": [1]}, "2 tokens have 1 positions"),
-        ({"tokens": [1, 2], "positions": [1, 1]}, "given twice"),
-        ({"tokens": [1], "positions": [6]}, "position 6 is outside"),
-        ({"tokens": [257], "positions": [0]}, "token id 257"),
-        ({"tokens": ["a"], "positions": [0]}, "no list of integers"),
-        ({"positions": [0]}, "no list of integers"),
-    ],
-)
-def test_a_malformed_line_is_named(tmp_path: Path, line: object, message: str) -> None:
-    path = write(tmp_path / "prompts.jsonl", {"text": "a____"}, line)
-    with pytest.raises(DataError, match=rf"prompts\.jsonl:2.*{message}"):
-        read_prompts(path, tokenizer=BYTES, num_tokens=257, length=6)
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    def read(path: Path) -> None:
-        read_prompts(path, tokenizer=BYTES, num_tokens=257, length=6)
-
-    with pytest.raises(DataError, match="does not exist"):
-        read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is empty"):
-        read(write(tmp_path / "empty.jsonl", "\n"))
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}')
-    with pytest.raises(DataError, match="offset 10 is not UTF-8"):
-        read(tmp_path / "bad.jsonl")
-    path = write(tmp_path / "text.jsonl", {"text": "a____"})
-    with pytest.raises(DataError, match="carries no tokenizer"):
-        read_prompts(path, tokenizer=None, num_tokens=257, length=6)
