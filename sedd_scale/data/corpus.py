@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from sedd_scale.config import Config, DataConfig
 from sedd_scale.data.cache import FileCache
-from sedd_scale.data.loader import TrainLoader
+from sedd_scale.data.loader import Shard, TrainLoader, spread_blocks
 from sedd_scale.data.mixture import MixturePlan, Stage
-from sedd_scale.data.shards import TOKENIZER_DIRECTORY, BlockReader, Dataset
+from sedd_scale.data.shards import TOKENIZER_DIRECTORY, BadShardError, BlockReader, Dataset
 from sedd_scale.data.sources import is_remote
 from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
@@ -90,7 +90,9 @@ class Corpus:
 
     def valid_reader(self) -> "JointReader":
         """The validation blocks of all datasets, one after the other."""
-        return JointReader([dataset.reader("valid") for dataset in self.datasets])
+        return JointReader(
+            [dataset.reader("valid", check_sizes=self._check_sizes) for dataset in self.datasets]
+        )
 
     def check_use(self, config: Config) -> None:
         """Refuse, before the first step, what a run would stumble over later.
@@ -192,6 +194,44 @@ class JointReader:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def spread(self, wanted: int, *, without: Collection[Shard] = ()) -> IntArray:
+        """At most `wanted` block numbers, evenly spread; the same for every caller.
+
+        Args:
+            without: shards whose blocks are replaced, as far as others are left.
+
+        Raises:
+            DataError: no block is left.
+        """
+        blocks = spread_blocks(len(self), wanted)
+        if not without:
+            return blocks
+        spare = np.setdiff1d(np.arange(len(self)), blocks)
+        spare = spare[~self._in_shards(spare, without)]
+        gone = np.flatnonzero(self._in_shards(blocks, without))
+        chosen = spare[spread_blocks(len(spare), len(gone))]
+        blocks[gone[: len(chosen)]] = chosen
+        blocks = blocks[~self._in_shards(blocks, without)]
+        if not len(blocks):
+            names = ", ".join(reader.dataset.location for reader in self.readers)
+            raise DataError(f"every validation shard of {names} is damaged: prepare it again")
+        return blocks
+
+    def shard_of_error(self, error: BadShardError) -> Shard:
+        """Which shard of which reader an error speaks of."""
+        fingerprints = [reader.dataset.fingerprint for reader in self.readers]
+        return fingerprints.index(error.fingerprint), error.shard
+
+    def _in_shards(self, blocks: IntArray, shards: Collection[Shard]) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(blocks), dtype=np.bool_)
+        begin = 0
+        for number, reader in enumerate(self.readers):
+            here = (blocks >= begin) & (blocks < begin + len(reader))
+            chosen = [shard for dataset, shard in shards if dataset == number]
+            found[here] = np.isin(reader.shard_of_block(blocks[here] - begin), chosen)
+            begin += len(reader)
+        return found
 
     def read(self, block_ids: npt.ArrayLike) -> IntArray:
         """The blocks of these numbers; int64 [n, L]; raises as `BlockReader.read`."""

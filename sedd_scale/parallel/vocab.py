@@ -40,6 +40,7 @@ class ScoreTargets(NamedTuple):
         clean_M: the clean token x0.
         noisy_M: the noisy token x.
         noise_B3: sigma, its rate g, and g / (e^sigma - 1), float64, per sequence.
+        row_weight: what a row's loss counts in the mean, a float64 scalar: 1 / positions.
     """
 
     rows_M: Tensor
@@ -47,6 +48,7 @@ class ScoreTargets(NamedTuple):
     clean_M: Tensor
     noisy_M: Tensor
     noise_B3: Tensor
+    row_weight: Tensor
 
     def to(self, device: torch.device) -> "ScoreTargets":
         """The same targets on `device`."""
@@ -60,12 +62,15 @@ def score_targets(
     noisy_BL: Tensor,
     noise_B3: Tensor,
     counted_BL: Tensor | None = None,
+    mean_over: float | None = None,
 ) -> ScoreTargets:
     """Pick the rows that count: masked positions under absorb, every position under uniform.
 
-    Of these only the ones in `counted_BL`, where padding has no part; None: all of them.
-
     Made on the host, before the tensors travel, so that no device waits for a count.
+
+    Args:
+        counted_BL: the positions that are no padding, which has no part in the loss; None: all.
+        mean_over: the number of positions that the mean loss is taken over; None: all L * B.
     """
     clean, noisy = clean_BL.t().reshape(-1), noisy_BL.t().reshape(-1)
     rows = noisy == graph.mask_id if graph.mask_id is not None else torch.ones_like(noisy).bool()
@@ -78,6 +83,7 @@ def score_targets(
         clean_M=clean[rows_M],
         noisy_M=noisy[rows_M],
         noise_B3=noise_B3,
+        row_weight=torch.tensor(1.0 / (mean_over or clean_BL.numel()), dtype=torch.float64),
     )
 
 
@@ -313,15 +319,10 @@ def linear_score_entropy(
         weight, bias: this rank's vocabulary rows [W + padding, H] and [W + padding].
 
     Returns:
-        A scalar, the sum over rows divided by L * B; equal on all tensor ranks.
+        A scalar, the sum over rows times the targets' `row_weight`; equal on all tensor ranks.
     """
     flat = hidden_LBH.reshape(-1, hidden_LBH.shape[-1])
-    row_weight_M = torch.full(
-        (len(targets.rows_M),),
-        1.0 / len(flat),
-        dtype=_statistics_dtype(weight),
-        device=flat.device,
-    )
+    row_weight_M = targets.row_weight.to(_statistics_dtype(weight)).expand(len(targets.rows_M))
     if not torch.is_grad_enabled():
         return (_losses(flat, weight, bias, targets, shard, None)[0] * row_weight_M).sum()
     return _WeightedSum.apply(flat, weight, bias, targets, shard, row_weight_M)

@@ -6,16 +6,16 @@ same global batch, whatever their number.
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus, JointReader
-from sedd_scale.data.loader import Shard, spread_blocks
+from sedd_scale.data.loader import Shard
 from sedd_scale.data.padding import counted_positions, shorten
 from sedd_scale.data.shards import BadShardError
 from sedd_scale.diffusion.corruption import NoisyBatch, corrupt_batch, keyed_uniforms
@@ -26,9 +26,23 @@ from sedd_scale.model.network import context_of
 from sedd_scale.parallel.engine import MicroBatch
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
+from sedd_scale.training.agreement import Agreement
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+
+# Validation blocks that are read together to count their text.
+COUNTED_TOGETHER = 64
+
+
+class StepBatches(NamedTuple):
+    """One step's data."""
+
+    micro_batches: list[MicroBatch]
+    """Of this rank."""
+    tokens: int
+    """Of text in the global batch: all its positions but padding."""
 
 
 def micro_batch_of(
@@ -38,14 +52,16 @@ def micro_batch_of(
     document_end: int | None,
     pin: bool,
     counted_BL: BoolArray | None = None,
+    mean_over: float | None = None,
 ) -> MicroBatch:
     """A corrupted batch as the network and its loss take it.
 
     Args:
-        counted_BL: the positions that are text; the others are padding, which stays as it is and
-            has no part in the loss, whose mean is still over all positions. None: all are text.
         document_end: the token that ends a document, where attention stays within documents.
         pin: put it in page-locked memory, for a GPU's sake.
+        counted_BL: the positions that are text; the others are padding, which stays as it is and
+            has no part in the loss. None: all are text.
+        mean_over: the number of positions that the loss is a mean over; None: all of the batch.
     """
     mask_BL = None
     if counted_BL is not None:
@@ -57,6 +73,7 @@ def micro_batch_of(
         noisy_BL=noisy.noisy_BL,
         noise_B3=torch.stack([noisy.sigma_B, noisy.rate_B, noisy.rate_over_expm1_B], dim=1),
         counted_BL=mask_BL,
+        mean_over=mean_over,
     )
     documents_BL = None if document_end is None else documents_of(noisy.clean_BL, document_end)
     context_BK = context_of(noisy.dropout_key_B, documents_BL)
@@ -67,8 +84,8 @@ def micro_batch_of(
 class TrainBatches:
     """The training micro-batches of this rank.
 
-    Where damaged shards are skipped, the ranks tell each other of them in a process group of their
-    own, so that this may run in a background thread; every rank has to make every step.
+    Where damaged shards are skipped, the ranks tell each other of them (see agreement), and every
+    rank has to make every step.
 
     Args:
         corpus: the datasets.
@@ -84,12 +101,13 @@ class TrainBatches:
         self.corpus = corpus
         self.document_end = corpus.eos_id if config.model.document_attention else None
         self.loader = corpus.train_loader(config)
-        self._group: dist.ProcessGroup | None = None
-        if config.data.on_bad_shard == "skip" and layout.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+        self._agreement = Agreement(layout, config.data.on_bad_shard)
 
-    def of_step(self, step: int) -> list[MicroBatch]:
+    def of_step(self, step: int) -> StepBatches:
         """This rank's micro-batches of the step (counted from 0), corrupted.
+
+        The loss of each is such that the mean over all micro-batches of the global batch is the sum
+        over its text divided by the number of its tokens, however the batch is split.
 
         Raises:
             BadShardError: a shard is damaged and data.on_bad_shard=stop.
@@ -98,15 +116,31 @@ class TrainBatches:
         training = self.config.training
         per_rank = training.global_batch // self.layout.data
         first = self.layout.data_rank * per_rank
-        sample_ids = self.loader.sample_ids(step, np.arange(first, first + per_rank))
-        tokens_BL = self._read(step, sample_ids)
-        return [
-            self._micro_batch(step, sample_ids[begin:end], tokens_BL[begin:end])
-            for begin, end in (
-                (begin, begin + training.micro_batch)
-                for begin in range(0, per_rank, training.micro_batch)
+        mine = slice(first, first + per_rank)
+        sample_ids = self.loader.sample_ids(step, np.arange(training.global_batch))
+        if self.corpus.packing != "documents" and self.config.data.random_length == 0:
+            counted_BL, tokens = None, training.global_batch * self.corpus.block_length
+            tokens_BL = self._read(step, sample_ids[mine])
+        else:
+            # How much text the other replicas have decides what each token of it weighs.
+            tokens_BL, counted_BL = self._text_of(step, sample_ids, self._read(step, sample_ids))
+            tokens = int(counted_BL.sum())
+            tokens_BL, counted_BL = tokens_BL[mine], counted_BL[mine]
+        sample_ids = sample_ids[mine]
+        micro_batches = []
+        for begin in range(0, per_rank, training.micro_batch):
+            part = slice(begin, begin + training.micro_batch)
+            micro_batches.append(
+                micro_batch_of(
+                    self._corrupted(step, sample_ids[part], tokens_BL[part]),
+                    self.graph,
+                    document_end=self.document_end,
+                    pin=self.layout.device.type == "cuda",
+                    counted_BL=None if counted_BL is None else counted_BL[part],
+                    mean_over=tokens * training.micro_batch / training.global_batch,
+                )
             )
-        ]
+        return StepBatches(micro_batches, tokens)
 
     def metrics(self, num_samples: int) -> dict[str, float]:
         """Epochs of each dataset after the run's first samples, and shards skipped so far."""
@@ -130,37 +164,31 @@ class TrainBatches:
                     raise
                 bad.add(self.loader.shard_of_error(error))
                 print(f"rank {self.layout.rank}: skipping: {error}", file=sys.stderr, flush=True)
-            bad = self._union(bad)
+            bad = self._agreement.union(bad)
             if not bad:
                 return tokens_BL
             self.loader.skip(bad, from_step=step)
 
-    def _union(self, bad: set[Shard]) -> set[Shard]:
-        """The damaged shards that any rank found, on every rank."""
-        if self._group is None:
-            return bad
-        found = torch.tensor([len(bad)])
-        dist.all_reduce(found, group=self._group)
-        if not found.item():
-            return set()
-        parts: list[set[Shard]] = [set() for _ in range(self.layout.world_size)]
-        dist.all_gather_object(parts, bad, group=self._group)
-        return set().union(*parts)
-
-    def _micro_batch(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> MicroBatch:
-        training = self.config.training
-        counted_BL = counted_of(self.corpus.packing, tokens_BL, self.corpus.eos_id)
+    def _text_of(
+        self, step: int, sample_ids: IntArray, tokens_BL: IntArray
+    ) -> tuple[IntArray, BoolArray]:
+        """The samples, some of them shortened, and which of their positions are text."""
+        counted_BL = text_positions(self.corpus, tokens_BL)
         if self.config.data.random_length > 0:
             lengths_B = random_lengths(
                 sample_ids,
                 step=step,
-                seed=training.seed,
+                seed=self.config.training.seed,
                 block_length=self.corpus.block_length,
                 share=self.config.data.random_length,
             )
             tokens_BL, kept_BL = shorten(tokens_BL, lengths_B, self.corpus.eos_id)
-            counted_BL = kept_BL if counted_BL is None else counted_BL & kept_BL
-        noisy = corrupt_batch(
+            counted_BL &= kept_BL
+        return tokens_BL, counted_BL
+
+    def _corrupted(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> NoisyBatch:
+        training = self.config.training
+        return corrupt_batch(
             torch.from_numpy(tokens_BL),
             sample_ids_B=sample_ids,
             step=step,
@@ -170,18 +198,13 @@ class TrainBatches:
             schedule=self.schedule,
             t_min=self.config.noise.t_min,
         )
-        return micro_batch_of(
-            noisy,
-            self.graph,
-            document_end=self.document_end,
-            counted_BL=counted_BL,
-            pin=self.layout.device.type == "cuda",
-        )
 
 
-def counted_of(packing: str, tokens_BL: IntArray, eos_id: int) -> BoolArray | None:
-    """The positions of prepared blocks that are text; None: all of them."""
-    return counted_positions(tokens_BL, eos_id) if packing == "documents" else None
+def text_positions(corpus: Corpus, tokens_BL: IntArray) -> BoolArray:
+    """Which positions of prepared blocks are text, bool [B, L]; only packing=documents pads."""
+    if corpus.packing == "documents":
+        return counted_positions(tokens_BL, corpus.eos_id)
+    return np.ones(tokens_BL.shape, dtype=np.bool_)
 
 
 def random_lengths(
@@ -203,20 +226,32 @@ class ValidationBatches:
     The times of the blocks are stratified over the whole set. Every rank runs the same number of
     micro-batches; blocks that only fill up are dropped again by `bound`.
 
+    Where damaged shards are skipped, other blocks stand for theirs, on all ranks alike, and the
+    bound is over slightly other text than before: `metrics` tells.
+
     Args:
         corpus: the datasets.
+
+    Attributes:
+        blocks: numbers of the blocks within the validation splits, laid end to end.
+        tokens_n: of text in each block, padding left out; float64.
+        skipped: the damaged shards.
+
+    Raises:
+        BadShardError: a shard is damaged and data.on_bad_shard=stop.
+        DataError: a remote shard cannot be read, or all are damaged.
     """
 
     def __init__(
         self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
     ) -> None:
         reader = corpus.valid_reader()
-        self.corpus = corpus
+        self.corpus, self.config = corpus, config
         self.graph, self.schedule, self.layout = graph, schedule, layout
         self.t_min = config.noise.t_min
         self.document_end = corpus.eos_id if config.model.document_attention else None
-        self.blocks = spread_blocks(len(reader), config.training.valid_blocks)
-        self.tokens_n = self._tokens_of_blocks(reader)
+        self.skipped: set[Shard] = set()
+        self.blocks, self.tokens_n = self._choose_blocks(reader)
         micro_batch = config.training.micro_batch
         unit = micro_batch * layout.data
         padded = np.resize(np.arange(len(self.blocks)), -(-len(self.blocks) // unit) * unit)
@@ -226,16 +261,37 @@ class ValidationBatches:
             for places in mine.reshape(-1, micro_batch)
         ]
 
-    def _tokens_of_blocks(self, reader: JointReader) -> Tensor:
-        """The text tokens of each validation block, padding left out; float64."""
-        full = torch.full((len(self.blocks),), self.corpus.block_length, dtype=torch.float64)
-        if self.corpus.packing != "documents":
-            return full
-        counts = [
-            counted_positions(reader.read([block]), self.corpus.eos_id).sum()
-            for block in self.blocks.tolist()
-        ]
-        return torch.tensor(counts, dtype=torch.float64)
+    def metrics(self) -> dict[str, float]:
+        """How many damaged shards of the validation split other blocks stand for."""
+        if self.config.data.on_bad_shard == "stop":
+            return {}
+        return {"skipped_valid_shards": float(len(self.skipped))}
+
+    def _choose_blocks(self, reader: JointReader) -> tuple[IntArray, Tensor]:
+        """The blocks, all of them readable, and the text tokens of each; alike on all ranks."""
+        skips = self.config.data.on_bad_shard == "skip"
+        agreement = Agreement(self.layout, self.config.data.on_bad_shard)
+        while True:
+            blocks = reader.spread(self.config.training.valid_blocks, without=self.skipped)
+            bad: set[Shard] = set()
+            counts: list[int] = []
+            try:
+                for begin in range(0, len(blocks), COUNTED_TOGETHER):
+                    tokens_BL = reader.read(blocks[begin : begin + COUNTED_TOGETHER])
+                    counts += text_positions(self.corpus, tokens_BL).sum(axis=1).tolist()
+            except BadShardError as error:
+                if not skips:
+                    raise
+                bad.add(reader.shard_of_error(error))
+                print(
+                    f"rank {self.layout.rank}: other blocks validate: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            bad = agreement.union(bad)
+            if not bad:
+                return blocks, torch.tensor(counts, dtype=torch.float64)
+            self.skipped |= bad
 
     def _micro_batch(self, reader: JointReader, places: IntArray, seed: int) -> MicroBatch:
         tokens_BL = reader.read(self.blocks[places])
@@ -254,8 +310,8 @@ class ValidationBatches:
             noisy,
             self.graph,
             document_end=self.document_end,
-            counted_BL=counted_of(self.corpus.packing, tokens_BL, self.corpus.eos_id),
             pin=self.layout.device.type == "cuda",
+            counted_BL=text_positions(self.corpus, tokens_BL),
         )
 
     def bound(self, nats_of_ranks: Sequence[Tensor]) -> tuple[float, float]:

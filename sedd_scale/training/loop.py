@@ -95,11 +95,11 @@ def train(config: Config, run_dir: Path) -> None:
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, graph, schedule, layout)
 
-    def save(step: int) -> None:
+    def save(step: int, tokens: int) -> None:
         meta = {
             "step": step,
             "samples_seen": step * config.training.global_batch,
-            "tokens": step * config.training.global_batch * corpus.block_length,
+            "tokens": tokens,
             "config": config.to_dict(),
             **corpus.describe_position(batches.loader, step * config.training.global_batch),
         }
@@ -115,12 +115,13 @@ def train(config: Config, run_dir: Path) -> None:
         log.say(f"saved {path}")
 
     last_step = config.training.steps
-    tokens_per_step = config.training.global_batch * corpus.block_length
-    logged_step, logged_at = first_step, time.perf_counter()
+    tokens = 0 if source is None else meta["tokens"]  # of text: padding is left out
+    logged_step, logged_tokens, logged_at = first_step, tokens, time.perf_counter()
     with Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
-        for step, micro_batches in enumerate(prefetched, start=first_step + 1):
+        for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
-            result = engine.train_step(micro_batches, lr=lr)
+            result = engine.train_step(batch.micro_batches, lr=lr)
+            tokens += batch.tokens
             log.advance(step)
             if step % config.logging.every == 0 or step == last_step:
                 seconds = time.perf_counter() - logged_at
@@ -130,20 +131,22 @@ def train(config: Config, run_dir: Path) -> None:
                     loss=result.loss,
                     grad_norm=result.grad_norm,
                     lr=lr,
-                    tokens=step * tokens_per_step,
-                    tokens_per_second=steps * tokens_per_step / seconds,
+                    tokens=tokens,
+                    tokens_per_second=(tokens - logged_tokens) / seconds,
                     step_ms=1000 * seconds / steps,
                     data=batches.metrics(step * config.training.global_batch),
                 )
-                logged_step, logged_at = step, time.perf_counter()
+                logged_step, logged_tokens, logged_at = step, tokens, time.perf_counter()
             paused_at = time.perf_counter()
             if validation is not None and (
                 step % config.training.valid_every == 0 or step == last_step
             ):
                 nats_per_token, stderr = validate(engine, validation)
-                log.validation(step, nats_per_token=nats_per_token, stderr=stderr)
+                log.validation(
+                    step, nats_per_token=nats_per_token, stderr=stderr, data=validation.metrics()
+                )
             if step % config.checkpoint.every == 0 or step == last_step:
-                save(step)
+                save(step, tokens)
             logged_at += time.perf_counter() - paused_at
     log.close()
 

@@ -73,7 +73,7 @@ class MetricsLog:
         Args:
             loss: nats a token.
             grad_norm: before clipping.
-            tokens: seen since the run began.
+            tokens: of text seen since the run began, padding left out.
             step_ms: milliseconds a step.
             data: epochs and the like, for the file alone.
         """
@@ -88,9 +88,21 @@ class MetricsLog:
         self._record(step, {**values, **(data or {})})
         self.say(format_training_line(step, self._total_steps, values))
 
-    def validation(self, step: int, *, nats_per_token: float, stderr: float) -> None:
-        """Record the bound on the averaged weights and its standard error, both nats a token."""
-        self._record(step, {"valid_nats_per_token": nats_per_token, "valid_stderr": stderr})
+    def validation(
+        self,
+        step: int,
+        *,
+        nats_per_token: float,
+        stderr: float,
+        data: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record the bound on the averaged weights and its standard error, both nats a token.
+
+        Args:
+            data: what else there is to say of the validation blocks, for the file alone.
+        """
+        values = {"valid_nats_per_token": nats_per_token, "valid_stderr": stderr}
+        self._record(step, {**values, **(data or {})})
         self.say(format_validation_line(step, self._total_steps, nats_per_token, stderr))
 
     def advance(self, step: int) -> None:

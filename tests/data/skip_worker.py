@@ -17,12 +17,12 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import MicroBatch
 from sedd_scale.parallel.layout import initialize_layout, shutdown
-from sedd_scale.training.batches import TrainBatches
+from sedd_scale.training.batches import TrainBatches, ValidationBatches
 
 
-def damage(dataset: Path, shard: int) -> None:
+def damage(dataset: Path, shard: int, *, split: str = "train") -> None:
     """Change one byte of every block of a shard."""
-    path = dataset / f"train-{shard:06d}.tar"
+    path = dataset / f"{split}-{shard:06d}.tar"
     content = bytearray(path.read_bytes())
     for position in range(700, len(content) - 10_240, 1024):
         content[position] ^= 1
@@ -38,11 +38,13 @@ def main() -> None:
         f"data.on_bad_shard={policy}",
         "training.global_batch=8",
         "training.micro_batch=2",
+        "training.valid_blocks=40",
         "model.vocab_size=257",
     )
     corpus = Corpus(config.data)
     graph = make_graph("absorb", corpus.vocab_size)
     batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
+    validation = ValidationBatches(corpus, config, graph, schedule_of(config), layout)
     for dataset_number, shard, step in skips:
         batches.loader.skip([(dataset_number, shard)], from_step=step)
     digests = []
@@ -51,7 +53,7 @@ def main() -> None:
         # Only rank 0 breaks it, and the ranks read different blocks at different times.
         if step == break_at and layout.rank == 0:
             damage(dataset, 1)
-        return batches.of_step(step)
+        return batches.of_step(step).micro_batches
 
     with Prefetcher(produce, first, end_step=end) as steps:
         for micro_batches in steps:
@@ -64,6 +66,8 @@ def main() -> None:
         "skipped": sorted(batches.loader.skipped),
         "order": hashlib.sha256(places.tobytes()).hexdigest(),
         "metrics": batches.metrics(8 * end),
+        "valid_blocks": validation.blocks.tolist(),
+        "valid_metrics": validation.metrics(),
         "last": batches.corpus.describe_position(batches.loader, 8 * end)["skipped_shards"],
     }
     Path(sys.argv[1]).with_name(f"rank-{layout.rank}.json").write_text(json.dumps(result))

@@ -1,5 +1,6 @@
 """Batches of a run: damaged shards are met alike by all ranks, padding has no part in the loss."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BadShardError
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
@@ -45,7 +47,9 @@ def make(directory: Path, **arguments: Any) -> Path:
     return directory / "d"
 
 
-def batches_of(path: Path, *overrides: str) -> tuple[TrainBatches, ValidationBatches]:
+def batches_of(
+    path: Path, *overrides: str, layout: Layout = ALONE
+) -> tuple[TrainBatches, ValidationBatches]:
     config = Config().override(
         f"data.path={path}",
         "training.global_batch=8",
@@ -55,7 +59,7 @@ def batches_of(path: Path, *overrides: str) -> tuple[TrainBatches, ValidationBat
     )
     corpus = Corpus(config.data)
     graph = make_graph(config.graph.name, corpus.vocab_size)
-    arguments = (corpus, config, graph, schedule_of(config), ALONE)
+    arguments = (corpus, config, graph, schedule_of(config), layout)
     return TrainBatches(*arguments), ValidationBatches(*arguments)
 
 
@@ -87,6 +91,8 @@ def launch(path: Path, *arguments: object, ranks: int) -> list[dict[str, Any]]:
 
 def test_ranks_skip_a_damaged_shard_alike_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     path = make(tmp_path)
+    chosen = batches_of(path, "training.valid_blocks=40")[1].blocks
+    damage(path, 1, split="valid")
     two = launch(path, 0, 30, 4, "skip", "[]", ranks=2)
     assert two[0]["skipped"] == two[1]["skipped"] == [[0, 1]]
     assert two[0]["order"] == two[1]["order"]
@@ -98,6 +104,15 @@ def test_ranks_skip_a_damaged_shard_alike_and_a_resumed_run_goes_on(tmp_path: Pa
     assert one["digests"] == together[12:]
     assert one["order"] == two[0]["order"]
     assert one["last"] == two[0]["last"]
+    # Of the validation blocks only those of the damaged shard were replaced.
+    expected = two[0]["valid_blocks"]
+    assert two[1]["valid_blocks"] == one["valid_blocks"] == expected
+    assert two[0]["valid_metrics"] == {"skipped_valid_shards": 1.0}
+    assert len(set(expected)) == len(expected) == 40
+    whole = chosen // 60 != 1
+    assert not whole.all()
+    assert all(block // 60 != 1 for block in expected)
+    assert np.array_equal(np.array(expected)[whole], chosen[whole])
 
 
 def test_a_damaged_shard_stops_a_run_by_default(tmp_path: Path) -> None:
@@ -109,6 +124,60 @@ def test_a_damaged_shard_stops_a_run_by_default(tmp_path: Path) -> None:
             batches.of_step(step)
 
 
+def test_a_damaged_validation_shard_stops_a_run_by_default(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    damage(path, 0, split="valid")
+    with pytest.raises(BadShardError, match=r"valid-000000\.tar holds member .* at byte \d+"):
+        batches_of(path)
+
+
+def test_missing_and_cut_validation_shards_are_skipped_too(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    shards = sorted(path.glob("valid-*.tar"))
+    shards[0].unlink()
+    with pytest.raises(DataError, match=r"valid-000000\.tar is missing"):
+        batches_of(path)
+    _, valid = batches_of(path, "data.on_bad_shard=skip")
+    assert valid.metrics() == {"skipped_valid_shards": 1.0}
+    assert min(valid.blocks) >= 60
+    for shard in shards[1:]:
+        shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"every validation shard of .* is damaged"):
+        batches_of(path, "data.on_bad_shard=skip")
+
+
+@pytest.mark.parametrize("random_length", [0.0, 0.5])
+def test_rows_weigh_what_the_text_of_the_global_batch_says(
+    tmp_path: Path, random_length: float
+) -> None:
+    """On any split into replicas and micro-batches; the engine takes the mean of micro-batches."""
+    path = make(tmp_path, packing="documents", block_length=700)
+    overrides = ("graph.name=uniform", f"data.random_length={random_length}")
+    for data, micro_batch in ((1, 8), (1, 2), (4, 1)):
+        rows, weights, tokens = 0, set(), set()
+        for rank in range(data):
+            layout = dataclasses.replace(ALONE, data=data, data_rank=rank)
+            train, _ = batches_of(
+                path, *overrides, f"training.micro_batch={micro_batch}", layout=layout
+            )
+            step = train.of_step(3)
+            tokens.add(step.tokens)
+            rows += sum(len(batch.targets.rows_M) for batch in step.micro_batches)
+            weights |= {float(batch.targets.row_weight) for batch in step.micro_batches}
+        # Under the uniform graph every position of text is a row of the loss.
+        assert tokens == {rows}
+        assert rows < 0.9 * 8 * 700
+        assert len(weights) == 1
+        assert weights.pop() * rows / (8 / micro_batch) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_without_padding_rows_weigh_one_over_all_positions_exactly(tmp_path: Path) -> None:
+    train, _ = batches_of(make(tmp_path))
+    step = train.of_step(0)
+    assert step.tokens == 8 * LENGTH
+    assert {float(batch.targets.row_weight) for batch in step.micro_batches} == {1 / (4 * LENGTH)}
+
+
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
 def test_padding_is_neither_corrupted_nor_counted(tmp_path: Path, graph: str) -> None:
     path = make(tmp_path, packing="documents", block_length=700)
@@ -118,7 +187,7 @@ def test_padding_is_neither_corrupted_nor_counted(tmp_path: Path, graph: str) ->
     for step in range(6):
         clean_BL = train.loader.batch(step, range(8))
         counted_BL = counted_positions(clean_BL, eos)
-        for number, batch in enumerate(train.of_step(step)):
+        for number, batch in enumerate(train.of_step(step).micro_batches):
             part = slice(4 * number, 4 * number + 4)
             noisy_BL, counted = batch.inputs[0].numpy(), counted_BL[part]
             assert np.array_equal(noisy_BL[~counted], clean_BL[part][~counted])
@@ -150,7 +219,7 @@ def test_a_share_of_blocks_has_a_random_length(tmp_path: Path) -> None:
     samples, short = 0, 0
     for step in range(40):
         clean = batches.loader.batch(step, range(8))
-        for number, batch in enumerate(batches.of_step(step)):
+        for number, batch in enumerate(batches.of_step(step).micro_batches):
             ids = np.arange(8 * step + 4 * number, 8 * step + 4 * number + 4)
             lengths = random_lengths(ids, step=step, seed=0, block_length=LENGTH, share=0.25)
             assert len(batch.targets.rows_M) == lengths.sum()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sedd_scale.config import Config
+from sedd_scale.data.padding import counted_positions
 from sedd_scale.diffusion.corruption import corrupt_batch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.score_entropy import (
@@ -77,17 +78,22 @@ def plain_training(config: Config) -> PlainRun:
             schedule=schedule,
             t_min=config.noise.t_min,
         )
-        logits = network(batch.noisy_BL, batch.sigma_B)
+        is_text_BL = torch.ones_like(batch.clean_BL, dtype=torch.bool)
+        if corpus.packing == "documents":
+            is_text_BL = torch.from_numpy(counted_positions(batch.clean_BL.numpy(), corpus.eos_id))
+        noisy_BL = torch.where(is_text_BL, batch.noisy_BL, batch.clean_BL)
+        logits = network(noisy_BL, batch.sigma_B)
         log_score = log_scores_from_logits(
-            logits, batch.noisy_BL, batch.sigma_B, graph=graph, scaled=scaled
+            logits, noisy_BL, batch.sigma_B, graph=graph, scaled=scaled
         )
-        loss = log_score_score_entropy(
+        nats_BL = log_score_score_entropy(
             log_score.double(),
-            batch.noisy_BL,
+            noisy_BL,
             batch.clean_BL,
             RowNoise(batch.sigma_B, batch.rate_B, batch.rate_over_expm1_B),
             graph=graph,
-        ).mean()
+        )
+        loss = nats_BL[is_text_BL].mean()
         adam.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), optimizer.clip)))

@@ -164,7 +164,9 @@ def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) ->
         batches = [
             batch.inputs
             for rank in range(data)
-            for batch in TrainBatches(opened, split, graph, schedule, layout(data, rank)).of_step(5)
+            for batch in TrainBatches(opened, split, graph, schedule, layout(data, rank))
+            .of_step(5)
+            .micro_batches
         ]
         return [torch.cat(part) for part in zip(*batches, strict=True)]
 

@@ -1,0 +1,36 @@
+"""What the ranks tell each other of their data: which shards they found damaged."""
+
+import torch
+import torch.distributed as dist
+
+from sedd_scale.data.loader import Shard
+from sedd_scale.parallel.layout import Layout
+
+
+class Agreement:
+    """Makes the shards that some ranks found damaged known to all.
+
+    In a process group of its own, on the host, so that a background thread may use it while the
+    network trains. Every rank has to make the same calls.
+
+    Args:
+        policy: data.on_bad_shard; where it is "stop" there is nothing to agree on.
+    """
+
+    def __init__(self, layout: Layout, policy: str) -> None:
+        self._world_size = layout.world_size
+        self._group: dist.ProcessGroup | None = None
+        if policy == "skip" and layout.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def union(self, shards: set[Shard]) -> set[Shard]:
+        """The shards that any rank found, on every rank."""
+        if self._group is None:
+            return shards
+        found = torch.tensor([len(shards)])
+        dist.all_reduce(found, group=self._group)
+        if not found.item():
+            return set()
+        parts: list[set[Shard]] = [set() for _ in range(self._world_size)]
+        dist.all_gather_object(parts, shards, group=self._group)
+        return set().union(*parts)
