@@ -2,8 +2,8 @@
 
 ZeRO 1 needs each rank to hold the sum of its own partition: a reduce-scatter. DeepSpeed's bf16
 optimizer all-reduces the whole gradient instead. With one replica its other optimizer still copies
-every gradient into buckets and back to reduce it over itself, and for the norm it makes a float64
-copy of each.
+every gradient into buckets and back to reduce it over itself, joins all of them in a second copy
+for the update, and for the norm it makes a float64 copy of each.
 """
 
 import functools
@@ -31,6 +31,10 @@ def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
         zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
         if layout.data == 1:
             zero.buffered_reduce_fallback = lambda *_, **__: None
+            if not zero.partition_gradients and not zero.use_grad_accum_attribute:
+                flat = _FlatGradients(zero)
+                zero.flat_gradients = flat.groups
+                zero._get_preflattened_grad_partition = flat.of_group
 
 
 @torch.no_grad()
@@ -64,6 +68,51 @@ def _sum_of_squares(gradients: list[Tensor], layout: Layout) -> Tensor:
     if layout.data > 1:
         dist.all_reduce(squares, group=layout.data_group)
     return squares
+
+
+class _FlatGradients:
+    """One replica's gradients under ZeRO 1 in float32: views of the flat tensor AdamW reads.
+
+    A weight's first gradient of a step moves to its place as soon as it is made, and those of later
+    micro-batches are added to it there; so no second copy is made, and the flat tensor's memory is
+    kept from step to step.
+
+    Args:
+        zero: DeepSpeed's optimizer of ZeRO 1, whose gradients are of the weights' own type.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        self.groups: list[Tensor] = []
+        for weights, partition in zip(
+            zero.params_in_partition, zero.single_partition_of_fp32_groups, strict=True
+        ):
+            flat = torch.zeros_like(partition, requires_grad=False)
+            self.groups.append(flat)
+            start = 0
+            for weight in weights:
+                place = flat.narrow(0, start, weight.numel()).view_as(weight)
+                weight.register_post_accumulate_grad_hook(functools.partial(_move_to, place))
+                start += weight.numel()
+
+    @torch.no_grad()
+    def of_group(self, index: int) -> Tensor:
+        """The whole gradient of a parameter group, padding included, in DeepSpeed's order."""
+        flat, start = self.groups[index], 0
+        for gradient in self._zero.averaged_gradients[index]:
+            place = flat.narrow(0, start, gradient.numel())
+            if gradient.data_ptr() != place.data_ptr():  # padding, or a weight the loss never used
+                place.copy_(gradient.flatten())
+            start += gradient.numel()
+        return flat
+
+
+@torch.no_grad()
+def _move_to(place: Tensor, weight: Tensor) -> None:
+    """Let `place` hold the gradient that autograd has just made for a weight."""
+    if weight.grad is not None and weight.grad is not place:
+        place.copy_(weight.grad)
+        weight.grad = place
 
 
 class _Bf16Partitions:

@@ -6,7 +6,7 @@ n numbers on a rank, p those of its partition among the data-parallel ranks, bot
 |--------------|-------------------|-------------------------------|-----------------------|
 | bf16, ZeRO 1 | 2n                | 4n, one flat buffer           | 16p                   |
 | bf16, ZeRO 2 | 2n                | 4p                            | 16p                   |
-| fp32, ZeRO 1 | 4n                | 4n, as autograd makes them    | 16p                   |
+| fp32, ZeRO 1 | 4n                | 4n; one replica: flat buffer  | 16p                   |
 | fp32, ZeRO 2 | 4n                | 4 x what touches a partition  | 16p                   |
 | ZeRO 3       | 2p or 4p, and the | 4p                            | 16p                   |
 |              | small ones whole  |                               |                       |
@@ -85,10 +85,11 @@ def state_bytes(
     if precision == "bf16":
         gradients, update = FLOAT32 * partition, 0
         buckets = max(buckets, travelling)
+    elif zero_stage == 1 and data == 1:
+        gradients, update = FLOAT32 * total, 0  # updated from where they are: parallel/reduction.py
     elif zero_stage == 1:
         # The partition's gradients are copied out of the buckets, then once more into one tensor.
-        gradients, update = FLOAT32 * sum(numels), FLOAT32 * partition
-        update += touching if data > 1 else 0
+        gradients, update = FLOAT32 * sum(numels), FLOAT32 * partition + touching
     else:
         # Each micro-batch makes its own copy before it is added to the first one's; the update
         # makes one that is no larger.

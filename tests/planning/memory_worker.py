@@ -92,7 +92,8 @@ def gradients(deepspeed_engine: Any) -> Storages:
     """Gradients of parameters, and wherever DeepSpeed gathers them."""
     zero = deepspeed_engine.optimizer
     found = [parameter.grad for parameter in deepspeed_engine.module.parameters()]
-    found += getattr(zero, "fp32_groups_gradients_flat", [])
+    for name in ("fp32_groups_gradients_flat", "flat_gradients"):
+        found += getattr(zero, name, [])
     found.append(getattr(zero, "grad_partitions_flat_buffer", None))
     for name in ("averaged_gradients", "all_grad_tensors"):
         for tensors in getattr(zero, name, {}).values():
