@@ -57,6 +57,13 @@ def _check_model(config: Config) -> None:
             f"gives heads of odd width {config.head_dim}, which rotary embedding cannot turn: "
             "change one of them to make it even"
         )
+    if not model.time_conditioning and not config.resolved_scale_by_sigma:
+        raise ConfigError(
+            f"model.time_conditioning=false with graph.name={config.graph.name} and "
+            f"model.scale_by_sigma={str(config.resolved_scale_by_sigma).lower()} leaves scores no "
+            "way to depend on sigma: set model.time_conditioning=true, or graph.name=absorb with "
+            "model.scale_by_sigma=true"
+        )
     if model.residual_dtype == "bf16" and precision == "fp32":
         raise ConfigError(
             "model.residual_dtype=bf16 with training.precision=fp32 would lose precision "

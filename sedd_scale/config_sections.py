@@ -22,6 +22,10 @@ class ModelConfig:
     cond_dim: int = _key(
         128, "Width of the time conditioning that modulates every block.", at_least=1
     )
+    time_conditioning: bool = _key(
+        True,
+        "Condition the network on sigma; false (scaled absorb only): on a constant.",
+    )
     mlp_ratio: int = _key(4, "Inner width of the MLP in multiples of hidden_size.", at_least=1)
     dropout: float = _key(
         0.1, "Probability of dropping a number on each residual branch.", at_least=0, below=1

@@ -292,6 +292,12 @@ ILLEGAL: list[tuple[list[str], int | None, list[str]]] = [
     (["parallel.recompute_every=13"], None, ["model.num_layers=12"]),
     (["parallel.recompute_every=-1"], None, ["at least 0"]),
     (["graph.name=uniform", "model.scale_by_sigma=true"], None, ["model.scale_by_sigma=null"]),
+    (["model.time_conditioning=false", "graph.name=uniform"], None, ["graph.name=absorb"]),
+    (
+        ["model.time_conditioning=false", "model.scale_by_sigma=false"],
+        None,
+        ["graph.name=absorb", "model.scale_by_sigma=true"],
+    ),
     (["graph.name=absorbing"], None, ["did you mean absorb?"]),
     (["graph.name=unifrom"], None, ["did you mean uniform?"]),
     (["noise.name=log-linear"], None, ["did you mean loglinear?"]),
@@ -363,6 +369,7 @@ def test_illegal_combination_is_refused(
         (["training.steps=1"], 1),
         (["noise.sigma_min=20"], 1),
         (["graph.name=uniform", "model.scale_by_sigma=false"], 1),
+        (["model.time_conditioning=false"], 1),
         (["training.resume=runs/old/checkpoints/step-5"], 1),
     ],
 )

@@ -5,8 +5,9 @@ the formulas as they stand: rows sum to 1, but a step too large for the rate (Eu
 that is no ratio of probabilities (an untrained model), can make an entry negative.
 `as_distribution` clamps those, as a draw must.
 
-Source: arXiv 2310.16834, section 4 (Euler, Tweedie tau-leaping). States x have shape [..], noise
-levels the leading shape of x, log-scores and tables [.., V].
+Sources: arXiv 2310.16834, section 4 (Euler, Tweedie tau-leaping); arXiv 2406.07524, section 3.2
+(ancestral steps of absorb); arXiv 2503.00307, section 3 (remasking). States x have shape [..],
+noise levels the leading shape of x, log-scores and tables [.., V].
 """
 
 import math
@@ -66,6 +67,54 @@ def denoise_probabilities(
     return _absorb_table(torch.cat([law_N, torch.zeros_like(law_N[..., :1])], -1), states, graph)
 
 
+def ancestral_probabilities(
+    log_score_V: Tensor,
+    states: Tensor,
+    move_t: Tensor,
+    move_s: Tensor,
+    graph: Absorb,
+    *,
+    remask: float = 0.0,
+) -> Tensor:
+    """Absorb's step in the normalised parametrisation: table [.., V], rows sum to 1.
+
+    A mask becomes a real token with probability proportional to its score; whether it does, and
+    whether a token is taken back, is up to the schedule alone: see `ancestral_chances`.
+
+    Args:
+        move_t, move_s: move probabilities m(t) and m(s) <= m(t).
+        remask: how often a token is taken back over the whole run, on average.
+    """
+    leave, take_back = (
+        over_positions(chance, states).unsqueeze(-1)
+        for chance in ancestral_chances(move_t, move_s, remask=remask)
+    )
+    law_N = torch.softmax(log_score_V[..., : graph.num_tokens].double(), dim=-1)
+    leave_V = torch.cat([leave * law_N, torch.zeros_like(law_N[..., :1])], -1)
+    table_V = _absorb_table(leave_V, states, graph)
+    masked = (states == graph.mask_id).unsqueeze(-1)
+    kept_V = table_V * (1.0 - take_back)
+    kept_V[..., graph.mask_id] += take_back.squeeze(-1)
+    return torch.where(masked, table_V, kept_V)
+
+
+def ancestral_chances(
+    move_t: Tensor, move_s: Tensor, *, remask: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Chances from t to s that a mask becomes a token, and that a token becomes the mask; float64.
+
+    With b = min(remask (m_t - m_s), m_s / (1 - m_t), 1), a token is taken back with chance b and a
+    mask leaves with chance (m_t - m_s + b (1 - m_t)) / m_t: whatever b, a position that is masked
+    with probability m_t is then masked with probability m_s. Source: arXiv 2503.00307, section 3.1,
+    where alpha = 1 - m.
+    """
+    move_t, move_s = move_t.double(), move_s.double()
+    most = (move_s / (1.0 - move_t).clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    take_back = torch.minimum(remask * (move_t - move_s), most)
+    leave = ((move_t - move_s) + take_back * (1.0 - move_t)) / move_t
+    return leave.clamp(max=1.0), take_back
+
+
 def as_distribution(table_V: Tensor) -> Tensor:
     """Clamp negative entries of raw rows to 0 and scale the rows to sum to 1."""
     clamped_V = table_V.double().clamp(min=0.0)
@@ -114,17 +163,19 @@ def euler_log_factor(
     return torch.log(rate.double() * step_size)
 
 
-def draw_categorical(probabilities_V: Tensor, uniform: Tensor) -> Tensor:
+def draw_categorical(
+    probabilities_V: Tensor, uniform: Tensor, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Int64 states [..] drawn from non-negative rows [.., V] by inverting their cumulative sums.
 
-    `uniform` [..] lies in [0, 1) and should be float64: single precision cuts the tail off and so
-    lowers the temperature (arXiv 2409.02908). Rows need not sum to 1. A state of probability 0 is
-    never drawn.
+    `uniform` [..] lies in [0, 1) and should be float64, as `dtype` should: single precision cuts
+    the tail off and so lowers the temperature (arXiv 2409.02908). Rows need not sum to 1. A state
+    of probability 0 is never drawn.
     """
-    cumulative_V = probabilities_V.double().cumsum(-1)
+    cumulative_V = probabilities_V.to(dtype).cumsum(-1)
     total = cumulative_V[..., -1:]
     # Rounding may lift u * total to total itself, past every state.
-    height = torch.minimum(uniform.double().unsqueeze(-1) * total, torch.nextafter(total, -total))
+    height = torch.minimum(uniform.to(dtype).unsqueeze(-1) * total, torch.nextafter(total, -total))
     return torch.searchsorted(cumulative_V, height.contiguous(), right=True).squeeze(-1)
 
 

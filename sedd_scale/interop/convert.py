@@ -89,6 +89,11 @@ def write_published(model: ScoreModel, directory: Path, tokenizer_directory: Pat
             f"model.mlp_ratio={config.model.mlp_ratio} cannot be written in the published format, "
             f"whose models all have {PUBLISHED_MLP_RATIO}"
         )
+    if not config.model.time_conditioning:
+        raise CheckpointError(
+            "model.time_conditioning=false cannot be written in the published format, whose models "
+            "are all conditioned on sigma"
+        )
     if model.block_length is None:
         raise CheckpointError("the checkpoint does not name its block length")
     directory.mkdir()

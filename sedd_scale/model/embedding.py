@@ -21,12 +21,15 @@ class Embedding(nn.Module):
         config: TransformerConfig,
         layout: Layout,
         residual_dtype: torch.dtype,
+        *,
+        time_conditioning: bool = True,
     ) -> None:
         super().__init__()
         self.logical_name = "embedding"
         self.vocab_rows = {"tokens.weight": num_states}
         self.layout = layout
         self.residual_dtype = residual_dtype
+        self.time_conditioning = time_conditioning
         self.tokens = VocabParallelEmbedding(
             padded_states,
             config.hidden_size,
@@ -40,9 +43,13 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
         """(noisy_BL, sigma_B, context) to (hidden_LBH, cond_BC, context_BK).
 
-        The context is the dropout keys_B alone, or [B, 1 + L]: keys, then documents_BL.
+        The context is the dropout keys_B alone, or [B, 1 + L]: keys, then documents_BL. Without
+        time conditioning the conditioning vector is that of sigma 0, whatever sigma is
+        (arXiv 2406.03736: the scores of absorb depend on time only through a known factor).
         """
         noisy_BL, sigma_B, context = inputs
+        if not self.time_conditioning:
+            sigma_B = torch.zeros_like(sigma_B)
         # Under sequence parallelism the lookup itself puts positions first, to scatter them.
         hidden = self.tokens(noisy_BL if self.layout.sequence_parallel else noisy_BL.t())
         return hidden.to(self.residual_dtype), self.sigma(sigma_B), context.view(len(noisy_BL), -1)

@@ -75,7 +75,13 @@ def layer_builders(
 
     def embedding() -> nn.Module:
         return Embedding(
-            graph.num_states, padded_states, model.cond_dim, mlp_config, layout, residual_dtype
+            graph.num_states,
+            padded_states,
+            model.cond_dim,
+            mlp_config,
+            layout,
+            residual_dtype,
+            time_conditioning=model.time_conditioning,
         )
 
     def block(index: int) -> nn.Module:

@@ -64,6 +64,11 @@ class ScoreModel(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def time_conditioned(self) -> bool:
+        """Whether the network's outputs depend on sigma."""
+        return self.config.model.time_conditioning
+
     @torch.no_grad()
     def log_score(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
         """log s_theta(x, sigma)_y for every state y: float32 [B, L, V], own-token entries 0.
@@ -88,13 +93,24 @@ class ScoreModel(nn.Module):
         )
 
     @torch.no_grad()
-    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
+    def logits(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor,
+        rows_M: Tensor,
+        documents_BL: Tensor | None = None,
+    ) -> Tensor:
         """Raw head outputs, float32 [M, V], at chosen positions only.
 
         Args:
             rows_M: indices into the flattened [B * L] positions.
+            documents_BL: the document of each position, for attention within documents.
         """
-        hidden_LBH = self.network.hidden(tokens_BL.to(self.device), sigma_B.to(self.device))
+        if documents_BL is not None:
+            documents_BL = documents_BL.to(self.device)
+        hidden_LBH = self.network.hidden(
+            tokens_BL.to(self.device), sigma_B.to(self.device), documents_BL
+        )
         length, batch, width = hidden_LBH.shape
         rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
         return self.network.head.logits(rows.index_select(0, rows_M.to(self.device)))

@@ -22,18 +22,26 @@ class LogitModel(Protocol):
         graph: the forward process.
         schedule: the noise schedule.
         scaled: whether logits are log-scores up to the known shift of sigma (absorb only).
+        time_conditioned: whether logits depend on sigma.
         device: where its tensors live.
     """
 
     graph: Graph
     schedule: Schedule
     scaled: bool
+    time_conditioned: bool
 
     @property
     def device(self) -> torch.device: ...
 
-    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
-        """[M, V] at the positions `rows_M` of the flattened [B * L]."""
+    def logits(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor,
+        rows_M: Tensor,
+        documents_BL: Tensor | None = None,
+    ) -> Tensor:
+        """[M, V] at the positions `rows_M` of the flattened [B * L]; as `ScoreModel.logits`."""
         ...
 
 

@@ -92,6 +92,16 @@ def test_either_kind_of_weights_is_exported(
     torch.testing.assert_close(ema[name], master[name] + 1)
 
 
+def test_what_the_published_format_cannot_say_is_not_exported(tmp_path: Path) -> None:
+    model = tiny_model("absorb", "loglinear")
+    model.config = model.config.override("model.time_conditioning=false")
+    write_native(model, tmp_path / "native", None)
+    assert not load_pretrained(tmp_path / "native").time_conditioned
+    with pytest.raises(CheckpointError, match="time_conditioning=false cannot be written"):
+        convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     native = write_checkpoint(tmp_path / "native")
     (tmp_path / "there").mkdir()
