@@ -1,0 +1,142 @@
+"""Look at samples that tools/generate.py wrote: a report, or how one of them came about."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from sedd_scale.cli import make_parser, run_command
+from sedd_scale.errors import ConfigError, DataError
+
+STEPS_PER_SECOND = 8.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "Look at samples that tools/generate.py wrote: a report on all of them, and how a traced "
+        "one came about, played in the terminal or as an HTML page.",
+        "python tools/samples.py samples.jsonl --judge gpt2-large",
+    )
+    add = parser.add_argument
+    add("samples", type=Path, metavar="FILE.jsonl", help="what tools/generate.py wrote")
+    add(
+        "--judge",
+        metavar="PATH_OR_NAME",
+        help="causal language model that gives the samples a generative perplexity: a Hugging Face "
+        "model directory, a .gguf file or a name on the hub (gpt2-large in most papers)",
+    )
+    add(
+        "--device",
+        metavar="NAME",
+        help="where the judge runs, such as cpu or cuda:1 (the first GPU, if any)",
+    )
+    add("--json", type=Path, metavar="FILE.json", help="also write the report as JSON")
+    show = parser.add_mutually_exclusive_group()
+    show.add_argument(
+        "--show-trace",
+        action="store_true",
+        help="instead of the report play a sample's trajectory; a few frames where the output is "
+        "no terminal",
+    )
+    show.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.html",
+        help="instead of the report write the page of all traced samples",
+    )
+    add("--id", metavar="ID", help="of the sample to play (the first traced one)")
+    add(
+        "--steps-per-second",
+        type=float,
+        metavar="R",
+        help=f"of the trajectory that is played ({STEPS_PER_SECOND:g})",
+    )
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse combinations that would leave an option without effect."""
+    reports = not arguments.show_trace and arguments.trace is None
+    if not reports and (arguments.judge is not None or arguments.json is not None):
+        raise ConfigError("--judge and --json go with the report: leave out the trace")
+    if arguments.device is not None and arguments.judge is None:
+        raise ConfigError("--device goes with --judge: give one or leave it out")
+    for name in ("id", "steps_per_second"):
+        if getattr(arguments, name) is not None and not arguments.show_trace:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} goes with --show-trace: give it or leave it out")
+    rate = arguments.steps_per_second
+    if rate is not None and not 0 < rate < math.inf:
+        raise ConfigError(f"--steps-per-second {rate}: give a number above 0")
+
+
+def samples_command(arguments: argparse.Namespace) -> None:
+    """Report on the samples, or show a trace."""
+    check_arguments(arguments)
+    if arguments.show_trace:
+        show_trace(arguments)
+    elif arguments.trace is not None:
+        write_page(arguments)
+    else:
+        report(arguments)
+
+
+def show_trace(arguments: argparse.Namespace) -> None:
+    """Play one sample's trajectory on standard output."""
+    from sedd_scale.sampling.samples_file import read_samples
+    from sedd_scale.sampling.trace_terminal import play
+
+    for record in read_samples(arguments.samples):
+        wanted = "trace" in record if arguments.id is None else str(record["id"]) == arguments.id
+        if wanted:
+            rate = arguments.steps_per_second or STEPS_PER_SECOND
+            play(record, sys.stdout, steps_per_second=rate)
+            return
+    missing = "traced sample" if arguments.id is None else f"sample with the id {arguments.id}"
+    raise DataError(f"{arguments.samples} holds no {missing}: generate with --trace")
+
+
+def write_page(arguments: argparse.Namespace) -> None:
+    """Write the page of all traced samples."""
+    from sedd_scale.sampling.output_shards import refuse_existing_output
+    from sedd_scale.sampling.samples_file import read_samples
+    from sedd_scale.sampling.trace_page import write_trace_page
+
+    refuse_existing_output(arguments.trace, "--trace")
+    records = [record for record in read_samples(arguments.samples) if "trace" in record]
+    if not records:
+        raise DataError(f"{arguments.samples} holds no traced sample: generate with --trace")
+    write_trace_page(arguments.trace, records)
+    print(arguments.trace)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the report, and write it where asked."""
+    from sedd_scale.sampling.output_shards import refuse_existing_output
+    from sedd_scale.sampling.quality import format_quality
+    from sedd_scale.sampling.samples_file import judge_file, quality_of_file, write_report
+
+    if arguments.json is not None:
+        refuse_existing_output(arguments.json, "--json")
+    if arguments.judge is not None:
+        from sedd_scale.sampling.judge import check_judge
+
+        check_judge(arguments.judge)
+    found = {"output": str(arguments.samples), **quality_of_file(arguments.samples)}
+    if arguments.judge is not None:
+        import torch
+
+        name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"--device {name} is unknown: give cpu, cuda or cuda:1") from error
+        found["generative_perplexity"] = judge_file(arguments.samples, arguments.judge, device)
+    if arguments.json is not None:
+        write_report(arguments.json, found)
+    print(format_quality(found))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), samples_command))
