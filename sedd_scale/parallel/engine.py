@@ -27,6 +27,7 @@ from sedd_scale.parallel.fragments import ZeroFragments
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
 from sedd_scale.parallel.reduction import reduce_no_more_than_needed
 from sedd_scale.parallel.stages import PipelineStage
+from sedd_scale.parallel.update_gate import StepNumbers, UpdateGate, are_finite
 from sedd_scale.parallel.vocab import ScoreTargets
 
 REDUCE_BUCKET = 50_000_000
@@ -60,6 +61,10 @@ class StepResult(NamedTuple):
     """Mean score entropy over the global batch, nats per token."""
     grad_norm: float
     """Euclidean norm of the whole gradient before clipping."""
+    applied: bool = True
+    """Whether the weights were updated."""
+    wants_stop: bool = False
+    """Whether any rank wanted to stop."""
 
 
 class Engine(ABC):
@@ -76,37 +81,60 @@ class Engine(ABC):
     fragments: ZeroFragments
     _deepspeed: Any
     _optimizer: torch.optim.Optimizer
+    _gate: UpdateGate
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        accept: Callable[[StepNumbers], bool] | None = None,
+        wants_stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
         """Accumulate the gradient over this rank's micro-batches and update the weights.
 
+        Args:
+            accept: judges the step before the weights change, alike on all ranks. Where it says no,
+                or a number is not finite, weights, moments and averages stay as they are and only
+                the optimizer's count of steps goes on. None: what is not finite is an error.
+            wants_stop: whether this rank wants to stop; asked once, and all ranks get to know.
+
         Raises:
-            TrainingError: the loss or the gradient norm is not finite (on every rank alike); names
-                what was not finite first, and where.
+            TrainingError: without `accept`, the loss or the gradient norm is not finite (on every
+                rank alike); names what was not finite first, and where.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._gate.accept = are_finite if accept is None else accept
+        self._gate.wants_stop = wants_stop
         self._deepspeed.train()
-        loss = self._accumulate_and_step(micro_batches)
-        norm = torch.as_tensor(
-            self._deepspeed.get_global_grad_norm(), dtype=loss.dtype, device=loss.device
+        self._accumulate_and_step(micro_batches)
+        numbers = self._gate.numbers
+        if not self._gate.accepted:
+            if accept is None:
+                raise TrainingError(
+                    f"step {self.fragments.get_step() + 1} has loss {numbers.loss} and gradient "
+                    f"norm {numbers.grad_norm}: {self.explain(micro_batches)}; resume from the "
+                    "last checkpoint with a lower optimizer.lr or optimizer.clip, or with a longer "
+                    "optimizer.warmup_steps"
+                )
+            self.fragments.set_step(self.fragments.get_step() + 1)
+        return StepResult(
+            numbers.loss, numbers.grad_norm, self._gate.accepted, wants_stop=numbers.wants_stop
         )
-        # Read together: the only place of ours where the host waits for the device.
-        result = StepResult(*torch.stack([loss, norm]).tolist())
-        if not (abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")):
-            cause = explain_failure(
-                self._deepspeed.module,
-                self.parameters,
-                self.fragments,
-                self.layout,
-                lambda: self.evaluate(micro_batches),
-            )
-            raise TrainingError(
-                f"step {self.fragments.get_step() + 1} has loss {result.loss} and gradient norm "
-                f"{result.grad_norm}: {cause}; resume from the last checkpoint with a lower "
-                "optimizer.lr or optimizer.clip, or with a longer optimizer.warmup_steps"
-            )
-        return result
+
+    def explain(self, micro_batches: Sequence[MicroBatch]) -> str:
+        """Which rank, stage and weight or layer makes these micro-batches' step not finite.
+
+        Collective: every rank calls it, with the weights that made the step, and gets the same.
+        """
+        return explain_failure(
+            self._deepspeed.module,
+            self.parameters,
+            self.fragments,
+            self.layout,
+            lambda: self.evaluate(micro_batches),
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -117,7 +145,7 @@ class Engine(ABC):
         return losses
 
     @abstractmethod
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None: ...
 
     @abstractmethod
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
@@ -144,20 +172,20 @@ class WholeNetworkEngine(Engine):
         )
         _assert_same_group(self._deepspeed.data_parallel_group, layout.data_group)
         reduce_no_more_than_needed(self._deepspeed, layout)
+        self._loss = torch.zeros((), device=layout.device)
+        self._gate = UpdateGate(self._deepspeed, layout, lambda: self._loss)
         self.parameters = list(logical_parameters(self._deepspeed.module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=self.layout.device)
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self._loss = torch.zeros((), dtype=torch.float32, device=self.layout.device)
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.layout.device)
             loss = self._deepspeed(on_device.inputs, on_device.targets)
-            total += loss.detach()
+            if self.layout.tensor_rank == 0:  # the others have the same
+                self._loss += loss.detach() / (len(micro_batches) * self.layout.data)
             self._deepspeed.backward(loss)
             self._deepspeed.step()
-        total /= len(micro_batches) * self.layout.data
-        dist.all_reduce(total, group=self.layout.data_group)
-        return total
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         losses = []
@@ -187,12 +215,19 @@ class PipelineStageEngine(Engine):
         assert module.stage_id == layout.pipeline_rank
         _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
         reduce_no_more_than_needed(self._deepspeed, layout)
+        self._gate = UpdateGate(self._deepspeed, layout, self._loss_part)
         self.parameters = list(logical_parameters(module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
-    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
-        return torch.as_tensor(self._deepspeed.train_batch(batches)).float()
+        self._deepspeed.train_batch(batches)
+
+    def _loss_part(self) -> Tensor:
+        if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
+            return torch.zeros((), device=self.layout.device)
+        total: Tensor = self._deepspeed.total_loss
+        return total / (self._deepspeed.micro_batches * self.layout.data)
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
