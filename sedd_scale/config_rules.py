@@ -41,6 +41,7 @@ def check_combinations(config: Config) -> None:
     _check_noise(config)
     _check_optimizer(config)
     _check_batch(config)
+    _check_guards(config)
     check_data(config)
 
 
@@ -170,5 +171,33 @@ def _check_batch(config: Config) -> None:
             f"training.global_batch={global_batch} is not a multiple of "
             f"training.micro_batch={micro_batch}: change one of them"
         )
+    if config.checkpoint.keep_every and not config.checkpoint.keep:
+        raise ConfigError(
+            f"checkpoint.keep_every={config.checkpoint.keep_every} has no effect with "
+            "checkpoint.keep=0, which keeps all: set checkpoint.keep_every=0 or "
+            "checkpoint.keep>0"
+        )
     if not config.training.resume:
         raise ConfigError("training.resume is empty: set it to auto, never or a path")
+
+
+def _check_guards(config: Config) -> None:
+    training = config.training
+    for item in training.skip_steps or ():
+        ends = item if isinstance(item, list) else [item, item]
+        if len(ends) != 2 or any(type(end) is not int for end in ends):
+            raise ConfigError(
+                f"training.skip_steps holds {item!r}, which is neither a step nor a range: write "
+                "each as N or [first, last]"
+            )
+        if not 1 <= ends[0] <= ends[1]:
+            raise ConfigError(
+                f"training.skip_steps holds {item!r}, which is no step of a run: steps count from "
+                "1, and a range goes from its first to its last step"
+            )
+    if training.hang_factor and training.hang_slow < training.hang_floor:
+        raise ConfigError(
+            f"training.hang_slow={training.hang_slow} is less than "
+            f"training.hang_floor={training.hang_floor}: the first step, validations and saves "
+            "need at least as long as a step; raise training.hang_slow"
+        )

@@ -178,6 +178,40 @@ class TrainingConfig:
         1000, "Steps between validations of the averaged weights; 0: never.", at_least=0
     )
     valid_blocks: int = _key(256, "Validation sequences in one validation.", at_least=1)
+    on_nonfinite: str = _key(
+        "stop",
+        "At a loss or gradient norm that is not finite; skip: go on without that update.",
+        choices=("stop", "skip"),
+    )
+    skip_steps: list | None = _key(
+        None, "Steps whose updates are left out: numbers and [first, last] ranges, from 1."
+    )
+    spike_window: int = _key(
+        128, "Steps that the z-scores of loss and gradient norm are taken over.", at_least=8
+    )
+    report_spikes_above: float = _key(
+        6.0, "Report steps whose loss or gradient norm has a greater z-score.", above=0
+    )
+    skip_spikes_above: float | None = _key(
+        None, "Leave out the updates of steps with a greater z-score; null: of none.", above=0
+    )
+    stop_after_skips: int = _key(
+        10, "Stop when so many updates in a row were left out by a guard.", at_least=1
+    )
+    check_replicas_every: int = _key(
+        1000,
+        "Steps between checks that ranks with the same weights hold the same bits; 0: never.",
+        at_least=0,
+    )
+    hang_factor: float = _key(
+        20.0,
+        "A step longer than this many times the median of recent ones is a hang; 0: no watchdog.",
+        at_least=0,
+    )
+    hang_floor: float = _key(120.0, "Seconds that any step may take.", above=0)
+    hang_slow: float = _key(
+        1800.0, "Seconds that the first step, a validation or a save may take.", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -194,3 +228,15 @@ class LoggingConfig:
 class CheckpointConfig:
     every: int = _key(1000, "Steps between checkpoints; the last step always has one.", at_least=1)
     keep: int = _key(3, "Latest checkpoints kept in the run directory; 0: all.", at_least=0)
+    keep_every: int = _key(
+        0, "Checkpoints at multiples of this step are kept for good; 0: none is.", at_least=0
+    )
+    verify: bool = _key(True, "Check the hash of every file of a checkpoint before loading it.")
+    async_save: bool = _key(
+        True, "Write in the background, from a copy in host memory, while training goes on."
+    )
+    on_failure: str = _key(
+        "stop",
+        "After a save that failed; continue: go on with the last good checkpoint and try later.",
+        choices=("stop", "continue"),
+    )
