@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_scale.config import Config
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import MAX_LIVE_PARAMETERS
 
 
 def _bytes(tensors: Any) -> int:
@@ -88,9 +89,9 @@ def required_traffic(
     absorb's loss and four for uniform's. Under sequence parallelism a reduce-scatter and an
     all-gather take an all-reduce's place, and the backward pass gathers once more what it did not
     keep (arXiv 2205.05198); gradients of what is replicated are summed. Data ranks: gradients to
-    their owners and weights back (arXiv 1910.02054); ZeRO 2 reduces each micro-batch, ZeRO 3 also
-    gathers the weights for each. Pipeline stages: the hidden states with the conditioning and back.
-    Scalars are left out.
+    their owners and weights back (arXiv 1910.02054); ZeRO 2 and 3 reduce each micro-batch, and
+    ZeRO 3 gathers weights for each pass where they are more than `MAX_LIVE_PARAMETERS`. Pipeline
+    stages: the hidden states with the conditioning and back. Scalars are left out.
 
     Args:
         parameters: numbers that this process holds, before ZeRO.
@@ -126,7 +127,9 @@ def required_traffic(
         stage = parallel.zero_stage
         gradient = 4 if stage == 1 else size
         reductions = 1 if stage == 1 else micro_batches
-        gathers = 1 if stage < 3 else 2 * micro_batches
+        # DeepSpeed lets go of weights that were gathered only where they are too many to be kept.
+        kept = stage < 3 or parameters <= MAX_LIVE_PARAMETERS
+        gathers = 1 if kept else 2 * micro_batches
         data = share * parameters * (reductions * gradient + gathers * size)
     if layout.pipeline > 1:
         rows_of_cond = -(-model.cond_dim // width)
