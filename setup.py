@@ -41,6 +41,8 @@ setup(
         "remote": ["fsspec==2026.9.0", "s3fs==2026.9.0"],
         "parquet": ["pyarrow==25.0.1"],
         "zstd": ["zstandard==0.25.0"],
+        # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.
+        "judge": ["transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0"],
         "flash": ["flash-attn>=2.6,<3"],
         "dev": [
             "pytest==9.2.0",
@@ -49,6 +51,7 @@ setup(
             "moto[server]==5.2.5",
             "pyarrow==25.0.1",
             "zstandard==0.25.0",
+            "transformers==5.24.0",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML==6.0.12.20261113",

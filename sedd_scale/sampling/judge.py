@@ -12,6 +12,7 @@ entropy. Published figures mostly have gpt2-large as the judge (arXiv 2310.16834
 
 import contextlib
 import importlib.util
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ def check_judge(name: str) -> None:
     path = Path(name)
     if name.endswith(".gguf"):
         _require("gguf")
+        _require("accelerate")
         if not path.is_file():
             raise DataError(f"--judge {name} does not exist: give the path of a GGUF file")
         with path.open("rb") as stream:
@@ -200,17 +202,23 @@ def _require(package: str) -> None:
 def _quiet() -> None:
     """The judge's library logs advice on loading; errors still come as exceptions."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turns what the library raises for a model it cannot read into a DataError."""
+    """Turns what the library raises for a model it cannot read into a DataError.
+
+    A GGUF file is read under a progress bar that nothing turns off; it is not shown.
+    """
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
