@@ -11,8 +11,11 @@ from typing import Any
 
 from sedd_scale.benchmark.report import environment, print_report
 
-# Blocks of 1024 that one process has to read, so that 8 GPUs use a fraction of a node's cores.
-READ_BAR = 20_000_000
+# Tokens/s of ready micro-batches of 1024 from one process: so 8 GPUs use a part of a node's cores.
+BAR = 20_000_000
+MEMORY_BAR_MB = 300
+# A sample far into a run, to start at: the position is to cost nothing.
+FAR_STEP = 10**7
 WORDS = ("the", "mask", "token", "noise", "score", "river", "stone", "walks", "falls", "old")
 
 
@@ -27,6 +30,9 @@ def add_arguments(subparsers: Any) -> None:
         "--length", type=int, default=1024, help="of its blocks, in tokens (default: 1024)"
     )
     parser.add_argument("--batch", type=int, default=8, help="sequences in a micro-batch")
+    parser.add_argument(
+        "--step", type=int, default=64, help="sequences of this rank in a step (default: 64)"
+    )
     parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="to measure each rate for (default: 5)"
@@ -89,17 +95,17 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         f"graph.name={arguments.graph}",
         f"data.path={path}",
         f"model.vocab_size={dataset.vocab_size}",
-        f"training.global_batch={arguments.batch}",
+        f"training.global_batch={arguments.step}",
         f"training.micro_batch={arguments.batch}",
     )
     graph = make_graph(arguments.graph, dataset.vocab_size)
     corpus = Corpus(config.data)
     batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
-    batches.of_step(0)
+    batches.of_step(FAR_STEP)
     first_batch = time.perf_counter() - start
 
-    tokens = arguments.batch * dataset.block_length
-    positions = range(arguments.batch)
+    tokens = arguments.step * dataset.block_length
+    positions = range(arguments.step)
     rates = [
         tokens * steps_per_second(make, arguments.seconds)
         for make in (
@@ -113,14 +119,16 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "blocks": dataset.splits["train"]["blocks"],
         "length": dataset.block_length,
         "batch": arguments.batch,
+        "step": arguments.step,
         "graph": arguments.graph,
         "seconds_to_first_batch": first_batch,
         "seconds": tokens / rates[1],
         "tokens_per_second": rates[1],
         "read_tokens_per_second": rates[0],
-        "read_bar_tokens_per_second": READ_BAR,
+        "bar_tokens_per_second": BAR,
         "resident_mb": resident_megabytes(),
         "extra_mb": resident_megabytes() - resident,
+        "bar_extra_mb": MEMORY_BAR_MB,
         **environment(),
     }
     shutdown()

@@ -52,6 +52,8 @@ class MixturePlan:
     def assign(self, sample_ids: npt.ArrayLike) -> tuple[IntArray, IntArray]:
         """The dataset of each sample, and its number among that dataset's samples of the run."""
         samples = np.asarray(sample_ids, dtype=np.int64)
+        if self.num_datasets == 1:
+            return np.zeros_like(samples), samples
         datasets, numbers = np.empty_like(samples), np.empty_like(samples)
         stage_of = np.searchsorted(self._begins, samples, side="right") - 1
         for stage in np.unique(stage_of).tolist():

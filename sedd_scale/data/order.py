@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_ROUNDS = 6
+# Consecutive samples whose blocks are computed together.
+RUN = 2048
 
 IntArray = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
@@ -95,10 +97,21 @@ class BlockOrder:
         self._key = f"sedd_scale block order 2|{seed}|{fingerprint}"
         self._epoch: tuple[int, IntArray, IntArray] | None = None
         self._windows: dict[tuple[int, int, int], Permutation] = {}
+        self._run: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
 
     def block_of_sample(self, sample_ids: npt.ArrayLike) -> IntArray:
         """The block that each sample of the run reads; int64, the shape of `sample_ids`."""
-        return self._blocks(np.asarray(sample_ids, dtype=np.int64), attempt=0)
+        samples = np.asarray(sample_ids, dtype=np.int64)
+        run, places = np.divmod(samples, RUN)
+        if not samples.size or (run != run.flat[0]).any():
+            return self._blocks(samples, attempt=0)
+        # A few samples take as long as many, and the next batches are likely to be of this run.
+        first = int(run.flat[0])
+        kept = self._run
+        if kept[0] != first:
+            kept = (first, self._blocks(first * RUN + np.arange(RUN), attempt=0))
+            self._run = kept
+        return kept[1][places]
 
     def substitutes(self, sample_ids: IntArray, *, attempt: int, epochs_off: int) -> IntArray:
         """Other blocks for these samples, of the same window where `epochs_off` is 0.

@@ -144,7 +144,7 @@ class Absorb(Graph):
         token_uniform_BL: Tensor | None = None,
     ) -> Tensor:
         moved_BL = move_uniform_BL < self._move_probability(sigma_B, clean_BL)
-        return clean_BL.masked_fill(moved_BL, self.mask_id)
+        return torch.where(moved_BL, self.mask_id, clean_BL)
 
     def prior_kl_per_token(self, sigma: Tensor) -> Tensor:
         """KL in nats per token against a prior with room for the tokens not yet masked at t = 1.

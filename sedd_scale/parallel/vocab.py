@@ -9,10 +9,12 @@ M rows that count, m rows of a chunk, H hidden width, W columns (vocabulary rows
 are real tokens, B sequences, L positions. Losses are in nats.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,8 @@ from sedd_scale.parallel.score_kernel import (
     chunk_gradient,
     chunk_statistics,
 )
+
+IntArray = npt.NDArray[np.int64]
 
 # For one chunk of logits. On a GPU larger products pay, and so does passing less often over the
 # weight's gradient.
@@ -77,19 +81,25 @@ def score_targets(
     rows_BL = noisy == graph.mask_id if graph.mask_id is not None else np.ones_like(noisy, np.bool_)
     if counted_BL is not None:
         rows_BL &= counted_BL.numpy()
-    # numpy finds and gathers them faster than torch does on one thread; no division but this one.
+    # numpy finds and gathers them faster than torch does on one thread, and than it divides.
     rows_M = np.flatnonzero(np.ascontiguousarray(rows_BL.T))
-    position_M = rows_M // max(1, len(clean))
-    sequence_M = rows_M - position_M * len(clean)
-    places_M = sequence_M * clean.shape[1] + position_M
+    sequence_R, place_R = _sequences_and_places(*clean.shape)
+    place_M = place_R.take(rows_M)
     return ScoreTargets(
         rows_M=torch.from_numpy(rows_M),
-        sequence_M=torch.from_numpy(sequence_M),
-        clean_M=torch.from_numpy(clean.reshape(-1).take(places_M)),
-        noisy_M=torch.from_numpy(noisy.reshape(-1).take(places_M)),
+        sequence_M=torch.from_numpy(sequence_R.take(rows_M)),
+        clean_M=torch.from_numpy(clean.reshape(-1).take(place_M)),
+        noisy_M=torch.from_numpy(noisy.reshape(-1).take(place_M)),
         noise_B3=noise_B3,
         row_weight=torch.tensor(1.0 / (mean_over or clean_BL.numel()), dtype=torch.float64),
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _sequences_and_places(batch: int, length: int) -> tuple[IntArray, IntArray]:
+    """For each row of the flattened [L * B] its sequence, and its place in the flat [B * L]."""
+    place_R = np.arange(batch * length).reshape(batch, length).T.reshape(-1)
+    return np.tile(np.arange(batch), length), place_R
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from sedd_scale.data.corpus import Corpus, JointReader
 from sedd_scale.data.loader import Shard
 from sedd_scale.data.padding import counted_positions, shorten
 from sedd_scale.data.shards import BadShardError
-from sedd_scale.diffusion.corruption import NoisyBatch, corrupt_batch, keyed_uniforms
+from sedd_scale.diffusion.corruption import (
+    NoisyBatch,
+    corrupt_batch,
+    keyed_uniform_rows,
+    stratified_times,
+)
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.model.attention import documents_of
@@ -32,7 +37,8 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-# Validation blocks that are read together to count their text.
+# Sequences that are corrupted together, and validation blocks whose text is counted together.
+CORRUPTED_TOGETHER = 64
 COUNTED_TOGETHER = 64
 
 
@@ -71,7 +77,7 @@ def micro_batch_of(
         graph,
         clean_BL=noisy.clean_BL,
         noisy_BL=noisy.noisy_BL,
-        noise_B3=torch.stack([noisy.sigma_B, noisy.rate_B, noisy.rate_over_expm1_B], dim=1),
+        noise_B3=noisy.noise_B3,
         counted_BL=mask_BL,
         mean_over=mean_over,
     )
@@ -127,12 +133,13 @@ class TrainBatches:
             tokens = int(counted_BL.sum())
             tokens_BL, counted_BL = tokens_BL[mine], counted_BL[mine]
         sample_ids = sample_ids[mine]
+        noisy = self._corrupted(step, sample_ids, tokens_BL)
         micro_batches = []
         for begin in range(0, per_rank, training.micro_batch):
             part = slice(begin, begin + training.micro_batch)
             micro_batches.append(
                 micro_batch_of(
-                    self._corrupted(step, sample_ids[part], tokens_BL[part]),
+                    NoisyBatch(*(values[part] for values in noisy)),
                     self.graph,
                     document_end=self.document_end,
                     pin=self.layout.device.type == "cuda",
@@ -187,17 +194,34 @@ class TrainBatches:
         return tokens_BL, counted_BL
 
     def _corrupted(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> NoisyBatch:
-        training = self.config.training
-        return corrupt_batch(
-            torch.from_numpy(tokens_BL),
-            sample_ids_B=sample_ids,
-            step=step,
+        """All the samples corrupted, some at a time: what is in the making stays in the cache."""
+        training, t_min = self.config.training, self.config.noise.t_min
+        t_B = stratified_times(
             seed=training.seed,
+            step=step,
             global_batch=training.global_batch,
-            graph=self.graph,
-            schedule=self.schedule,
-            t_min=self.config.noise.t_min,
+            sample_ids_B=sample_ids,
+            t_min=t_min,
         )
+        parts = []
+        for begin in range(0, len(sample_ids), CORRUPTED_TOGETHER):
+            part = slice(begin, begin + CORRUPTED_TOGETHER)
+            parts.append(
+                corrupt_batch(
+                    torch.from_numpy(tokens_BL[part]),
+                    sample_ids_B=sample_ids[part],
+                    step=step,
+                    seed=training.seed,
+                    global_batch=training.global_batch,
+                    graph=self.graph,
+                    schedule=self.schedule,
+                    t_min=t_min,
+                    t_B=t_B[part],
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return NoisyBatch(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def text_positions(corpus: Corpus, tokens_BL: IntArray) -> BoolArray:
@@ -211,13 +235,11 @@ def random_lengths(
     sample_ids_B: IntArray, *, step: int, seed: int, block_length: int, share: float
 ) -> IntArray:
     """Lengths in 1..L, int64 [B]: L for most samples, uniform for a share of them."""
-    lengths = []
-    for sample in sample_ids_B.tolist():
-        chosen, where = keyed_uniforms(
-            2, seed=seed, stream="train/length", step=step, sample=sample
-        ).tolist()
-        lengths.append(1 + int(where * block_length) if chosen < share else block_length)
-    return np.array(lengths, dtype=np.int64)
+    chosen_B, where_B = keyed_uniform_rows(
+        2, seed=seed, stream="train/length", step=step, sample_ids_B=sample_ids_B
+    ).T
+    lengths_B = 1 + (where_B * block_length).astype(np.int64)
+    return np.where(chosen_B < share, lengths_B, block_length)
 
 
 class ValidationBatches:

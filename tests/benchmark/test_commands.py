@@ -57,10 +57,12 @@ def test_optimizer() -> None:
 
 
 def test_data(tmp_path: Path) -> None:
-    arguments = parsed(data, "--blocks", "64", "--length", "16", "--batch", "4", "--seconds", "0.1")
+    arguments = parsed(
+        data, "--blocks", "64", "--length", "16", "--batch", "4", "--step", "8", "--seconds", "0.1"
+    )
     result = data.measure(arguments, data.write_dataset(arguments, tmp_path))
     assert result["blocks"] >= 64
-    assert result["tokens_per_second"] == pytest.approx(4 * 16 / result["seconds"])
+    assert result["tokens_per_second"] == pytest.approx(8 * 16 / result["seconds"])
     assert result["read_tokens_per_second"] > result["tokens_per_second"]
     assert result["seconds_to_first_batch"] > 0
     assert result["resident_mb"] >= result["extra_mb"]

@@ -1,6 +1,8 @@
 """Keyed draws: the same whoever asks, stratified over the batch, with the law's frequencies."""
 
+import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import torch
 
 from sedd_scale.diffusion.corruption import (
     corrupt_batch,
+    keyed_rows,
+    keyed_uniform_rows,
     keyed_uniforms,
     keyed_words,
     stratified_times,
@@ -144,6 +148,34 @@ def test_words_never_change():
     uniforms = keyed_uniforms(3, seed=1, stream="train/moves", step=2, sample=3)
     assert uniforms.tolist() == [(w >> 11) / 2**53 for w in PINNED_WORDS]
     assert (keyed_uniforms(100000, seed=1, stream="a", step=0) < 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1024])
+def test_rows_are_the_words_of_new_philox_generators(count):
+    """However they are drawn: they are defined by numpy's own generator with this key, counter."""
+    ids, seed, step = [5, 0, 2**40, 6], 2**63 - 1, 9
+    settings = {"seed": seed, "stream": "train/moves", "step": step}
+    rows = keyed_rows(count, sample_ids_B=ids, **settings)
+    uniforms = keyed_uniform_rows(count, sample_ids_B=ids, **settings)
+    name = int.from_bytes(hashlib.blake2b(b"train/moves", digest_size=8).digest(), "little")
+    key = np.array([seed, name], dtype=np.uint64)
+    for row, uniform_row, sample in zip(rows, uniforms, ids, strict=True):
+        counter = np.array([0, 0, sample, step], dtype=np.uint64)
+        words = np.random.Philox(key=key, counter=counter).random_raw(count)
+        assert row.tolist() == words.tolist()
+        assert keyed_words(count, sample=sample, **settings).tolist() == words.tolist()
+        assert uniform_row.tolist() == [(word >> 11) / 2**53 for word in words.tolist()]
+    whole = np.random.Philox(key=key, counter=np.array([0, 0, 2**64 - 1, step], dtype=np.uint64))
+    assert keyed_words(count, **settings).tolist() == whole.random_raw(count).tolist()
+    assert keyed_rows(count, sample_ids_B=[], **settings).shape == (0, count)
+
+
+def test_threads_draw_the_same():
+    expected = draw(range(8), length=512)
+    with ThreadPoolExecutor(4) as threads:
+        for batch in threads.map(lambda _: draw(range(8), length=512), range(40)):
+            assert torch.equal(batch.noisy_BL, expected.noisy_BL)
+            assert torch.equal(batch.dropout_key_B, expected.dropout_key_B)
 
 
 def test_refuses_tokens_of_another_vocabulary():
