@@ -33,6 +33,9 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
     parser.add_argument("--baseline", action="store_true", help="measure the textbook step too")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile one more step of each side, by operation"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     add_shape_arguments(parser, model="small")
     parser.set_defaults(run=run)
@@ -97,6 +100,12 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         programs.append(baseline)
     product_seconds, *seconds = median_seconds(programs, repeats=arguments.repeats)
     extra = [peak_bytes(program) / 1e6 for program in programs[1:]]
+    if arguments.profile:
+        for name, program in zip(("step", "baseline"), programs[1:]):
+            if layout.rank == 0:
+                print(f"{name}: share of the time by operation\n{profiled(program)}\n")
+            else:
+                program()
 
     training, model = config.training, config.model
     tokens = training.global_batch * arguments.length
@@ -143,6 +152,27 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         **environment(),
     }
     return result, layout.rank
+
+
+def profiled(program: Callable[[], object], *, rows: int = 14) -> str:
+    """The operations that one run of `program` spends its time in, a line each, largest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        program()
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = sorted(
+        ((getattr(event, attribute), event.count, event.key) for event in profiler.key_averages()),
+        reverse=True,
+    )
+    total = sum(microseconds for microseconds, *_ in found)
+    return "\n".join(
+        f"{microseconds / total:7.1%} {microseconds / 1e6:9.3f} s {count:6d} x {name}"
+        for microseconds, count, name in found[:rows]
+    )
 
 
 def faster_precision(device: "torch.device") -> str:
