@@ -78,6 +78,13 @@ def test_unigram_entropy_is_that_of_the_runs_validation_text(run_dir: Path, tmp_
     entropy = -(share * np.log(share)).sum()
     # The index also counts the tokens after the last whole block.
     assert read_run(run_dir).unigram_nats == pytest.approx(entropy, rel=0.01)
+    remote = f"data.path=pipe:cat {data}/{{name}}"
+    cached = Config().override(remote, f"data.cache_dir={tmp_path / 'cache'}")
+    (run_dir / "config.yaml").write_text(cached.to_yaml())
+    assert read_run(run_dir).unigram_nats == pytest.approx(entropy, rel=0.01)
+    mixed = Config().override(f"data.mixture=[{{path: {data}, weight: 1}}]")
+    (run_dir / "config.yaml").write_text(mixed.to_yaml())
+    assert read_run(run_dir).unigram_nats == pytest.approx(entropy, rel=0.01)
     (data / "index.json").unlink()
     assert read_run(run_dir).unigram_nats is None
 

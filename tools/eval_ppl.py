@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.cli import make_parser, run_command
@@ -28,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--data",
         metavar="PATH",
-        help="a dataset of tools/prepare_data.py, or a file: .jsonl (one document a line) or any "
-        "text (one document), plain or with .gz or .xz",
+        help="a dataset of tools/prepare_data.py (a directory, a URL, or pipe: and a command), or "
+        "a file: .jsonl (one document a line) or any text (one document), plain or with .gz or .xz",
     )
     source.add_argument(
         "--dataset",
@@ -39,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         "give to --data",
     )
     add("--split", default="valid", help="of a prepared dataset (%(default)s)")
+    add(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where files of a remote dataset are kept (in the temporary directory)",
+    )
     add("--field", default="text", help="of a .jsonl line, the text (%(default)s)")
     add("--block-length", type=int, metavar="L", help="for a file (the checkpoint's)")
     add(
@@ -147,6 +154,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
         block_length=arguments.block_length or model.block_length,
         split=arguments.split,
         field=arguments.field,
+        cache_dir=arguments.cache_dir,
         max_blocks=arguments.max_blocks or DEFAULT_MAX_BLOCKS[arguments.protocol],
     )
     trained = model.block_length
@@ -169,6 +177,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         protocol=arguments.protocol,
         block_ids_n=corpus.block_ids_n,
+        text_n=corpus.text_n,
         on_progress=show,
     )
     if is_first:

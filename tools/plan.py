@@ -81,18 +81,23 @@ def data_sizes(config: "Config", arguments: argparse.Namespace) -> tuple[int, in
     if arguments.block_length is not None:
         block_length = arguments.block_length
     if vocab_size is None or block_length is None:
-        path = config.data.path
-        if path is None or not Path(path).is_dir():
+        from sedd_scale.data.corpus import Corpus, locations_of
+        from sedd_scale.data.shards import has_index
+
+        named = config.data.path is not None or config.data.mixture is not None
+        absent = (
+            [path for path in locations_of(config.data) if not has_index(path)] if named else []
+        )
+        if absent or not named:
             missing = "--vocab-size N" if vocab_size is None else "--block-length L"
             raise ConfigError(
-                f"there is no dataset at data.path={path or 'null'} to take sizes from: "
-                f"give {missing} (GPT-2's vocabulary has 50257 tokens, the paper's blocks 1024)"
+                f"there is no dataset at data.path={', '.join(absent) or 'null'} to take sizes "
+                f"from: give {missing} (GPT-2's vocabulary has 50257 tokens, the paper's blocks "
+                "1024)"
             )
-        from sedd_scale.data.shards import Dataset
-
-        dataset = Dataset(path)
-        vocab_size = dataset.vocab_size if vocab_size is None else vocab_size
-        block_length = dataset.block_length if block_length is None else block_length
+        corpus = Corpus(config.data)
+        vocab_size = corpus.vocab_size if vocab_size is None else vocab_size
+        block_length = corpus.block_length if block_length is None else block_length
     return vocab_size, block_length
 
 

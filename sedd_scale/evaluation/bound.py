@@ -118,6 +118,7 @@ def evaluate_bound(
     protocol: str = "low-variance",
     t_min: float | None = None,
     block_ids_n: Sequence[int] | IntArray | None = None,
+    text_n: IntArray | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BoundResult:
     """Estimate the bound on blocks of tokens; collective over the model's data-parallel ranks.
@@ -132,6 +133,8 @@ def evaluate_bound(
         batch_size: sequences in one network call.
         t_min: where the integral begins; the model's noise.t_min by default.
         block_ids_n: what a block's draws are keyed by; its place by default.
+        text_n: how many of each block's first tokens are text; the rest is padding, which keeps its
+            clean tokens and has no part in the bound. None: all of them.
         on_progress: called with (groups of blocks done, all groups of this rank).
 
     Raises:
@@ -158,6 +161,8 @@ def evaluate_bound(
     )
     ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
     assert ids_n.shape == (len(blocks),), ids_n.shape
+    text_n = np.full(len(blocks), blocks.shape[1]) if text_n is None else np.asarray(text_n)
+    assert text_n.shape == (len(blocks),), text_n.shape
     size = max(1, batch_size // plan.draws)
     groups = [range(at, min(at + size, len(blocks))) for at in range(0, len(blocks), size)]
     layout = model.layout
@@ -166,14 +171,14 @@ def evaluate_bound(
     for done, which in enumerate(own, start=1):
         group = groups[which]
         chosen = slice(group.start, group.stop)
-        results[which] = _group_nats(model, blocks[chosen], ids_n[chosen], plan)
+        results[which] = _group_nats(model, blocks[chosen], ids_n[chosen], text_n[chosen], plan)
         on_progress(done, len(own))
     of_ranks: list[Any] = [results]
     if layout.data > 1:
         of_ranks = [None] * layout.data
         dist.all_gather_object(of_ranks, results, group=layout.data_group)
     merged = {which: nats for part in of_ranks for which, nats in part.items()}
-    return _combine(model, [merged[which] for which in range(len(groups))], blocks, plan, start)
+    return _combine(model, [merged[which] for which in range(len(groups))], text_n, plan, start)
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,9 @@ def _plan(
     return _Plan(draws, replicates, seed, batch_size, protocol, t_min)
 
 
-def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Plan) -> _GroupNats:
+def _group_nats(
+    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, text_g: IntArray, plan: _Plan
+) -> _GroupNats:
     timed = [plan.times(model, int(block)) for block in ids_g]
     times_gK = torch.stack([times for times, _ in timed])
     weights_gK = torch.stack([weights for _, weights in timed]).numpy()
@@ -266,6 +273,7 @@ def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Pl
             clean_BL,
             times_gK[place_B, draw_B],
             ids_g[place_B],
+            text_g[place_B],
             draw_B,
             plan,
         ),
@@ -279,7 +287,7 @@ def _group_nats(model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, plan: _Pl
         plan.replicates,
         plan,
         lambda clean_BL, draw_B, place_B: _reconstruction_nats(
-            model, clean_BL, ids_g[place_B], draw_B, plan
+            model, clean_BL, ids_g[place_B], text_g[place_B], draw_B, plan
         ),
     )
     return _GroupNats(diffusion, reconstruction, calls + more)
@@ -316,26 +324,33 @@ def _diffusion_nats(
     clean_BL: Tensor,
     t_B: Tensor,
     ids_B: IntArray,
+    text_B: IntArray,
     draw_B: IntArray,
     plan: _Plan,
 ) -> tuple[Tensor, int]:
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "noise")
-    nats_B = model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL).double().cpu()
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "noise")
+    is_text_BL = _is_text(clean_BL, text_B)
+    nats_B = model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL, counted_BL=is_text_BL).double().cpu()
     return nats_B * weight_B, len(clean_BL)
 
 
 def _reconstruction_nats(
-    model: ScoreModel, clean_BL: Tensor, ids_B: IntArray, draw_B: IntArray, plan: _Plan
+    model: ScoreModel,
+    clean_BL: Tensor,
+    ids_B: IntArray,
+    text_B: IntArray,
+    draw_B: IntArray,
+    plan: _Plan,
 ) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
     t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, draw_B, plan, "decode")
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "decode")
     graph = model.graph
     clean_R, noisy_R = (tensor.flatten().to(model.device) for tensor in (clean_BL, noisy_BL))
     if graph.mask_id is not None:
         rows_M = (noisy_R == graph.mask_id).nonzero().squeeze(1)
     else:
-        rows_M = torch.arange(len(noisy_R), device=model.device)
+        rows_M = _is_text(clean_BL, text_B).flatten().nonzero().squeeze(1).to(model.device)
     nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
     sigma_B = model.schedule.sigma(t_B)
     move = float(model.schedule.move_probability(t_B[:1]))
@@ -359,11 +374,16 @@ def _reconstruction_nats(
     return nats_B * weight_B, len(clean_BL) if len(rows_M) else 0
 
 
+def _is_text(clean_BL: Tensor, text_B: IntArray) -> Tensor:
+    return torch.arange(clean_BL.shape[1]) < torch.from_numpy(text_B)[:, None]
+
+
 def _corrupted(
     model: ScoreModel,
     clean_BL: Tensor,
     t_B: Tensor,
     ids_B: IntArray,
+    text_B: IntArray,
     draw_B: IntArray,
     plan: _Plan,
     purpose: str,
@@ -372,13 +392,15 @@ def _corrupted(
     length, graph = clean_BL.shape[1], model.graph
     sigma_B = model.schedule.sigma(t_B)
     moves, tokens, weights = [], [], []
-    for block, draw, sigma in zip(ids_B.tolist(), draw_B.tolist(), sigma_B.tolist()):
+    numbers = (ids_B.tolist(), text_B.tolist(), draw_B.tolist(), sigma_B.tolist())
+    for block, text, draw, sigma in zip(*numbers, strict=True):
         move_L = plan.uniforms(f"{purpose}/moves", length, block, draw)
+        move_L[text:] = 1.0  # padding never moves
         weight = 1.0
         if plan.has_ends:
             choice = float(plan.uniforms(f"{purpose}/event", 1, block, draw)[0])
-            move_L, weight = moves_with_an_event(
-                move_L, choice, sigma, always=graph.mask_id is not None
+            move_L[:text], weight = moves_with_an_event(
+                move_L[:text], choice, sigma, always=graph.mask_id is not None
             )
         moves.append(move_L)
         weights.append(weight)
@@ -394,10 +416,11 @@ def _corrupted(
 
 
 def _combine(
-    model: ScoreModel, groups: Sequence[_GroupNats], blocks: Tensor, plan: _Plan, start: float
+    model: ScoreModel, groups: Sequence[_GroupNats], text_n: IntArray, plan: _Plan, start: float
 ) -> BoundResult:
-    """Mean and error of all blocks in their order, in float64."""
-    num_blocks, length = blocks.shape
+    """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
+    num_blocks, length = len(text_n), float(text_n.mean())
+    share_n = text_n / length
     diffusion_nK = np.concatenate([group.diffusion_gK for group in groups])
     diffusion_nR = diffusion_nK.reshape(num_blocks, plan.replicates, -1).mean(axis=2)
     values_nR = diffusion_nR / length
@@ -412,8 +435,8 @@ def _combine(
         decode_nR = np.concatenate([group.reconstruction_gR for group in groups]) / length
         terms["prior"] = prior
         terms["reconstruction"] = float(decode_nR.mean(axis=1).mean())
-        values_nR = values_nR + decode_nR + prior
-    estimate = estimate_from_replicates(values_nR)
+        values_nR = values_nR + decode_nR + prior * share_n[:, None]
+    estimate = estimate_from_replicates(values_nR, share_n)
     return BoundResult(
         nats_per_token=estimate.mean,
         stderr=estimate.stderr,
@@ -423,10 +446,10 @@ def _combine(
         draws=plan.draws,
         replicates=plan.replicates,
         blocks=num_blocks,
-        tokens=num_blocks * length,
+        tokens=int(text_n.sum()),
         network_calls=sum(group.network_calls for group in groups),
         protocol=plan.protocol,
         t_min=plan.t_min,
         seconds=time.perf_counter() - start,
-        block_nats_n=values_nR.mean(axis=1),
+        block_nats_n=values_nR.mean(axis=1) / share_n,
     )

@@ -16,9 +16,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.config import DataConfig
+from sedd_scale.data.cache import FileCache
+from sedd_scale.data.corpus import cache_directory
 from sedd_scale.data.documents import DocumentStream
 from sedd_scale.data.loader import spread_blocks
+from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import INDEX_FILE, Dataset
+from sedd_scale.data.sources import is_remote
 from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import DataError
 
@@ -43,6 +48,7 @@ class Corpus:
     Attributes:
         name: where they come from.
         blocks_nL: token ids.
+        text_n: how many of each block's first tokens are text; the rest is padding.
         block_ids_n: number of each block within the source.
         source_blocks: whole blocks in the source, of which these are some or all.
         dropped_tokens: tokens of the source in no whole block.
@@ -54,6 +60,7 @@ class Corpus:
 
     name: str
     blocks_nL: IntArray
+    text_n: IntArray
     block_ids_n: IntArray
     source_blocks: int
     dropped_tokens: int
@@ -76,7 +83,7 @@ def refuse_dataset_by_name(name: str) -> DataError:
 
 
 def open_corpus(
-    path: str | Path,
+    location: str | Path,
     *,
     tokenizer: Tokenizer | None,
     num_tokens: int,
@@ -84,27 +91,41 @@ def open_corpus(
     split: str = "valid",
     field: str = "text",
     max_blocks: int | None = None,
+    cache_dir: Path | None = None,
 ) -> Corpus:
-    """Blocks of a prepared dataset (its directory) or of a text or .jsonl file, plain, .gz or .xz.
+    """Blocks of a prepared dataset, or of a text or .jsonl file, plain, .gz or .xz.
 
     Args:
+        location: of a dataset, whatever data.path may be (a directory, a URL, `pipe:` and a
+            command); or a file.
         tokenizer: of the model; needed for a file, compared by fingerprint with a dataset's.
         num_tokens: N of the model.
         block_length: L for a file.
         split: of a prepared dataset.
         field: of a .jsonl line.
         max_blocks: at most so many blocks, evenly spread over the source.
+        cache_dir: where files of a remote dataset are kept; None: where training keeps them.
 
     Raises:
         DataError: nothing there, unreadable, too short, or of another tokenizer.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"--data {path} does not exist: give a prepared dataset or a text file")
     if max_blocks is not None and max_blocks < 1:
         raise DataError(f"--max-blocks {max_blocks} is too few: give at least 1")
+    if is_remote(str(location)):
+        config = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
+        cache = FileCache(cache_directory(config), int(config.cache_gb * 1e9))
+        dataset = Dataset(location, cache=cache)
+        return _prepared(dataset, tokenizer, num_tokens, split, max_blocks)
+    path = Path(location)
+    if not path.exists():
+        raise DataError(f"--data {path} does not exist: give a prepared dataset or a text file")
     if path.is_dir():
-        return _prepared(path, tokenizer, num_tokens, split, max_blocks)
+        if not (path / INDEX_FILE).is_file():
+            raise DataError(
+                f"--data {path} is a directory without {INDEX_FILE}: give one that "
+                "tools/prepare_data.py wrote, or a text file"
+            )
+        return _prepared(Dataset(path), tokenizer, num_tokens, split, max_blocks)
     if tokenizer is None:
         raise DataError(
             f"the checkpoint carries no tokenizer to read {path} with: give --tokenizer, or a "
@@ -116,36 +137,35 @@ def open_corpus(
 
 
 def _prepared(
-    path: Path,
+    dataset: Dataset,
     tokenizer: Tokenizer | None,
     num_tokens: int,
     split: str,
     max_blocks: int | None,
 ) -> Corpus:
-    if not (path / INDEX_FILE).is_file():
-        raise DataError(
-            f"--data {path} is a directory without {INDEX_FILE}: give one that "
-            "tools/prepare_data.py wrote, or a text file"
-        )
-    dataset = Dataset(path)
     own = dataset.index["tokenizer"]
     if tokenizer is not None and tokenizer.fingerprint != own["fingerprint"]:
         raise DataError(
-            f"{path} was made with another tokenizer ({own['kind']}, {own['fingerprint'][:12]}) "
-            f"than the checkpoint ({tokenizer.kind}, {tokenizer.fingerprint[:12]}): prepare the "
-            "data with the checkpoint's tokenizer"
+            f"{dataset.location} was made with another tokenizer ({own['kind']}, "
+            f"{own['fingerprint'][:12]}) than the checkpoint ({tokenizer.kind}, "
+            f"{tokenizer.fingerprint[:12]}): prepare the data with the checkpoint's tokenizer"
         )
     if dataset.vocab_size != num_tokens:
         raise DataError(
-            f"{path} has a vocabulary of {dataset.vocab_size} tokens and the checkpoint one of "
-            f"{num_tokens}: prepare the data with the checkpoint's tokenizer"
+            f"{dataset.location} has a vocabulary of {dataset.vocab_size} tokens and the "
+            f"checkpoint one of {num_tokens}: prepare the data with the checkpoint's tokenizer"
         )
     reader = dataset.reader(split)
     entry = dataset.splits[split]
     ids_n = spread_blocks(len(reader), max_blocks or len(reader))
+    blocks_nL = reader.read(ids_n)
+    text_n = np.full(len(ids_n), dataset.block_length)
+    if dataset.index["packing"] == "documents":
+        text_n = counted_positions(blocks_nL, dataset.eos_id).sum(axis=1)
     return Corpus(
-        name=f"{path} ({split})",
-        blocks_nL=reader.read(ids_n),
+        name=f"{dataset.location} ({split})",
+        blocks_nL=blocks_nL,
+        text_n=text_n,
         block_ids_n=ids_n,
         source_blocks=len(reader),
         dropped_tokens=int(entry["dropped_tokens"]),
@@ -182,6 +202,7 @@ def _from_file(
     return Corpus(
         name=str(path),
         blocks_nL=tokens[:whole].reshape(source_blocks, block_length)[ids_n],
+        text_n=np.full(len(ids_n), block_length),
         block_ids_n=ids_n,
         source_blocks=source_blocks,
         dropped_tokens=len(tokens) - whole,

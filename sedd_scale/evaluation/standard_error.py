@@ -24,12 +24,18 @@ class Estimate(NamedTuple):
     ci95: tuple[float, float]
 
 
-def estimate_from_replicates(values_nR: npt.NDArray[np.float64]) -> Estimate:
+def estimate_from_replicates(
+    values_nR: npt.NDArray[np.float64], share_n: npt.NDArray[np.float64] | None = None
+) -> Estimate:
     """The mean of n blocks, each estimated R >= 2 times independently and without bias.
 
     The draws of different blocks are independent too, so the variances of their means add up. The
     interval is Student's with the degrees of freedom of Welch and Satterthwaite, since blocks vary
     by different amounts.
+
+    Args:
+        share_n: the share of the mean that is expected of each block, 1 on average, where they are
+            not alike: what a block has beyond it, and no more, is error.
     """
     blocks, replicates = values_nR.shape
     assert blocks >= 1 and replicates >= 2, values_nR.shape
@@ -41,7 +47,8 @@ def estimate_from_replicates(values_nR: npt.NDArray[np.float64]) -> Estimate:
     squares = float((variance_n**2).sum()) / (replicates - 1)
     freedom = total**2 / squares if squares > 0 else math.inf
     margin = student_quantile_95(freedom) * stderr
-    text = float(means_n.std(ddof=1)) / math.sqrt(blocks) if blocks > 1 else None
+    rest_n = means_n if share_n is None else means_n - mean * share_n
+    text = float(rest_n.std(ddof=1)) / math.sqrt(blocks) if blocks > 1 else None
     return Estimate(mean, stderr, text, (mean - margin, mean + margin))
 
 

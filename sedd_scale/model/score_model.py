@@ -121,6 +121,7 @@ class ScoreModel(nn.Module):
         t_B: Tensor | None = None,
         xt_BL: Tensor | None = None,
         generator: torch.Generator | None = None,
+        counted_BL: Tensor | None = None,
     ) -> Tensor:
         """Diffusion-weighted score entropy in nats of each sequence, [B], differentiable.
 
@@ -129,6 +130,8 @@ class ScoreModel(nn.Module):
             t_B: times in (0, 1]; drawn uniformly from [noise.t_min, 1] when not given.
             xt_BL: noisy tokens; drawn from the forward process at t when not given.
             generator: the source of what is drawn (a CPU generator).
+            counted_BL: the positions that are no padding, which has no part in the loss (on the
+                host); None: all.
 
         With `train()` dropout is on; a new model is in eval mode.
 
@@ -154,7 +157,13 @@ class ScoreModel(nn.Module):
                 f"xt has shape {tuple(xt_BL.shape)} and x0 {tuple(x0_BL.shape)}; give equal shapes"
             )
         xt_BL = self._checked(xt_BL, self.graph.num_states).cpu()
-        targets = score_targets(self.graph, clean_BL=x0_BL, noisy_BL=xt_BL, noise_B3=noise_B3)
+        targets = score_targets(
+            self.graph,
+            clean_BL=x0_BL,
+            noisy_BL=xt_BL,
+            noise_B3=noise_B3,
+            counted_BL=counted_BL,
+        )
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)

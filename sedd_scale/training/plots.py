@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sedd_scale.config import load_config
-from sedd_scale.data.shards import INDEX_FILE, Dataset
-from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,11 +93,17 @@ def unigram_entropy_of(run_dir: Path) -> float | None:
     config = run_dir / "config.yaml"
     if not config.is_file():
         return None
-    data = load_config(config).data.path
-    if data is None or not (Path(data) / INDEX_FILE).is_file():
+    data = load_config(config).data
+    try:
+        splits = [dataset.splits for dataset in Corpus(data).datasets]
+    except SeddScaleError:
         return None
-    entry = Dataset(data).splits.get("valid")
-    return None if entry is None else float(entry["unigram_entropy_nats"])
+    entries = [split["valid"] for split in splits if "valid" in split]
+    tokens = sum(entry["tokens"] for entry in entries)
+    if not tokens:
+        return None
+    # Of a mixture: each dataset's own, weighed by its text.
+    return sum(entry["unigram_entropy_nats"] * entry["tokens"] for entry in entries) / tokens
 
 
 def smooth(values_n: FloatArray, lines: int) -> FloatArray:

@@ -141,3 +141,43 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         model.network.head.linear.weight.fill_(math.nan)
     with pytest.raises(CheckpointError, match="not finite"):
         evaluate_bound(model, blocks_nL)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_padding_has_no_part_in_the_bound(graph: str) -> None:
+    """Exactly: noise on the first token alone, and the mean over the text of all blocks."""
+    model = tiny_model(graph, "loglinear")
+    blocks = torch.tensor([[0, 2], [1, 0]])
+    is_text = torch.tensor([[True, False]])
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    times = torch.from_numpy(T_MIN + (1 - T_MIN) * (nodes + 1) / 2)
+    states = torch.arange(model.graph.num_states)
+    noisy = torch.stack([states, blocks[0, 1].expand_as(states)], dim=1)
+
+    def mean_nats(t: torch.Tensor) -> float:
+        law = model.graph.transition_probabilities(blocks[0, :1], model.schedule.sigma(t[None]))[0]
+        clean = blocks[:1].expand(len(states), -1)
+        nats = model.loss(clean, t_B=t.expand(len(states)), xt_BL=noisy, counted_BL=is_text)
+        return float((law * nats.detach().double()).sum())
+
+    exact = (1 - T_MIN) / 2 * sum(w * mean_nats(t) for w, t in zip(weights, times))
+    one = evaluate_bound(
+        model, blocks[:1], draws=2000, t_min=T_MIN, batch_size=2000, text_n=np.array([1])
+    )
+    assert one.tokens == 1
+    assert one.terms["diffusion"] == pytest.approx(exact, abs=4 * one.stderr)
+    # Together with a whole block of two tokens, the mean is over three.
+    other = evaluate_bound(model, blocks[1:], draws=16, t_min=T_MIN, block_ids_n=[1], replicates=2)
+    first = evaluate_bound(
+        model, blocks[:1], draws=16, t_min=T_MIN, replicates=2, text_n=np.array([1])
+    )
+    both = evaluate_bound(
+        model, blocks, draws=16, t_min=T_MIN, replicates=2, text_n=np.array([1, 2])
+    )
+    assert both.tokens == 3
+    assert both.nats_per_token == pytest.approx(
+        (first.nats_per_token + 2 * other.nats_per_token) / 3, rel=1e-6
+    )
+    assert both.block_nats_n == pytest.approx(
+        [first.nats_per_token, other.nats_per_token], rel=1e-6
+    )

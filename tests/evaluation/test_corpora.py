@@ -13,6 +13,7 @@ from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer, Tokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation.corpora import Corpus, open_corpus
 from tests.data.corpus import make_texts, write_jsonl
+from tests.data.file_server import serving
 
 BYTES = BytesTokenizer()
 
@@ -110,3 +111,34 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     lines.write_text(json.dumps({"text": "x"}) + "\n{\n")
     with pytest.raises(DataError, match=r"text\.jsonl:2 is not JSON"):
         open_with(lines)
+
+
+def test_every_source_the_loader_opens_is_evaluated_with_padding_told_apart(
+    tmp_path: Path,
+) -> None:
+    source = write_jsonl(tmp_path / "texts.jsonl", make_texts(60))
+    index = prepare(
+        [str(source)],
+        output=tmp_path / "data",
+        block_length=700,
+        tokenizer="bytes",
+        valid_fraction=0.4,
+        packing="documents",
+    )
+    entry = index["splits"]["valid"]
+    local = open_with(tmp_path / "data")
+    assert local.text_n.sum() == entry["tokens"]
+    assert local.blocks_nL.size - local.text_n.sum() == entry["padding_tokens"] > 0
+    command = f"pipe:cat {tmp_path / 'data'}/{{name}}"
+    with serving(tmp_path / "data") as server:
+        for location in (server.url, command):
+            found = open_corpus(
+                location,
+                tokenizer=BYTES,
+                num_tokens=257,
+                block_length=None,
+                cache_dir=tmp_path / "cache",
+            )
+            assert np.array_equal(found.blocks_nL, local.blocks_nL)
+            assert np.array_equal(found.text_n, local.text_n)
+            assert found.fingerprint == local.fingerprint

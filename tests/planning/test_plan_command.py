@@ -98,4 +98,7 @@ def test_sizes_come_from_the_dataset(tmp_path: Path) -> None:
     config = load_config(REPOSITORY / "configs/runs/tiny.yaml")
     planned = plan(config, found["gpus"], vocab_size=257, block_length=32)
     assert found["parameters"] == planned.total_parameters
+    mixture = f"data.mixture=[{{path: {tmp_path / 'prepared'}, weight: 1}}]"
+    mixed = json.loads(run("configs/runs/tiny.yaml", mixture, "--json").stdout.splitlines()[-1])
+    assert mixed["parameters"] == planned.total_parameters
     assert found["flops"]["required"] == planned.flops.required
