@@ -307,8 +307,12 @@ class _OpenFiles:
 
 
 def _line_of(record: Record) -> bytes:
+    text = json.dumps(record, ensure_ascii=False)
+    # Some readers end a line at these too.
+    for character in ("\x85", "\u2028", "\u2029"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
     # A lone surrogate, which no UTF-8 can hold, becomes a question mark.
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+    return (text + "\n").encode("utf-8", errors="replace")
 
 
 def _parse(raw: bytes, path: Path) -> Record:

@@ -74,14 +74,17 @@ def _wrapped(frame: Frame, width: int, *, escapes: bool) -> list[str]:
             style = _BOLD if filled < 0 else _NEW if filled == newest else ""
         # Text must not move the cursor.
         shown = MASK * 2 if piece is None else _CONTROL.sub("\ufffd", piece.expandtabs(4))
+        lines[-1] += style
         for character in shown:
             columns = _columns(character)
             if character == "\n" or column + columns > width:
-                lines.append("")
+                lines[-1] += _RESET if style else ""
+                lines.append(style)
                 column = 0
             if character != "\n":
-                lines[-1] += f"{style}{character}{_RESET}" if style else character
+                lines[-1] += character
                 column += columns
+        lines[-1] += _RESET if style else ""
     return lines
 
 
