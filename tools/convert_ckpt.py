@@ -1,50 +1,258 @@
-"""Convert a checkpoint between formats."""
+"""Convert a checkpoint between formats, look into one, or compare two."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sedd_scale.cli import make_parser, run_command
 
+if TYPE_CHECKING:
+    from sedd_scale.interop.assumptions import Assumptions
+
 FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
+TARGETS = ("native", "sedd-hf", "sedd-train")
+SUBCOMMANDS = ("convert", "inspect", "verify")
+TOP_FLAGS = ("-h", "--help", "--version", "--debug")
+FORMATS_HELP = """formats:
+  native      a run directory of tools/train.py, or one of its checkpoints/step-N
+  sedd-hf     a directory in the published SEDD format: config.json with model.safetensors,
+              shards and model.safetensors.index.json, or pytorch_model.bin
+  sedd-train  checkpoint.pth of the authors' training program
+  mdlm        MDLM or Duo: a Lightning .ckpt, a .safetensors file, or a directory (read only)
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser of subcommands in which `convert` need not be written."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        first = next((i for i, word in enumerate(words) if word not in TOP_FLAGS), len(words))
+        asks_help = any(word in ("-h", "--help", "--version") for word in words[:first])
+        if not asks_help and (first == len(words) or words[first] not in SUBCOMMANDS):
+            words.insert(first, "convert")
+        return super().parse_known_args(words, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The command's arguments: three subcommands, of which the first is the default."""
     parser = make_parser(
-        "Convert a checkpoint; this version converts sedd-hf to native and native to sedd-hf.",
-        "python tools/convert_ckpt.py --from sedd-hf --to native louaaron-sedd-small runs/small",
+        "Convert a checkpoint between formats (the subcommand `convert` may be left out), look\n"
+        "into one without reading its weights, or compare the log-scores of two.",
+        "python tools/convert_ckpt.py --from native --to sedd-hf runs/books exported\n"
+        "  python tools/convert_ckpt.py inspect checkpoint.pth\n"
+        "  python tools/convert_ckpt.py verify runs/books exported",
     )
-    add = parser.add_argument
-    kinds = (
-        "native (a run directory), sedd-hf (config.json and model.safetensors), sedd-train, mdlm"
+    parser.__class__ = _Parser
+    parser.epilog = f"{FORMATS_HELP}\n{parser.epilog}"
+    subcommands = parser.add_subparsers(
+        metavar="{convert,inspect,verify}",
+        required=True,
+        parser_class=argparse.ArgumentParser,
+        title="subcommands",
     )
-    add("--from", dest="source_format", choices=FORMATS, required=True, help=f"of SRC: {kinds}")
-    add("--to", dest="target_format", choices=FORMATS, required=True, help="of DST")
-    add(
-        "--weights",
-        choices=("ema", "master"),
-        default="ema",
-        help="of a native SRC, the averaged weights or the last ones (%(default)s)",
-    )
-    add("source", type=Path, metavar="SRC", help="checkpoint to read")
-    add("target", type=Path, metavar="DST", help="directory to make")
+    _add_convert(subcommands)
+    _add_inspect(subcommands)
+    _add_verify(subcommands)
     return parser
 
 
-def convert_command(arguments: argparse.Namespace) -> None:
+def _add_convert(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "convert",
+        help="write a checkpoint in another format (the default)",
+        description="Write a checkpoint in another format, one tensor after the other: memory is "
+        "that of\nthe largest tensor. Nothing is written where SRC is not exactly the model that "
+        "it\ndescribes, and nothing over what exists.",
+        epilog=FORMATS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--from", dest="source_format", choices=FORMATS, required=True, help="format of SRC")
+    add("--to", dest="target_format", choices=TARGETS, required=True, help="format of DST")
+    add(
+        "--weights",
+        choices=("ema", "master"),
+        help="take the averaged weights or the last ones alone, as of a run that has yet to begin "
+        "(default: everything that DST has room for, and ema where it has room for one kind)",
+    )
+    add(
+        "--shard-gb",
+        type=float,
+        metavar="GB",
+        help="of sedd-hf: start a new file of weights at this many gigabytes (default: 5)",
+    )
+    add(
+        "--noise-parameters",
+        type=int,
+        metavar="N",
+        help="of sedd-train: parameters without state that the optimizer lists after the "
+        "network's, as a program whose noise is a module with a parameter expects (default: as "
+        "many as in the checkpoint.pth that SRC comes from, else 0)",
+    )
+    _add_assumptions(parser)
+    add("source", type=Path, metavar="SRC", help="checkpoint to read")
+    add("target", type=Path, metavar="DST", help="directory to make; of sedd-train, or file.pth")
+    parser.set_defaults(run=convert_run)
+
+
+def _add_inspect(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "inspect",
+        help="say what a checkpoint is",
+        description="Print a checkpoint's format, model, step and tensors with their sizes.",
+    )
+    _add_assumptions(parser)
+    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint of any format")
+    parser.set_defaults(run=inspect_run)
+
+
+def _add_verify(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "verify",
+        help="compare the log-scores of two checkpoints",
+        description="Run two checkpoints of any formats on the same noisy sequences in float32 and "
+        "print the largest difference of their log-scores. Exit code 1 where it is larger than "
+        "the tolerance.",
+    )
+    parser.add_argument("first", type=Path, metavar="A", help="checkpoint of any format")
+    parser.add_argument("second", type=Path, metavar="B", help="checkpoint of any format")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="NATS",
+        help="largest difference that passes (%(default)s); 0: equal bits",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "master"),
+        default="ema",
+        help="where a checkpoint has both, averaged weights or last ones (%(default)s)",
+    )
+    _add_assumptions(parser)
+    parser.set_defaults(run=verify_run)
+
+
+def _add_assumptions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    group = parser.add_argument_group(
+        "what a checkpoint of sedd-train or mdlm does not say (sizes follow from its tensors)"
+    )
+    add = group.add_argument
+    boolean = {"type": _boolean, "metavar": "BOOL"}
+    add("--graph", choices=("absorb", "uniform"), help="forward process (default: absorb)")
+    add(
+        "--noise",
+        choices=("loglinear", "geometric", "cosine", "linear"),
+        help="noise schedule (default: loglinear)",
+    )
+    add("--sigma-min", type=float, metavar="S", help="of geometric noise (default: 1e-4)")
+    add("--sigma-max", type=float, metavar="S", help="of geometric noise (default: 20)")
+    add("--noise-eps", dest="eps", type=float, metavar="E", help="of other noise (default: 1e-3)")
+    add("--block-length", type=int, metavar="L", help="tokens in a sequence (default: 1024)")
+    add(
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="attention heads (default: as its rotary frequencies tell, else width / 64)",
+    )
+    add(
+        "--scale-by-sigma",
+        **boolean,
+        help="scaled scores, true or false (default: true for absorb, false for uniform)",
+    )
+    add(
+        "--time-conditioning",
+        **boolean,
+        help="whether outputs depend on sigma (default: true; false for mdlm with absorb)",
+    )
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _assumptions(arguments: argparse.Namespace) -> "Assumptions":
+    from dataclasses import fields
+
+    from sedd_scale.interop.assumptions import Assumptions
+
+    return Assumptions(**{item.name: getattr(arguments, item.name) for item in fields(Assumptions)})
+
+
+def convert_run(arguments: argparse.Namespace) -> None:
     """Convert and print where to."""
+    from sedd_scale.errors import ConfigError
     from sedd_scale.interop.convert import convert
 
+    options: dict[str, Any] = {}
+    for flag, value, target in (
+        ("--shard-gb", arguments.shard_gb, "sedd-hf"),
+        ("--noise-parameters", arguments.noise_parameters, "sedd-train"),
+    ):
+        if value is None:
+            continue
+        if arguments.target_format != target:
+            raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
+        if value < 0 or (value == 0 and flag == "--shard-gb"):
+            raise ConfigError(f"{flag} {value} has to be above zero: change it")
+    if arguments.shard_gb is not None:
+        options["shard_bytes"] = int(arguments.shard_gb * 1e9)
     convert(
         arguments.source_format,
         arguments.target_format,
         arguments.source,
         arguments.target,
         weights=arguments.weights,
+        extra_parameters=arguments.noise_parameters,
+        assumptions=_assumptions(arguments),
+        **options,
     )
     print(arguments.target)
 
 
+def inspect_run(arguments: argparse.Namespace) -> None:
+    """Print what a checkpoint is."""
+    from sedd_scale.interop.inspection import inspect
+
+    print(inspect(arguments.path, _assumptions(arguments)))
+
+
+def verify_run(arguments: argparse.Namespace) -> int:
+    """Print how far two checkpoints are apart; 0 within the tolerance, else 1."""
+    from sedd_scale.interop.verify import verify
+
+    found = verify(
+        arguments.first,
+        arguments.second,
+        weights=arguments.weights,
+        assumptions=_assumptions(arguments),
+    )
+    within = found.max_difference <= arguments.tolerance  # false of NaN
+    print(
+        f"max difference {found.max_difference:.3g} of {found.num_scores:,} log-scores up to "
+        f"{found.max_score:.3g}: {'within' if within else 'beyond'} the tolerance "
+        f"{arguments.tolerance:g}"
+    )
+    return 0 if within else 1
+
+
+def convert_command(arguments: argparse.Namespace) -> int | None:
+    """Do what the subcommand says."""
+    result: int | None = arguments.run(arguments)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), convert_command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), convert_command))
+    sys.exit(main())

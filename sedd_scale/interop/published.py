@@ -16,17 +16,19 @@ from torch import Tensor
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 
-_FIXED_NAMES = {
+_EMBEDDING_NAMES = {
     "vocab_embed.embedding": "embedding.tokens.weight",
     "sigma_map.mlp.0.weight": "embedding.sigma.linear1.weight",
     "sigma_map.mlp.0.bias": "embedding.sigma.linear1.bias",
     "sigma_map.mlp.2.weight": "embedding.sigma.linear2.weight",
     "sigma_map.mlp.2.bias": "embedding.sigma.linear2.bias",
+}
+_HEAD_NAMES = {
     "output_layer.norm_final.weight": "head.norm.weight",
-    "output_layer.adaLN_modulation.weight": "head.modulation.linear.weight",
-    "output_layer.adaLN_modulation.bias": "head.modulation.linear.bias",
     "output_layer.linear.weight": "head.linear.weight",
     "output_layer.linear.bias": "head.linear.bias",
+    "output_layer.adaLN_modulation.weight": "head.modulation.linear.weight",
+    "output_layer.adaLN_modulation.bias": "head.modulation.linear.bias",
 }
 _BLOCK_NAMES = {
     "norm1.weight": "norm1.weight",
@@ -43,12 +45,16 @@ _BLOCK_NAMES = {
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _QKV = "attention.linear_qkv.weight"
 INV_FREQ = "rotary_emb.inv_freq"
+ROTARY_BASE = 10_000.0
+# Published models have this ratio and no key for it.
+PUBLISHED_MLP_RATIO = 4
 
 
 def logical_name(published: str) -> str | None:
     """Our name of a published parameter, or None if it is not one."""
-    if published in _FIXED_NAMES:
-        return _FIXED_NAMES[published]
+    for names in (_EMBEDDING_NAMES, _HEAD_NAMES):
+        if published in names:
+            return names[published]
     match = _BLOCK.fullmatch(published)
     if match and match[2] in _BLOCK_NAMES:
         return f"blocks.{match[1]}.{_BLOCK_NAMES[match[2]]}"
@@ -56,22 +62,22 @@ def logical_name(published: str) -> str | None:
 
 
 def published_names(num_layers: int) -> dict[str, str]:
-    """Published name to logical name of every parameter of a model."""
-    names = dict(_FIXED_NAMES)
+    """Published name to logical name of every parameter, in the order of the authors' modules."""
+    names = dict(_EMBEDDING_NAMES)
     for index in range(num_layers):
         for theirs, ours in _BLOCK_NAMES.items():
             names[f"blocks.{index}.{theirs}"] = f"blocks.{index}.{ours}"
-    return names
+    return names | _HEAD_NAMES
 
 
 def to_logical(published: Mapping[str, Tensor], *, num_heads: int) -> dict[str, Tensor]:
     """Published tensors under our names, in our row order; the rotary buffer is left out."""
-    logical: dict[str, Tensor] = {}
-    for name, tensor in published.items():
-        ours = logical_name(name)
-        if ours is not None:
-            logical[ours] = _heads_first(tensor, num_heads) if ours.endswith(_QKV) else tensor
-    return logical
+    names = {name: logical_name(name) for name in published}
+    return {
+        ours: our_rows(ours, published[name], num_heads)
+        for name, ours in names.items()
+        if ours is not None
+    }
 
 
 def to_published(
@@ -79,9 +85,25 @@ def to_published(
 ) -> dict[str, Tensor]:
     """Our tensors (weights or gradients) under the published names, in the published row order."""
     return {
-        theirs: _kinds_first(logical[ours], num_heads) if ours.endswith(_QKV) else logical[ours]
+        theirs: published_rows(ours, logical[ours], num_heads)
         for theirs, ours in published_names(num_layers).items()
     }
+
+
+def our_rows(name: str, published: Tensor, num_heads: int) -> Tensor:
+    """A published tensor in the row order of our parameter `name`."""
+    return _heads_first(published, num_heads) if name.endswith(_QKV) else published
+
+
+def published_rows(name: str, logical: Tensor, num_heads: int) -> Tensor:
+    """Our parameter `name` in the published row order."""
+    return _kinds_first(logical, num_heads) if name.endswith(_QKV) else logical
+
+
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """The buffer `INV_FREQ` of the published format, float32 [head_dim / 2]."""
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    return 1.0 / ROTARY_BASE ** (even / head_dim)
 
 
 def _heads_first(weight: Tensor, num_heads: int) -> Tensor:
@@ -172,31 +194,3 @@ def published_config(config: Config, *, num_tokens: int, block_length: int) -> d
         },
         "tokens": num_tokens,
     }
-
-
-def read_published_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of pytorch_model.bin where there is no other.
-
-    Raises:
-        CheckpointError: neither file is there, or it cannot be read.
-    """
-    safetensors_path = directory / "model.safetensors"
-    pickle_path = directory / "pytorch_model.bin"
-    if safetensors_path.exists():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(safetensors_path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{safetensors_path} is damaged ({error}); fetch it again"
-            ) from None
-    if pickle_path.exists():
-        import pickle
-
-        try:
-            return dict(torch.load(pickle_path, map_location="cpu", weights_only=True))
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{pickle_path} is damaged ({error}); fetch it again") from None
-    raise CheckpointError(f"{directory} has neither model.safetensors nor pytorch_model.bin")

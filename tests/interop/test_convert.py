@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from sedd_scale import load_pretrained
 from sedd_scale.cli import run_command
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.convert import convert, write_native
+from sedd_scale.interop.convert import convert
+from sedd_scale.interop.model_source import ModelSource
+from sedd_scale.interop.native import write_native_run
 from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.model.score_model import ScoreModel
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.tiny_checkpoints import write_checkpoint
 from tools.convert_ckpt import build_parser, convert_command
@@ -73,33 +76,24 @@ def test_native_to_published_and_back_keeps_model_and_tokenizer(
             assert torch.equal(ours.parameter, theirs.parameter), ours.name
 
 
-def test_either_kind_of_weights_is_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sedd_scale.interop.convert as convert_module
+class Shifted(ModelSource):
+    """Averages that are the weights plus one."""
 
-    class Shifted(convert_module._WholeParameters):
-        def get(self, parameter, key):  # type: ignore[no-untyped-def]
-            fragment = super().get(parameter, key)
-            return type(fragment)(fragment.flat + (key == "ema"), fragment.start)
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__(model)
+        self.holds = frozenset({"ema", "master"})
 
-    monkeypatch.setattr(convert_module, "_WholeParameters", Shifted)
-    write_native(tiny_model("absorb", "loglinear"), tmp_path / "native", None)
+    def _read(self, name: str, key: str) -> torch.Tensor:
+        return super()._read(name, key) + (key == "ema")
+
+
+def test_either_kind_of_weights_is_exported(tmp_path: Path) -> None:
+    write_native_run(Shifted(tiny_model("absorb", "loglinear")), tmp_path / "native")
     for weights in ("ema", "master"):
         convert("native", "sedd-hf", tmp_path / "native", tmp_path / weights, weights=weights)
     ema, master = (load_file(tmp_path / kind / "model.safetensors") for kind in ("ema", "master"))
     name = "output_layer.linear.weight"
     torch.testing.assert_close(ema[name], master[name] + 1)
-
-
-def test_what_the_published_format_cannot_say_is_not_exported(tmp_path: Path) -> None:
-    model = tiny_model("absorb", "loglinear")
-    model.config = model.config.override("model.time_conditioning=false")
-    write_native(model, tmp_path / "native", None)
-    assert not load_pretrained(tmp_path / "native").time_conditioned
-    with pytest.raises(CheckpointError, match="time_conditioning=false cannot be written"):
-        convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
 
 
 def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,13 +104,80 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_formats_to_come_are_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_mdlm_is_read_only(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no conversion from native to mdlm"):
+        convert("native", "mdlm", tmp_path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 20_000])
+def test_shards_are_one_model(shared: Path, tmp_path: Path, shard_bytes: int) -> None:
+    source = shared / "golden" / CASES[0]
+    convert("sedd-hf", "sedd-hf", source, tmp_path / "shards", shard_bytes=shard_bytes)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    whole = load_file(source / "model.safetensors")
+    parts = [load_file(file) for file in files]
+    assert len(files) > 3 and sum(len(part) for part in parts) == len(whole)
+    for part in parts:
+        size = sum(tensor.nbytes for tensor in part.values())
+        assert size <= shard_bytes or len(part) == 1
+        for name, tensor in part.items():
+            assert torch.equal(tensor, whole[name]), name
+    convert("sedd-hf", "native", tmp_path / "shards", tmp_path / "native")
+    convert("native", "sedd-hf", tmp_path / "native", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[name], whole[name]) for name in whole)
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=f"incomplete: {files[1].name} is missing"):
+        load_pretrained(tmp_path / "shards")
+
+
+def test_pytorch_bin_is_read(shared: Path, tmp_path: Path) -> None:
+    source = shared / "golden" / CASES[0]
+    whole = load_file(source / "model.safetensors")
+    for folder, zipped in (("zip", True), ("legacy", False)):
+        (tmp_path / folder).mkdir()
+        shutil.copy(source / "config.json", tmp_path / folder)
+        torch.save(
+            whole,
+            tmp_path / folder / "pytorch_model.bin",
+            _use_new_zipfile_serialization=zipped,
+        )
+        convert("sedd-hf", "sedd-hf", tmp_path / folder, tmp_path / f"{folder}-back")
+        back = load_file(tmp_path / f"{folder}-back" / "model.safetensors")
+        assert all(torch.equal(back[name], whole[name]) for name in whole)
+
+
+def test_verify_and_inspect(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--from", "mdlm", "--to", "native", tmp_path, tmp_path / "new") == 2
-    error = capsys.readouterr().err
-    assert "no conversion from mdlm to native" in error and "sedd-hf to native" in error
-    assert len(error.splitlines()) == 1
+    source = shared / "golden" / CASES[0]
+    convert("sedd-hf", "native", source, tmp_path / "native")
+    assert run("verify", source, tmp_path / "native", "--tolerance", 0) == 0
+    assert "max difference 0 " in capsys.readouterr().out
+    changed = tmp_path / "changed"
+    shutil.copytree(source, changed)
+    tensors = load_file(changed / "model.safetensors")
+    tensors["output_layer.linear.bias"][3] += 0.25
+    save_file(tensors, changed / "model.safetensors")
+    assert run("verify", source, changed) == 1
+    assert "max difference 0.25 " in capsys.readouterr().out
+    assert run("verify", source, shared / "golden" / CASES[1]) == 2
+    assert "different models: graph is absorb and uniform" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "native") == 0
+    text = capsys.readouterr().out
+    assert "format      native" in text and "absorb, 50 tokens" in text
+    assert "blocks.*.attention.linear_qkv.weight/exp_avg" in text
+
+
+def test_a_damaged_native_source_is_refused(tmp_path: Path) -> None:
+    native = write_checkpoint(tmp_path / "native")
+    (data,) = native.glob("checkpoints/step-0/*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        convert("native", "sedd-hf", native, tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_an_incomplete_source_leaves_nothing(shared: Path, tmp_path: Path) -> None:
@@ -125,7 +186,7 @@ def test_an_incomplete_source_leaves_nothing(shared: Path, tmp_path: Path) -> No
     tensors = load_file(source / "model.safetensors")
     del tensors["output_layer.linear.bias"]
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing output_layer\.linear\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing output_layer\.linear\.bias \[51\]"):
         convert("sedd-hf", "native", source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -135,7 +196,7 @@ def test_the_wrong_format_is_named(tmp_path: Path) -> None:
     convert("native", "sedd-hf", native, tmp_path / "hf")
     with pytest.raises(CheckpointError, match="use --from sedd-hf"):
         convert("native", "sedd-hf", tmp_path / "hf", tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match="use --from native"):
         convert("sedd-hf", "native", native, tmp_path / "new")
     with pytest.raises(CheckpointError, match="nowhere"):
         convert("sedd-hf", "native", tmp_path / "nowhere", tmp_path / "new")

@@ -25,10 +25,8 @@ def parsed(*arguments: object) -> argparse.Namespace:
 
 def test_a_tokenizer_is_given_to_a_checkpoint_that_carries_none(tmp_path: Path) -> None:
     native = write_checkpoint(tmp_path / "native")
-    # The tokenizer's folder removed, the export carries none.
-    (own,) = native.glob("checkpoints/step-0/tokenizer")
-    own.rename(tmp_path / "bytes")
     convert("native", "sedd-hf", native, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer").rename(tmp_path / "bytes")
     assert open_model(parsed("--checkpoint", tmp_path / "hf")).tokenizer is None
     model = open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "bytes"))
     assert model.tokenizer.fingerprint == BytesTokenizer().fingerprint

@@ -1,0 +1,256 @@
+"""Our own checkpoints, read and written one tensor at a time, in one process and without a network.
+
+A run reads and writes its own boxes (`training.checkpoint`); this is for conversions, which meet
+tensors whole, one after the other.
+"""
+
+import contextlib
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from sedd_scale import __version__
+from sedd_scale.config import config_from_dict
+from sedd_scale.data.tokenizers import load_tokenizer
+from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.source import (
+    STATE_KEYS,
+    CheckpointSource,
+    Described,
+    Shape,
+    check_tensors,
+    model_shapes,
+)
+from sedd_scale.training.boxes import BoxSavePlanner
+from sedd_scale.training.checkpoint_directory import (
+    FORMAT,
+    FORMAT_VERSION,
+    begin_checkpoint,
+    find_checkpoint,
+    publish_checkpoint,
+    read_meta,
+)
+from sedd_scale.training.checkpoint_manifest import (
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+    wrong_hash,
+    wrong_size,
+)
+
+# What a foreign format told that has no key of ours, in meta.json.
+DETAILS_KEY = "foreign"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)
+
+
+class NativeSource(CheckpointSource):
+    """A run directory, its checkpoints/ folder, or one step-N directory."""
+
+    format = "native"
+
+    def __init__(self, path: Path) -> None:
+        self.path = find_checkpoint(path)
+        self.holds = frozenset(STATE_KEYS)
+        meta = read_meta(self.path)
+        try:
+            config = config_from_dict(meta["config"])
+            config = config.override(f"model.vocab_size={meta['num_tokens']}")
+            if meta["block_length"] is not None:
+                config = config.override(f"data.block_length={meta['block_length']}")
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        tokenizer = self.path / TOKENIZER_DIRECTORY
+        self.described = Described(
+            config=config,
+            block_length=meta["block_length"],
+            step=int(meta["step"]),
+            optimizer_step=int(meta["optimizer_step"]),
+            tokens=int(meta["tokens"]),
+            tokenizer_directory=tokenizer if tokenizer.is_dir() else None,
+            details=meta.get(DETAILS_KEY) or {},
+        )
+        self._reader = dcp.FileSystemReader(self.path)
+        with _reading(self.path):
+            self._metadata: Metadata = self._reader.read_metadata()
+        self._check_files()
+        found = {
+            name: tuple(tensor.size)
+            for name, tensor in self._metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        expected = {
+            f"{name}/{key}": shape
+            for name, shape in model_shapes(config).items()
+            for key in STATE_KEYS
+        }
+        check_tensors(self.path, expected, found)
+
+    def _check_files(self) -> None:
+        """Sizes and hashes by the manifest; of a checkpoint older than manifests, sizes alone."""
+        if (self.path / MANIFEST).is_file():
+            try:
+                files = read_manifest(self.path)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+            problem = wrong_size(self.path, files) or wrong_hash(self.path, files)
+            if problem is not None:
+                raise CheckpointError(problem)
+        for info in self._metadata.storage_data.values():
+            file = self.path / info.relative_path
+            if not file.is_file():
+                raise CheckpointError(f"checkpoint {self.path} is incomplete: no {file.name}")
+            if file.stat().st_size < info.offset + info.length:
+                raise CheckpointError(f"checkpoint file {file} is cut short")
+
+    def _read(self, name: str, key: str) -> Tensor:
+        # What dcp.load does for a state dict of this one tensor, its index being read already.
+        tensor = torch.empty(self.shapes[name])
+        planner = dcp.DefaultLoadPlanner()
+        with _reading(self.path):
+            planner.set_up_planner({f"{name}/{key}": tensor}, self._metadata, True)
+            self._reader.set_up_storage_reader(self._metadata, True)
+            plan = self._reader.prepare_local_plan(planner.create_local_plan())
+            self._reader.read_data(plan, planner).wait()
+        return tensor
+
+    def contents(self) -> list[tuple[str, Shape, str, int]]:
+        """Name, shape, type and bytes of each tensor as the checkpoint has them."""
+        rows = []
+        for name, tensor in sorted(self._metadata.state_dict_metadata.items()):
+            if isinstance(tensor, TensorStorageMetadata):
+                dtype = tensor.properties.dtype
+                size = tensor.size.numel() * dtype.itemsize
+                rows.append((name, tuple(tensor.size), str(dtype).removeprefix("torch."), size))
+        return rows
+
+
+class _LazyTensor:
+    """A whole logical tensor that is read when torch.distributed.checkpoint writes it."""
+
+    def __init__(self, source: CheckpointSource, name: str, key: str) -> None:
+        self._source, self._name, self._key = source, name, key
+        self._size = torch.Size(source.shapes[name])
+
+    def size(self) -> torch.Size:
+        """The tensor's shape."""
+        return self._size
+
+    def part(self, _: MetadataIndex) -> Tensor:
+        """The tensor."""
+        return self._source.read(self._name, self._key).contiguous()
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        offset = torch.Size([0] * len(self._size))
+        return [
+            WriteItem(
+                index=MetadataIndex(name, offset),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offset, self._size),
+                    properties=TensorProperties(dtype=torch.float32),
+                    size=self._size,
+                ),
+            )
+        ]
+
+
+def write_native_run(source: CheckpointSource, directory: Path) -> None:
+    """Write a run directory whose one checkpoint is what the source holds.
+
+    Weights that come alone become both masters and averages, with moments of zero.
+
+    Raises:
+        CheckpointError: a tensor cannot be read or written.
+    """
+    described = source.described
+    step = described.step
+    directory.mkdir()
+    temporary = begin_checkpoint(directory / "checkpoints", step)
+    _write_tensors(source, temporary)
+    if described.tokenizer_directory is not None:
+        shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "samples_seen": 0,
+        "tokens": described.tokens,
+        "config": described.config.to_dict(),
+        "dataset_fingerprint": None,
+        "tokenizer_fingerprint": _tokenizer_fingerprint(described),
+        "num_tokens": described.num_tokens,
+        "block_length": described.block_length,
+        "optimizer_step": described.optimizer_step,
+        "versions": {"sedd_scale": __version__, "torch": torch.__version__},
+        "shapes": source.shapes,
+        DETAILS_KEY: dict(described.details),
+    }
+    (temporary / "meta.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_manifest(temporary, {})
+    publish_checkpoint(temporary, keep=0)
+    (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")
+
+
+def _tokenizer_fingerprint(described: Described) -> str | None:
+    if described.tokenizer_directory is None:
+        return None
+    return load_tokenizer(described.tokenizer_directory).fingerprint
+
+
+def _write_tensors(source: CheckpointSource, directory: Path) -> None:
+    tensors = {
+        f"{name}/{key}": _LazyTensor(source, name, key)
+        for name in source.shapes
+        for key in STATE_KEYS
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(directory),
+                planner=BoxSavePlanner(),
+                no_dist=True,
+            )
+    except CheckpointException as error:
+        _, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"cannot write {directory}: {cause}") from error
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,167 @@
+"""One face for every checkpoint: a described model whose tensors are read one at a time.
+
+Names, shapes and row order are ours, whatever the file's are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.planning.parameters import layer_shapes
+
+# The tensors that a run keeps of each parameter, as its checkpoints name them.
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
+WEIGHTS = ("ema", "master")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a checkpoint says of its model and of the run that made it.
+
+    Attributes:
+        config: with `model.vocab_size` and, where it is known, `data.block_length` filled in.
+        block_length: L, or None where nothing tells.
+        step: steps of the run; 0 where the file tells nothing.
+        optimizer_step: updates of the optimizer.
+        tokens: tokens of text seen.
+        tokenizer_directory: the tokenizer that lies with it, if any.
+        details: what only this format knows and its writer wants back, of plain JSON types.
+    """
+
+    config: Config
+    block_length: int | None
+    step: int = 0
+    optimizer_step: int = 0
+    tokens: int = 0
+    tokenizer_directory: Path | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, without the mask."""
+        assert self.config.model.vocab_size is not None
+        return self.config.model.vocab_size
+
+
+class CheckpointSource(ABC):
+    """An open checkpoint, found complete: every tensor is there and has the shape it must have.
+
+    Attributes:
+        path: what was opened.
+        described: the model and the run.
+        holds: which of `STATE_KEYS` the file has; one kind of weights serves as the other.
+    """
+
+    format: ClassVar[str]
+    path: Path
+    described: Described
+    holds: frozenset[str]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every parameter."""
+        return model_shapes(self.described.config)
+
+    def read(self, name: str, key: str) -> Tensor:
+        """One tensor of one parameter, whole, float32, on the CPU; zeros where no moments are kept.
+
+        Args:
+            name: the parameter's logical name.
+            key: of `STATE_KEYS`.
+        """
+        if key not in self.holds:
+            if key not in WEIGHTS:
+                return torch.zeros(self.shapes[name])
+            (key,) = self.holds & set(WEIGHTS)
+        return self._read(name, key).float()
+
+    @abstractmethod
+    def _read(self, name: str, key: str) -> Tensor:
+        """The tensor `key` of a parameter, which the file has, in our row order."""
+
+    @abstractmethod
+    def contents(self) -> list[tuple[str, Shape, str, int]]:
+        """Name, shape, type and bytes of each tensor as the file has them."""
+
+
+class WeightsOnly(CheckpointSource):
+    """The weights of another source as a run that has yet to begin."""
+
+    def __init__(self, source: CheckpointSource, weights: str) -> None:
+        self.format = source.format  # type: ignore[misc]
+        self.path = source.path
+        self.described = Described(
+            config=source.described.config,
+            block_length=source.described.block_length,
+            tokenizer_directory=source.described.tokenizer_directory,
+        )
+        self.holds = frozenset({"ema"})
+        self._source, self._weights = source, weights
+
+    def _read(self, name: str, key: str) -> Tensor:
+        return self._source.read(name, self._weights)
+
+    def contents(self) -> list[tuple[str, Shape, str, int]]:
+        """Those of the other source."""
+        return self._source.contents()
+
+
+def model_shapes(config: Config) -> dict[str, Shape]:
+    """Shape of every parameter of a model whose `model.vocab_size` is known."""
+    assert config.model.vocab_size is not None
+    layers = layer_shapes(config, config.model.vocab_size)
+    return {parameter.name: parameter.shape for layer in layers for parameter in layer}
+
+
+def check_tensors(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Refuse a set of tensors that is not exactly the model's.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, unknown or of another shape, with the
+            shapes they should have.
+    """
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{what} {_few(names)}"
+        for what, names in (("missing", missing), ("unknown", extra), ("misshapen:", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not hold the model it describes: {'; '.join(problems)}")
+
+
+def described_config(
+    path: Path, sections: Mapping[str, Mapping[str, Any]], assumptions: Assumptions | None = None
+) -> Config:
+    """The configuration of a foreign checkpoint, checked.
+
+    Raises:
+        CheckpointError: it describes a model that cannot be.
+    """
+    try:
+        config = config_from_dict(sections)
+        if assumptions is not None:
+            config = config.override(*assumptions.overrides())
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
