@@ -17,5 +17,9 @@ class CheckpointError(SeddScaleError):
     """A checkpoint that is missing, damaged, incomplete or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was written: an older one may do in its place."""
+
+
 class TrainingError(SeddScaleError):
     """A run that cannot go on, such as one whose loss is no longer finite."""

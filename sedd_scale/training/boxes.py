@@ -134,9 +134,9 @@ class BoxSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The memory to write."""
+        """The memory to write, as a storage of its own: torch would copy a part of a larger one."""
         part: Tensor = self.state_dict[index.fqn].part(index)
-        return part
+        return torch.from_numpy(part.numpy()) if part.device.type == "cpu" else part
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):

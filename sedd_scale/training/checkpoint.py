@@ -2,15 +2,12 @@
 
 Each process writes and reads its own ZeRO fragments as boxes of the logical tensors NAME/master,
 NAME/exp_avg, NAME/exp_avg_sq and NAME/ema (float32, without padding); nothing is gathered. The
-directory is described in `checkpoint_directory`.
+directory is described in `checkpoint_directory`, saving in the background in `checkpoint_writer`.
 """
 
 import contextlib
-import importlib.metadata
-import json
 import pickle
-import platform
-import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,35 +19,46 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from sedd_scale import __version__
-from sedd_scale.errors import CheckpointError
+from sedd_scale.config_sections import CheckpointConfig
+from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.training.boxes import BoxLoadPlanner, BoxSavePlanner, LogicalTensor, valid_numel
+from sedd_scale.training.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.training.checkpoint_directory import (
-    FORMAT,
-    FORMAT_VERSION,
-    META_KEYS,
-    begin_checkpoint,
+    MANIFEST_SINCE,
     find_checkpoint,
     has_checkpoint,
-    publish_checkpoint,
     read_meta,
+    resume_candidates,
 )
+from sedd_scale.training.checkpoint_manifest import (
+    MANIFEST,
+    read_manifest,
+    share,
+    wrong_hash,
+    wrong_size,
+)
+from sedd_scale.training.checkpoint_state import (
+    KEYS,
+    all_shapes,
+    fragment_tensors,
+    raise_together,
+)
+from sedd_scale.training.checkpoint_writer import CheckpointWriter
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.parallel.fragments import ZeroFragments
 
 __all__ = [
+    "CheckpointWriter",
     "find_checkpoint",
     "has_checkpoint",
     "load_checkpoint",
+    "load_newest",
     "load_weights",
     "read_meta",
     "save_checkpoint",
 ]
-
-KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 _UNREADABLE_PICKLE = (
     OSError,
@@ -75,9 +83,9 @@ def save_checkpoint(
     tokenizer_directory: Path | None = None,
     keep: int = 3,
 ) -> Path:
-    """Write a checkpoint, let `latest` name it, and remove older ones beyond `keep`.
+    """Write one checkpoint and return when it is on the disk; `latest` names it then.
 
-    Collective over all processes.
+    Collective over all processes. A run that saves often uses `CheckpointWriter`.
 
     Args:
         meta: the run's place and identity, `META_KEYS`, as JSON values.
@@ -87,40 +95,68 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every process, when any could not write; `latest` is as before.
     """
-    assert set(meta) >= META_KEYS, META_KEYS - set(meta)
-    folder = Path(run_dir) / "checkpoints"
-    step = int(meta["step"])
-    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    engine_fragments.ensure_state()
-    shapes = _all_shapes(parameters, layout)
+    with CheckpointWriter(
+        run_dir,
+        engine_fragments=engine_fragments,
+        parameters=parameters,
+        layout=layout,
+        config=CheckpointConfig(keep=keep, async_save=False),
+        tokenizer_directory=tokenizer_directory,
+    ) as writer:
+        writer.save(meta)
+    return Path(run_dir) / "checkpoints" / f"step-{int(meta['step'])}"
 
-    def begin() -> None:
-        begin_checkpoint(folder, step)
 
-    def publish() -> None:
-        about = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **meta,
-            "optimizer_step": engine_fragments.get_step(),
-            "versions": _versions(),
-            "shapes": shapes,
-        }
-        (temporary / "meta.json").write_text(json.dumps(about, indent=1))
-        if tokenizer_directory is not None:
-            shutil.copytree(tokenizer_directory, temporary / "tokenizer")
-        publish_checkpoint(temporary, keep=keep)
+def load_newest(
+    run_dir: str | Path,
+    *,
+    engine_fragments: "ZeroFragments",
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    verify: bool = True,
+    check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Load the newest checkpoint of a run that is not damaged; returns its directory and meta.json.
 
-    what = f"cannot write checkpoint {final}"
-    _on_main(layout, what, begin)
-    with _checkpoint_errors(what):
-        dcp.save(
-            _fragment_tensors(engine_fragments, parameters, layout, saving=True),
-            storage_writer=dcp.FileSystemWriter(temporary),
-            planner=BoxSavePlanner(),
-        )
-    _on_main(layout, what, publish)
-    return final
+    Collective over all processes. Every damaged one that is passed over is named on stderr.
+
+    Args:
+        verify: as `load_checkpoint`.
+        check: raises CheckpointError where a checkpoint must not be gone on from.
+        say: called with what was passed over, one line at a time.
+
+    Raises:
+        CheckpointError: on every process: there is no good checkpoint, or the newest good one is of
+            another model or refused by `check`.
+    """
+    found: list[Any] = [resume_candidates(run_dir) if layout.rank == 0 else None]
+    dist.broadcast_object_list(found)
+    candidates, complaint = found[0]
+    failures = [complaint] if complaint else []
+    for path in candidates:
+        try:
+            meta = load_checkpoint(
+                path,
+                engine_fragments=engine_fragments,
+                parameters=parameters,
+                layout=layout,
+                verify=verify,
+                check=check,
+            )
+        except DamagedCheckpointError as error:
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            line = f"warning: {failure}; went on from {path} instead"
+            say(line)
+            if layout.rank == 0:
+                print(line, file=sys.stderr, flush=True)
+        return path, meta
+    raise CheckpointError(
+        f"no good checkpoint in {Path(run_dir) / 'checkpoints'}: {'; '.join(failures)}; restore "
+        "one from a copy, or start anew with another --run-dir"
+    )
 
 
 def load_checkpoint(
@@ -129,6 +165,8 @@ def load_checkpoint(
     engine_fragments: "ZeroFragments",
     parameters: Sequence[LogicalParameter],
     layout: Layout,
+    verify: bool = True,
+    check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
 ) -> dict[str, Any]:
     """Load masters, moments, averages and the optimizer's step in place; returns meta.json.
 
@@ -137,28 +175,37 @@ def load_checkpoint(
 
     Args:
         path: a run directory, its checkpoints/ folder, or one step-N directory.
+        verify: hash every file first, each process a part of them; sizes are always compared.
+        check: called with the directory and meta.json before anything is loaded.
 
     Raises:
-        CheckpointError: on every process, when there is no such checkpoint, or it is damaged or of
-            another model.
+        DamagedCheckpointError: on every process, when its files are not what was written.
+        CheckpointError: on every process, when there is none, or it is of another model.
     """
     meta: dict[str, Any] = {}
     metadata: Metadata | None = None
-    error = None
+    error: CheckpointError | None = None
     try:
         path = find_checkpoint(path)
-        meta = read_meta(path)
-        metadata = _read_metadata(path)
+        _verify(path, hashes=verify, rank=layout.rank, num_ranks=layout.world_size)
     except CheckpointError as caught:
-        error = str(caught)
-    _raise_together(error)
+        error = caught
+    raise_together(error)
+    try:
+        meta = read_meta(path)
+        check(Path(path), meta)
+        metadata = _read_metadata(Path(path))
+    except CheckpointError as caught:
+        error = caught
+    raise_together(error)
     assert metadata is not None
-    shapes = _all_shapes(parameters, layout)
-    _raise_together(_mismatch(path, shapes, metadata, KEYS))
+    shapes = all_shapes(parameters, layout)
+    mismatch = _mismatch(path, shapes, metadata, KEYS)
+    raise_together(None if mismatch is None else CheckpointError(mismatch))
     engine_fragments.ensure_state()
-    with _checkpoint_errors(f"cannot read checkpoint {path}"):
+    with _read_errors(path):
         dcp.load(
-            _fragment_tensors(engine_fragments, parameters, layout, saving=False),
+            fragment_tensors(engine_fragments, parameters, layout, saving=False),
             storage_reader=dcp.FileSystemReader(path),
             planner=BoxLoadPlanner(),
         )
@@ -175,6 +222,7 @@ def load_weights(
     *,
     weights: str = "ema",
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Load one kind of weights into plain parameters, for sampling and evaluation.
 
@@ -185,12 +233,14 @@ def load_weights(
         path: a run directory, its checkpoints/ folder, or one step-N directory.
         weights: "ema" or "master".
         dtype: cast the parameters to it; None keeps theirs.
+        verify: hash every file first; sizes are always compared.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged or of another model.
     """
     assert weights in ("ema", "master"), weights
     path = find_checkpoint(path)
+    _verify(path, hashes=verify)
     meta = read_meta(path)
     metadata = _read_metadata(path)
     parameters = list(parameters)
@@ -209,7 +259,7 @@ def load_weights(
         tensor = LogicalTensor(logical.shape)
         tensor.add(logical, flat, 0)
         tensors[f"{logical.name}/{weights}"] = tensor
-    with _checkpoint_errors(f"cannot read checkpoint {path}"), warnings.catch_warnings():
+    with _read_errors(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(
             tensors,
@@ -220,35 +270,23 @@ def load_weights(
     return meta
 
 
-def _fragment_tensors(
-    fragments: "ZeroFragments",
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
-    *,
-    saving: bool,
-) -> dict[str, LogicalTensor]:
-    tensors = {}
-    for logical in parameters:
-        # Tensor ranks hold copies of what they do not split: all read, the first writes.
-        has_part = logical.partition_dim is not None or layout.tensor_rank == 0 or not saving
-        for key in KEYS:
-            tensor = LogicalTensor(logical.shape)
-            fragment = fragments.get(logical, key) if has_part else None
-            if fragment is not None:
-                tensor.add(logical, fragment.flat, fragment.start)
-            tensors[f"{logical.name}/{key}"] = tensor
-    return tensors
+def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> None:
+    """Compare this process's share of the files, and the sizes of all, with the manifest.
 
-
-def _all_shapes(
-    parameters: Sequence[LogicalParameter], layout: Layout
-) -> dict[str, tuple[int, ...]]:
-    """Logical shapes of all pipeline stages' parameters; collective over all processes."""
-    speaks = layout.tensor_rank == 0 and layout.data_rank == 0
-    own = {logical.name: logical.shape for logical in parameters} if speaks else {}
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, own)
-    return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
+    Raises:
+        DamagedCheckpointError: naming the file that is not what was written.
+    """
+    if not (path / MANIFEST).is_file() and read_meta(path)["format_version"] < MANIFEST_SINCE:
+        return
+    try:
+        files = read_manifest(path)
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    wrong = wrong_size(path, files)
+    if wrong is None and hashes:
+        wrong = wrong_hash(path, share(files, rank, num_ranks))
+    if wrong is not None:
+        raise DamagedCheckpointError(wrong)
 
 
 def _read_metadata(path: Path) -> Metadata:
@@ -260,14 +298,14 @@ def _read_metadata(path: Path) -> Metadata:
             end = info.offset + info.length
             files[info.relative_path] = max(end, files.get(info.relative_path, 0))
     except _UNREADABLE_PICKLE as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"checkpoint file {path / '.metadata'} is damaged: {type(error).__name__}: {error}"
         ) from error
     for name, length in files.items():
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
+            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
         if (path / name).stat().st_size < length:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"checkpoint file {path / name} is cut short: "
                 f"{(path / name).stat().st_size} of {length} bytes"
             )
@@ -309,40 +347,13 @@ def _mismatch(
     return f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
 
 
-def _raise_together(error: str | None) -> None:
-    """Raise on every process what went wrong on any; collective over all processes."""
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise CheckpointError(error)
-
-
-def _on_main(layout: Layout, what: str, function: Callable[[], None]) -> None:
-    """Call the function on the first process; all wait for it and fail if it does."""
-    error = None
-    if layout.rank == 0:
-        try:
-            function()
-        except (OSError, shutil.Error) as caught:
-            error = f"{what}: {caught}"
-    _raise_together(error)
-
-
 @contextlib.contextmanager
-def _checkpoint_errors(what: str) -> Iterator[None]:
+def _read_errors(path: str | Path) -> Iterator[None]:
     """What torch raises on every process when any fails, as one line."""
     try:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "deepspeed", "megatron-core")
-    return {
-        "sedd_scale": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+        raise DamagedCheckpointError(
+            f"cannot read checkpoint {path}: rank {rank}: {type(cause).__name__}: {cause}"
+        ) from error

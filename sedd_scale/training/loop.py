@@ -4,6 +4,7 @@
         data.path=data/books parallel.tensor=2
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -21,19 +22,21 @@ from sedd_scale.config import Config, config_from_dict
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, make_engine
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.checkpoint import (
+    CheckpointWriter,
     find_checkpoint,
     has_checkpoint,
     load_checkpoint,
+    load_newest,
     read_meta,
-    save_checkpoint,
 )
+from sedd_scale.training.checkpoint_directory import resume_candidates
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.metrics import MetricsLog
 from sedd_scale.training.optimizer import AdamWithEMA
@@ -71,9 +74,7 @@ def train(config: Config, run_dir: Path) -> None:
     engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
     first_step = 0
     if source is not None:
-        meta = load_checkpoint(
-            source, engine_fragments=engine.fragments, parameters=engine.parameters, layout=layout
-        )
+        source, meta = load_state(config, run_dir, source, corpus, engine)
         first_step = meta["step"]
     if layout.rank == 0:
         describe_run(config, run_dir, layout)
@@ -95,29 +96,29 @@ def train(config: Config, run_dir: Path) -> None:
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, graph, schedule, layout)
 
-    def save(step: int, tokens: int) -> None:
-        meta = {
+    def meta_of(step: int, tokens: int) -> dict[str, Any]:
+        samples_seen = step * config.training.global_batch
+        return {
             "step": step,
-            "samples_seen": step * config.training.global_batch,
+            "samples_seen": samples_seen,
             "tokens": tokens,
             "config": config.to_dict(),
-            **corpus.describe_position(batches.loader, step * config.training.global_batch),
+            **corpus.describe_position(batches.loader, samples_seen),
         }
-        path = save_checkpoint(
-            run_dir,
-            engine_fragments=engine.fragments,
-            parameters=engine.parameters,
-            layout=layout,
-            meta=meta,
-            tokenizer_directory=corpus.tokenizer_directory,
-            keep=config.checkpoint.keep,
-        )
-        log.say(f"saved {path}")
 
+    writer = CheckpointWriter(
+        run_dir,
+        engine_fragments=engine.fragments,
+        parameters=engine.parameters,
+        layout=layout,
+        config=config.checkpoint,
+        tokenizer_directory=corpus.tokenizer_directory,
+        say=log.say,
+    )
     last_step = config.training.steps
     tokens = 0 if source is None else meta["tokens"]  # of text: padding is left out
     logged_step, logged_tokens, logged_at = first_step, tokens, time.perf_counter()
-    with Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
+    with writer, Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
         for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
             result = engine.train_step(batch.micro_batches, lr=lr)
@@ -146,7 +147,8 @@ def train(config: Config, run_dir: Path) -> None:
                     step, nats_per_token=nats_per_token, stderr=stderr, data=validation.metrics()
                 )
             if step % config.checkpoint.every == 0 or step == last_step:
-                save(step, tokens)
+                writer.save(meta_of(step, tokens))
+            writer.poll()
             logged_at += time.perf_counter() - paused_at
     log.close()
 
@@ -179,7 +181,10 @@ def fit_to_dataset(config: Config) -> tuple[Config, Corpus]:
 
 
 def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+    """Where to go on from, a run directory or one checkpoint, or None for a new run.
+
+    What can be refused without reading a whole checkpoint is refused here; `load_state` finds the
+    newest good one.
 
     Raises:
         CheckpointError: none where one is expected, or one of another run's data, batch or seed.
@@ -193,8 +198,56 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
                 "--run-dir, or training.resume=auto to go on with that run"
             )
         return None
-    source = find_checkpoint(run_dir if resume == "auto" else Path(resume))
-    meta = read_meta(source)
+    if resume == "auto":
+        with contextlib.suppress(DamagedCheckpointError):  # another may do in its place
+            for source in resume_candidates(run_dir)[0][:1]:
+                check_resume(config, corpus, source, read_meta(source))
+        return run_dir
+    source = find_checkpoint(Path(resume))
+    check_resume(config, corpus, source, read_meta(source))
+    return source
+
+
+def load_state(
+    config: Config, run_dir: Path, source: Path, corpus: Corpus, engine: Engine
+) -> tuple[Path, dict[str, Any]]:
+    """Load what `find_resume` found into the engine; the checkpoint's directory and meta.json.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` for a checkpoint given by its path; as `load_newest`
+            for the run directory.
+    """
+
+    def check(path: Path, meta: dict[str, Any]) -> None:
+        check_resume(config, corpus, path, meta)
+
+    if source == run_dir:
+        return load_newest(
+            run_dir,
+            engine_fragments=engine.fragments,
+            parameters=engine.parameters,
+            layout=engine.layout,
+            verify=config.checkpoint.verify,
+            check=check,
+        )
+    meta = load_checkpoint(
+        source,
+        engine_fragments=engine.fragments,
+        parameters=engine.parameters,
+        layout=engine.layout,
+        verify=config.checkpoint.verify,
+        check=check,
+    )
+    return source, meta
+
+
+def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint that this run cannot go on from.
+
+    Raises:
+        CheckpointError: it is of another run's data, batch or seed.
+        ConfigError: it has more steps than the run.
+    """
     corpus.check_position(source, meta, config)
     saved = config_from_dict(meta["config"])
     for section, key in (
@@ -214,7 +267,6 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
             f"{source} has done {meta['step']} steps, more than "
             f"training.steps={config.training.steps}: raise training.steps"
         )
-    return source
 
 
 def make_optimizer(weights: Iterable[nn.Parameter], config: Config) -> AdamWithEMA:

@@ -19,6 +19,7 @@ from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.boxes import LogicalTensor, boxes_of_range, logical_boxes
 from sedd_scale.training.checkpoint import find_checkpoint, has_checkpoint, load_weights, read_meta
+from sedd_scale.training.checkpoint_manifest import write_manifest
 from tests.training.launch import Launch
 
 VOCAB, WIDTH = 101, 24
@@ -293,22 +294,32 @@ def test_damage_is_named_before_anything_is_loaded(saved: Path, tmp_path: Path) 
             load_weights(step.parent, parameters, layout())
         assert all(parameter.parameter.isnan().all() for parameter in parameters)
 
-    for file in (".metadata", "meta.json"):
-        step = damaged(f"no {file}")
+    for file in (".metadata", "meta.json", "manifest.json", "tokenizer/model/vocab.txt"):
+        step = damaged(f"no {file.replace('/', ' ')}")
         (step / file).unlink()
-        refuses(step, f"incomplete: it has no {file}")
-        step = damaged(f"half {file}")
+        refuses(step, rf"incomplete: (it has no )?{file}( is missing)?")
+        step = damaged(f"half {file.replace('/', ' ')}")
         content = (step / file).read_bytes()
         (step / file).write_bytes(content[: len(content) // 2])
-        refuses(step, f"{file} is damaged")
+        refuses(step, f"{file} is (cut short|damaged)")
+        step = damaged(f"flipped {file.replace('/', ' ')}")
+        flip_a_bit(step / file)
+        refuses(step, "damaged|incomplete")
+    step = damaged("flipped")
+    flip_a_bit(step / "__1_0.distcp")
+    refuses(step, "__1_0.distcp is damaged: its SHA-256 is")
+    load_weights(step, model(1, 0), layout(), verify=False)  # as asked
     step = damaged("another pickle")
     (step / ".metadata").write_bytes(pickle.dumps([1, 2]))
+    write_manifest(step, {})
     refuses(step, ".metadata is damaged")
     step = damaged("newer")
     meta = json.loads((step / "meta.json").read_text())
     (step / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
+    write_manifest(step, {})
     refuses(step, "format version 99")
     (step / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "step"}))
+    write_manifest(step, {})
     refuses(step, "damaged: no step")
     step = damaged("short")
     data = step / "__1_0.distcp"
@@ -316,3 +327,20 @@ def test_damage_is_named_before_anything_is_loaded(saved: Path, tmp_path: Path) 
     refuses(step, "__1_0.distcp is cut short")
     data.unlink()
     refuses(step, "__1_0.distcp is missing")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_without_a_manifest_of_the_version_that_had_none_loads(
+    saved: Path, tmp_path: Path
+) -> None:
+    step = tmp_path / "step-3"
+    shutil.copytree(saved / "zero3" / "checkpoints" / "step-3", step)
+    (step / "manifest.json").unlink()
+    meta = json.loads((step / "meta.json").read_text())
+    (step / "meta.json").write_text(json.dumps({**meta, "format_version": 1}))
+    assert load_weights(step, model(1, 0), layout())["step"] == 3
