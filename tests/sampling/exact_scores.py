@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.reverse import (
     analytic_probabilities,
+    ancestral_probabilities,
     as_distribution,
     denoise_probabilities,
     euler_probabilities,
@@ -21,6 +22,7 @@ class ExactScores:
     """log s(x, sigma)_y = log p_sigma(x with y at a position) - log p_sigma(x), by enumeration."""
 
     device = torch.device("cpu")
+    time_conditioned = True
 
     def __init__(
         self, graph: str, noise: str, *, num_tokens: int = 3, length: int = 2, scaled: bool = False
@@ -55,17 +57,53 @@ class ExactScores:
                 score[:, place, y] = self.marginal(other_SL, sigma) / own_S
         return score.clamp(min=1e-300).log()
 
-    def logits(self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> Tensor:
+    def logits(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor,
+        rows_M: Tensor,
+        documents_BL: Tensor | None = None,
+    ) -> Tensor:
+        assert documents_BL is None
         self.calls += 1
-        assert (sigma_B == sigma_B[0]).all()
-        logits = self.log_score(tokens_BL, sigma_B[0])
-        if self.scaled:
-            logits = logits + log_expm1(sigma_B[0]) + math.log(self.graph.num_tokens)
+        logits = torch.empty(*tokens_BL.shape, self.graph.num_states, dtype=torch.float64)
+        for sigma in sigma_B.unique():
+            same = sigma_B == sigma
+            logits[same] = self.log_score(tokens_BL[same], sigma)
+            if self.scaled:
+                logits[same] += log_expm1(sigma) + math.log(self.graph.num_tokens)
         return logits.flatten(0, 1)[rows_M]
 
 
+class RandomScores(ExactScores):
+    """Random logits for every state, far from any distribution's ratios; scaled, timeless."""
+
+    time_conditioned = False
+
+    def __init__(self, graph: str, noise: str, *, num_tokens: int = 3, length: int = 3) -> None:
+        super().__init__(graph, noise, num_tokens=num_tokens, length=length, scaled=True)
+        generator = torch.Generator().manual_seed(7)
+        count, states = self.graph.num_states**length, self.graph.num_states
+        self.table = 1.5 * torch.randn(
+            count, length, states, generator=generator, dtype=torch.float64
+        )
+
+    def raw(self, states_SL: Tensor) -> Tensor:
+        place_value = self.graph.num_states ** torch.arange(self.length - 1, -1, -1)
+        return self.table[(states_SL * place_value).sum(1)]
+
+    def log_score(self, states_SL: Tensor, sigma: Tensor) -> Tensor:
+        return self.raw(states_SL) - log_expm1(sigma) - math.log(self.graph.num_tokens)
+
+
 def chain_law(
-    model: ExactScores, steps: int, sampler: str, t_end: float, fixed: dict[int, int]
+    model: ExactScores,
+    steps: int,
+    sampler: str,
+    t_end: float,
+    fixed: dict[int, int],
+    *,
+    remask: float = 0.0,
 ) -> Tensor:
     """Probability of every state after the whole chain, [V^L], from the steps' tables alone."""
     graph = model.graph
@@ -93,6 +131,17 @@ def chain_law(
             table_SLV = analytic_probabilities(
                 log_score, states_SL, sigma_S, sigmas[k + 1].expand(len(states_SL)), graph
             )
+        elif sampler == "ancestral":
+            assert isinstance(graph, Absorb)
+            move_t, move_s = model.schedule.move_probability(times[k : k + 2])
+            table_SLV = ancestral_probabilities(
+                log_score,
+                states_SL,
+                move_t.expand(len(states_SL)),
+                move_s.expand(len(states_SL)),
+                graph,
+                remask=remask,
+            )
         else:
             rate = model.schedule.rate(times[k])
             size = float(times[k] - times[k + 1])
@@ -109,3 +158,37 @@ def chain_law(
         ).prod(dim=0)
         law_S = law_S @ step_SS
     return law_S
+
+
+def order_law(model: RandomScores, sampler: str) -> Tensor:
+    """Law of the clean sequence when one position is filled a call, [N^L], by walking all paths."""
+    num_tokens, mask = model.graph.num_tokens, model.graph.num_tokens
+    law = torch.zeros(num_tokens**model.length, dtype=torch.float64)
+
+    def walk(state: list[int], probability: float) -> None:
+        masked = [place for place, token in enumerate(state) if token == mask]
+        if not masked:
+            index = 0
+            for token in state:
+                index = index * num_tokens + token
+            law[index] += probability
+            return
+        rows = torch.softmax(model.raw(torch.tensor([state]))[0, :, :num_tokens], dim=-1)
+        sure = {}
+        for place in masked:
+            row = rows[place].sort(descending=True).values
+            sure[place] = {
+                "first-hitting": 0.0,
+                "confidence": float(row[0]),
+                "margin": float(row[0] - row[1]),
+                "entropy": float((row * row.log()).sum()),
+            }[sampler]
+        best = max(sure.values())
+        chosen = [place for place in masked if sure[place] == best]
+        for place in chosen:
+            for token in range(num_tokens):
+                following = [*state[:place], token, *state[place + 1 :]]
+                walk(following, probability * float(rows[place, token]) / len(chosen))
+
+    walk([mask] * model.length, 1.0)
+    return law

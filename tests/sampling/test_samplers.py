@@ -9,12 +9,27 @@ from torch import Tensor
 
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.sampling import SAMPLERS
-from sedd_scale.sampling.samplers import T_END, sample
-from tests.evaluation.enumeration import all_states
-from tests.sampling.exact_scores import ExactScores, chain_law
+from sedd_scale.sampling.samplers import run_batch, sample, sample_with, start_batch
+from sedd_scale.sampling.settings import CALL_SAMPLERS, T_END, UNIFORM_SAMPLERS, SamplerSettings
+from sedd_scale.sampling.token_law import TokenLaw
+from tests.evaluation.enumeration import all_states, tiny_model
+from tests.sampling.exact_scores import ExactScores, RandomScores, chain_law, order_law
 
 GRAPHS = ("absorb", "uniform")
 COUNT = 6000
+GRID_SAMPLERS = [(graph, name) for graph in GRAPHS for name in UNIFORM_SAMPLERS]
+GRID_SAMPLERS.append(("absorb", "ancestral"))
+
+
+def assert_follows(samples_BL: Tensor, law_S: Tensor, num_states: int) -> None:
+    """Chi-square of samples against the probability of every sequence."""
+    place_value = num_states ** torch.arange(samples_BL.shape[1] - 1, -1, -1)
+    counts_S = torch.bincount((samples_BL * place_value).sum(1), minlength=len(law_S))
+    possible = law_S > 1e-12
+    assert counts_S[~possible].sum() == 0
+    found, expected = counts_S[possible].double(), law_S[possible] * len(samples_BL)
+    statistic = ((found - expected) ** 2 / expected).sum().item()
+    assert stats.chi2.sf(statistic, int(possible.sum()) - 1) > 1e-3
 
 
 def draw(model: ExactScores, steps: int, sampler: str, fixed: dict[int, int], count: int) -> Tensor:
@@ -27,8 +42,7 @@ def draw(model: ExactScores, steps: int, sampler: str, fixed: dict[int, int], co
 
 
 @pytest.mark.parametrize("fixed", [{}, {1: 2}])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph, sampler", GRID_SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_samples_follow_the_chain_of_the_tables(
     graph: str, sampler: str, steps: int, fixed: dict[int, int]
@@ -36,18 +50,125 @@ def test_samples_follow_the_chain_of_the_tables(
     model = ExactScores(graph, "loglinear")
     law_S = chain_law(model, steps, sampler, T_END, fixed)
     samples_BL = draw(model, steps, sampler, fixed, COUNT)
-    place_value = model.graph.num_states ** torch.arange(model.length - 1, -1, -1)
-    counts_S = torch.bincount((samples_BL * place_value).sum(1), minlength=len(law_S))
-    possible = law_S > 1e-12
-    assert counts_S[~possible].sum() == 0
-    found, expected = counts_S[possible].double(), law_S[possible] * COUNT
-    statistic = ((found - expected) ** 2 / expected).sum().item()
-    assert stats.chi2.sf(statistic, int(possible.sum()) - 1) > 1e-3
+    assert_follows(samples_BL, law_S, model.graph.num_states)
+
+
+@pytest.mark.parametrize("sampler", ["analytic", "euler", "ancestral"])
+def test_any_scores_give_the_chain_of_the_tables(sampler: str) -> None:
+    model = RandomScores("absorb", "loglinear")
+    law_S = chain_law(model, 3, sampler, T_END, {})
+    assert_follows(draw(model, 3, sampler, {}, COUNT), law_S, 4)
+
+
+@pytest.mark.parametrize("remask", [0.5, 4.0])
+def test_remasking_follows_its_tables(remask: float) -> None:
+    model = RandomScores("absorb", "cosine")
+    law_S = chain_law(model, 4, "ancestral", T_END, {}, remask=remask)
+    blank, free = torch.zeros(COUNT, 3, dtype=torch.int64), torch.zeros(COUNT, 3).bool()
+    samples = sample(model, blank, free, 4, "ancestral", remask=remask)
+    assert_follows(samples, law_S, 4)
+
+
+def test_remasking_approaches_the_data_too() -> None:
+    model = ExactScores("absorb", "loglinear")
+    data_S = torch.zeros(16, dtype=torch.float64)
+    data_S[(all_states(4, 2) < 3).all(1)] = model.data_C
+    distance = [
+        (chain_law(model, steps, "ancestral", T_END, {}, remask=1.0) - data_S).abs().sum().item()
+        for steps in (8, 64, 256)
+    ]
+    assert distance[0] > distance[1] > distance[2] and distance[2] < 0.04
+
+
+@pytest.mark.parametrize("sampler", CALL_SAMPLERS)
+def test_one_position_a_call_follows_the_walk_over_all_orders(sampler: str) -> None:
+    model = RandomScores("absorb", "loglinear")
+    blank, free = torch.zeros(COUNT, 3, dtype=torch.int64), torch.zeros(COUNT, 3).bool()
+    batch = start_batch(model, blank, free, SamplerSettings(sampler))
+    run_batch(batch)
+    assert_follows(batch.state_BL, order_law(model, sampler), 3)
+    assert batch.outputs.calls == 3
+
+
+def test_first_hitting_draws_the_data_itself() -> None:
+    model = ExactScores("absorb", "geometric")
+    blank, free = torch.zeros(COUNT, 2, dtype=torch.int64), torch.zeros(COUNT, 2).bool()
+    assert_follows(sample(model, blank[:2000], free[:2000], None, "first-hitting"), model.data_C, 3)
+
+
+def test_temperature_and_cuts_are_those_of_their_definition() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 2.9, -5.0]])
+
+    def law(**options: float) -> Tensor:
+        weights = TokenLaw(SamplerSettings(**options)).weights(logits)  # type: ignore[arg-type]
+        return weights / weights.sum(1, keepdim=True)
+
+    full = torch.softmax(logits.double() / 0.5, 1)
+    torch.testing.assert_close(law(temperature=0.5), full)
+    two = torch.where(full >= full.sort(1, descending=True).values[:, 1:2], full, 0.0)
+    torch.testing.assert_close(law(temperature=0.5, top_k=2), two / two.sum(1, keepdim=True))
+    # 0.64 and 0.24 of the first row reach 0.8, of the second 0.51 and 0.46.
+    plain = torch.softmax(logits.double(), 1)
+    two = torch.where(plain >= plain.sort(1, descending=True).values[:, 1:2], plain, 0.0)
+    torch.testing.assert_close(law(top_p=0.8), two / two.sum(1, keepdim=True))
+    greedy = TokenLaw(SamplerSettings(temperature=0)).draw(logits, torch.tensor([0.9, 0.9]))
+    assert greedy.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_keeps_what_is_given_in_ragged_batches(sampler: str) -> None:
+    """A network's samples of three lengths are the same alone and in one padded batch."""
+    model = tiny_model("absorb", "loglinear", num_tokens=9, block_length=8)
+    tokens = torch.arange(24).view(3, 8) % 9
+    fixed = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0], [0] * 7 + [1]]).bool()
+    lengths = [8, 5, 3]
+    settings = SamplerSettings(sampler, steps=3)
+    whole = sample_with(model, tokens, fixed, settings, seed=4, lengths_B=lengths)
+    assert torch.equal(whole[fixed], tokens[fixed]) and int(whole.max()) < 9
+    for row, length in enumerate(lengths):
+        part = slice(row, row + 1)
+        alone = sample_with(
+            model,
+            tokens[part, :length],
+            fixed[part, :length],
+            settings,
+            seed=4,
+            sample_ids_B=[row],
+        )
+        assert torch.equal(alone[0], whole[row, :length])
+        assert torch.equal(whole[row, length:], tokens[row, length:])
+
+
+def test_without_time_conditioning_an_unchanged_batch_needs_no_call() -> None:
+    model = RandomScores("absorb", "loglinear")
+    blank, free = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3).bool()
+    for sampler in ("analytic", "ancestral"):
+        batch = start_batch(model, blank, free, SamplerSettings(sampler, steps=300))
+        run_batch(batch)
+        assert 1 <= batch.outputs.calls <= 3
+    # With time conditioning too where moves are the schedule's alone.
+    batch = start_batch(
+        ExactScores("absorb", "loglinear"),
+        blank[:, :2],
+        free[:, :2],
+        SamplerSettings("ancestral", steps=300),
+    )
+    run_batch(batch)
+    assert batch.outputs.calls <= 2
+
+
+@pytest.mark.parametrize("time_grid", ["cosine", "schedule"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_other_grids_end_without_masks(graph: str, time_grid: str) -> None:
+    model = ExactScores(graph, "geometric")
+    blank, free = torch.zeros(400, 2, dtype=torch.int64), torch.zeros(400, 2).bool()
+    samples = sample(model, blank, free, 64, time_grid=time_grid)
+    found = torch.bincount(samples[:, 0] * 3 + samples[:, 1], minlength=9) / 400
+    assert (found - model.data_C).abs().sum() / 2 < 0.15
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph, sampler", GRID_SAMPLERS)
 def test_the_chain_approaches_the_data_with_more_steps(
     graph: str, sampler: str, noise: str
 ) -> None:
@@ -91,7 +212,7 @@ def test_a_generator_gives_the_seed() -> None:
 def test_scaled_logits_give_the_same_samples() -> None:
     blank = torch.zeros(50, 2, dtype=torch.int64)
     free = torch.zeros(50, 2, dtype=torch.bool)
-    for sampler in SAMPLERS:
+    for sampler in ("analytic", "euler", "ancestral"):
         plain, scaled = (
             sample(ExactScores("absorb", "loglinear", scaled=scaled), blank, free, 6, sampler)
             for scaled in (False, True)
@@ -124,6 +245,20 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     blank, free = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool)
     with pytest.raises(ConfigError, match="sampler 'gumbel' is unknown"):
         sample(model, blank, free, 4, "gumbel")
+    for match, options in (
+        ("remask=1.0 does not go with", {"remask": 1.0}),
+        ("top_p=1.5", {"top_p": 1.5}),
+        ("temperature=-1", {"temperature": -1}),
+        ("time_grid 'log' is unknown", {"time_grid": "log"}),
+        ("temperature=0 takes", {"temperature": 0, "top_k": 3}),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            sample(model, blank, free, 4, **options)
+    uniform = ExactScores("uniform", "loglinear")
+    with pytest.raises(ConfigError, match="sampler margin fills masks"):
+        sample(uniform, blank, free, 4, "margin")
+    with pytest.raises(ConfigError, match="top_k=2 has no law"):
+        sample(uniform, blank, free, 4, top_k=2)
     with pytest.raises(ConfigError, match="steps=0"):
         sample(model, blank, free, 0)
     with pytest.raises(DataError, match="equal shapes"):
