@@ -23,6 +23,7 @@ from tools import (
     plot_run,
     prepare_data,
     quickstart,
+    samples,
     train,
 )
 
@@ -39,6 +40,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
         plot_run,
         prepare_data,
         quickstart,
+        samples,
         train,
     )
 }
@@ -136,7 +138,7 @@ def test_every_step_from_text_to_export_is_shown_in_the_readme():
         for word in shlex.split(line)
         if word.startswith("tools/")
     }
-    assert {*PARSERS} - {"tools/quickstart.py"} <= shown
+    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py"} <= shown
     assert {"make quickstart", "make test"} <= {line for _, line in commands()}
 
 

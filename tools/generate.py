@@ -1,41 +1,137 @@
 """Draw samples from a trained model, unconditionally or around given text."""
 
 import argparse
+import os
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sedd_scale.cli import make_parser, run_command
-from sedd_scale.errors import ConfigError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.sampling import SAMPLERS
+from sedd_scale.sampling import DRAW_DTYPES, SAMPLERS, TIME_GRIDS
+
+if TYPE_CHECKING:
+    from sedd_scale.model.score_model import ScoreModel
+    from sedd_scale.sampling.batch import Request
+    from sedd_scale.sampling.prompts_file import PromptLine
+    from sedd_scale.sampling.settings import SamplerSettings
+
+DEFAULT_TRACED = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = make_parser(
-        "Draw samples from a trained model, unconditionally or around given text.",
+        "Draw samples from a trained model, unconditionally or around given text, on any number of "
+        "processes. Killed and started again, the same command goes on where it ended.",
         "torchrun --nproc-per-node 2 tools/generate.py --checkpoint runs/books --num-samples 16 "
         "--length 128 --steps 64 --sampler analytic --seed 0 --output samples.jsonl",
     )
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FILE.jsonl", help="one record a sample")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="one record a sample; until it is complete, FILE.jsonl.parts holds what is done",
+    )
     add("--num-samples", type=int, metavar="K", help="samples without --prompts (1)")
     add(
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
         help='lines such as {"id": 7, "text": "It was [blank:3] night, ____", "num_samples": 2, '
-        '"seed": 1}, or with prefix and/or suffix, or with tokens and positions',
+        '"seed": 1}, or with prefix and/or suffix, or with tokens and positions; sampler options '
+        "of a line (steps, temperature, ...) stand before those of the command",
+    )
+    add(
+        "--on-bad-prompt",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a line that cannot be used: stop before any work, or say so and leave it out "
+        "(%(default)s)",
     )
     add("--blank", default="____", metavar="TEXT", help="marks a blank in text (%(default)s)")
     add("--length", type=int, metavar="L", help="tokens in a sample (the checkpoint's block)")
-    add("--steps", type=int, default=128, metavar="S", help="sampling steps (%(default)s)")
-    add("--sampler", choices=SAMPLERS, default="analytic", help="step law (%(default)s)")
     add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="samples at a time (%(default)s)")
+    _add_sampler_options(parser)
+    _add_report_options(parser)
     return parser
+
+
+def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how samples are drawn").add_argument
+    add("--sampler", choices=SAMPLERS, default="analytic", help="step law (%(default)s)")
+    add(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="sampling steps (128; first-hitting, confidence, entropy and margin: one position a "
+        "network call)",
+    )
+    add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where steps lie (%(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="logits are divided by it; 0: the likeliest token (%(default)s)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the likeliest tokens of so much probability (%(default)s)",
+    )
+    add("--top-k", type=int, metavar="K", help="keep so many likeliest tokens (all)")
+    add(
+        "--remask",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="how often a token is taken back over the run, on average; with --sampler ancestral "
+        "(%(default)s)",
+    )
+    add(
+        "--draw-dtype",
+        choices=DRAW_DTYPES,
+        default="float64",
+        help="arithmetic of the draws; float32 lowers the temperature a little (%(default)s)",
+    )
+    add(
+        "--t-end",
+        type=float,
+        default=1e-5,
+        metavar="T",
+        help="time at which the last, denoising step begins (%(default)s)",
+    )
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is reported").add_argument
+    add(
+        "--judge",
+        metavar="PATH_OR_NAME",
+        help="causal language model that gives the samples a generative perplexity: a Hugging Face "
+        "model directory, a .gguf file or a name on the hub (gpt2-large in most papers)",
+    )
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE.html",
+        help="record how the first samples come about, and show it on a page",
+    )
+    add(
+        "--trace-samples",
+        type=int,
+        metavar="K",
+        help=f"samples that are traced, with --trace ({DEFAULT_TRACED})",
+    )
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -44,7 +140,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "--num-samples does not go with --prompts: give num_samples in the prompts' lines"
         )
-    for name in ("num_samples", "length", "steps", "batch_size"):
+    if arguments.prompts is None and arguments.on_bad_prompt != "stop":
+        raise ConfigError("--on-bad-prompt goes with --prompts: give a file or leave it out")
+    if arguments.trace_samples is not None and arguments.trace is None:
+        raise ConfigError("--trace-samples goes with --trace FILE.html: give it or leave it out")
+    for name in ("num_samples", "length", "steps", "batch_size", "trace_samples", "tensor"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
@@ -55,69 +155,146 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def generate_command(arguments: argparse.Namespace) -> None:
-    """Draw the samples; the first process writes them and prints where."""
+    """Draw the samples; the first process writes the report and prints it."""
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.sampling.batch import (
-        generate,
-        mean_entropy,
-        prompt_requests,
-        refuse_existing_output,
-        unconditional_requests,
-        write_jsonl,
-    )
-    from sedd_scale.sampling.infill import unconditional
-    from sedd_scale.sampling.prompts_file import prompts_of_lines, read_prompt_lines
+    from sedd_scale.sampling.generation import checkpoint_digest, generate
+    from sedd_scale.sampling.judge import check_judge
+    from sedd_scale.sampling.output_shards import refuse_existing_output
+    from sedd_scale.sampling.prompts_file import read_prompt_lines
+    from sedd_scale.sampling.samples_file import report_path
+    from sedd_scale.sampling.settings import SamplerSettings
+    from sedd_scale.sampling.trace_page import write_trace_page
 
     check_arguments(arguments)
+    settings = SamplerSettings(
+        **{key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
+    )
+    is_first = os.environ.get("RANK", "0") == "0"
     refuse_existing_output(arguments.output)
+    refuse_existing_output(report_path(arguments.output), "the report")
+    if arguments.trace is not None:
+        refuse_existing_output(arguments.trace, "--trace")
+    skipped: list[DataError] = []
+    on_bad = skipped.append if arguments.on_bad_prompt == "skip" else None
+    lines = None
+    if arguments.prompts is not None:
+        lines = read_prompt_lines(arguments.prompts, on_bad=on_bad)
+    if arguments.judge is not None and is_first:
+        check_judge(arguments.judge)
+
     model = open_model(arguments)
+    settings.check_graph(model.graph.name)
+    requests = _requests(arguments, model, settings, lines, skipped)
+    if is_first:
+        for error in skipped:
+            print(f"skipped: {error}", file=sys.stderr)
+    traced: list[dict[str, Any]] = []
+
+    def keep_traced(record: dict[str, Any]) -> None:
+        if "trace" in record:
+            traced.append(record)
+
+    made = generate(
+        model,
+        requests,
+        arguments.output,
+        batch_size=arguments.batch_size,
+        tokenizer=model.tokenizer,
+        run={
+            "--checkpoint": checkpoint_digest(arguments.checkpoint),
+            "--weights": arguments.weights,
+            "--precision": arguments.precision,
+            "--tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint,
+            "--seed": arguments.seed,
+            "--length": arguments.length,
+            "--num-samples": arguments.num_samples,
+            **{_flag(name): value for name, value in settings.to_dict().items()},
+        },
+        num_traced=(arguments.trace_samples or DEFAULT_TRACED) if arguments.trace else 0,
+        progress=sys.stderr,
+        on_record=keep_traced,
+    )
+    if is_first:
+        rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
+        before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
+        print(
+            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
+            f"{made.seconds:.1f} s{rate}"
+        )
+        if arguments.trace is not None:
+            write_trace_page(arguments.trace, traced)
+    _report(arguments, model, made.quality, len(skipped))
+    shutdown()
+
+
+def _report(
+    arguments: argparse.Namespace,
+    model: "ScoreModel",
+    quality: dict[str, Any] | None,
+    skipped: int,
+) -> None:
+    """Judge the samples, on all processes, and write and print the report on the first."""
+    from sedd_scale.sampling.quality import format_quality
+    from sedd_scale.sampling.samples_file import judge_file, report_path, write_report
+
+    output, layout = arguments.output, model.layout
+    report = {"output": str(output), "prompts_skipped": skipped, **(quality or {})}
+    path = report_path(output)
+    if quality is not None:
+        write_report(path, report)  # a judge that fails takes nothing away
+    if arguments.judge is not None:
+        model.to("meta")  # its memory is the judge's now
+        report["generative_perplexity"] = judge_file(
+            output,
+            arguments.judge,
+            layout.device,
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
+    if quality is not None:
+        write_report(path, report)
+        print(format_quality(report))
+        print(output)
+
+
+def _requests(
+    arguments: argparse.Namespace,
+    model: "ScoreModel",
+    settings: "SamplerSettings",
+    lines: "list[PromptLine] | None",
+    skipped: list[DataError],
+) -> "list[Request]":
+    """What is to be drawn; lines that cannot be used are added to `skipped`."""
+    from sedd_scale.sampling.batch import prompt_requests, unconditional_requests
+    from sedd_scale.sampling.infill import unconditional
+    from sedd_scale.sampling.prompts_file import prompts_of_lines
+
     length = arguments.length or model.block_length
     if length is None:
         raise ConfigError("the checkpoint does not name its block length: give --length")
-    is_first = model.layout.rank == 0
-    if is_first and model.block_length is not None and length > model.block_length:
+    if model.layout.rank == 0 and model.block_length is not None and length > model.block_length:
         print(
             f"note: --length {length} is beyond the {model.block_length} tokens of training",
             file=sys.stderr,
         )
-    if arguments.prompts is None:
+    if lines is None:
         count = 1 if arguments.num_samples is None else arguments.num_samples
-        requests = unconditional_requests(count, unconditional(length), arguments.seed)
-    else:
-        prompts = prompts_of_lines(
-            read_prompt_lines(arguments.prompts),
-            tokenizer=model.tokenizer,
-            num_tokens=model.graph.num_tokens,
-            length=length,
-            marker=arguments.blank,
-        )
-        requests = prompt_requests(prompts, arguments.seed)
-
-    def show(done: int, total: int) -> None:
-        if is_first and sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\rbatch {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-    start = time.perf_counter()
-    records = generate(
-        model,
-        requests,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        batch_size=arguments.batch_size,
+        return unconditional_requests(count, unconditional(length), arguments.seed, settings)
+    prompts = prompts_of_lines(
+        lines,
         tokenizer=model.tokenizer,
-        on_batch=show,
+        num_tokens=model.graph.num_tokens,
+        length=length,
+        graph=model.graph.name,
+        marker=arguments.blank,
+        settings=settings,
+        on_bad=skipped.append if arguments.on_bad_prompt == "skip" else None,
     )
-    seconds = time.perf_counter() - start
-    if is_first:
-        write_jsonl(arguments.output, records)
-        tokens = sum(record["length"] for record in records)
-        print(
-            f"{len(records)} samples, {tokens:,} tokens in {seconds:.1f} s "
-            f"({tokens / seconds:,.0f} tokens/s), token entropy {mean_entropy(records):.3f} nats"
-        )
-        print(arguments.output)
-    shutdown()
+    return prompt_requests(prompts, arguments.seed)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".made-by-quickstart"
 # Everything the commands below leave in the folder; a rerun removes these and nothing else.
 OURS = ("data", "run", "bound.json", "samples.jsonl", "prompts.jsonl", "infilling.jsonl")
+OURS += ("samples.report.json", "infilling.report.json")
+OURS += ("samples.jsonl.parts", "infilling.jsonl.parts")
 CURVES = "curves.png"
 
 STEPS = 1000

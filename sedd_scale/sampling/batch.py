@@ -1,24 +1,22 @@
-"""Many samples over many processes: the same work, cut the same way, on any number of ranks."""
+"""What is to be drawn, cut into batches the same way whatever the number of ranks, and drawn."""
 
+import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
-from sedd_scale.data.atomic import write_atomically
 from sedd_scale.data.tokenizers import Tokenizer
-from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.infill import Infill
 from sedd_scale.sampling.prompts_file import Prompt
-from sedd_scale.sampling.samplers import sample
+from sedd_scale.sampling.quality import token_entropy
+from sedd_scale.sampling.samplers import sample_with
+from sedd_scale.sampling.settings import SamplerSettings
+from sedd_scale.sampling.trace import TraceRecorder
 
 
 class Request(NamedTuple):
@@ -29,17 +27,27 @@ class Request(NamedTuple):
         infill: what is given of it.
         seed: of its draws.
         number: which draw of that seed it is.
+        settings: how it is drawn.
     """
 
     id: str | int
     infill: Infill
     seed: int
     number: int
+    settings: SamplerSettings = SamplerSettings()
+
+    @property
+    def num_free(self) -> int:
+        """Positions to be drawn."""
+        return len(self.infill.fixed_L) - int(self.infill.fixed_L.sum())
 
 
-def unconditional_requests(count: int, infill: Infill, seed: int) -> list[Request]:
+def unconditional_requests(
+    count: int, infill: Infill, seed: int, settings: SamplerSettings | None = None
+) -> list[Request]:
     """`count` samples, ids 0..count-1."""
-    return [Request(number, infill, seed, number) for number in range(count)]
+    chosen = settings or SamplerSettings()
+    return [Request(number, infill, seed, number, chosen) for number in range(count)]
 
 
 def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
@@ -53,110 +61,120 @@ def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
     for prompt in prompts:
         for number in range(prompt.num_samples):
             name = prompt.id if prompt.num_samples == 1 else f"{prompt.id}-{number}"
-            if prompt.seed is not None:
-                requests.append(Request(name, prompt.infill, prompt.seed, number))
-            else:
-                requests.append(Request(name, prompt.infill, seed, shared))
-                shared += 1
+            own = prompt.seed is not None
+            requests.append(
+                Request(
+                    name,
+                    prompt.infill,
+                    seed if prompt.seed is None else prompt.seed,
+                    number if own else shared,
+                    prompt.settings,
+                )
+            )
+            shared += not own
     return requests
 
 
-def generate(
+def cut_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Indices of requests in batches of equal settings, each at most `batch_size`.
+
+    Within equal settings the short ones come first, so that few positions of a batch only fill it
+    up.
+    """
+    alike: dict[SamplerSettings, list[int]] = {}
+    for index, request in enumerate(requests):
+        alike.setdefault(request.settings, []).append(index)
+    batches = []
+    for indices in alike.values():
+        indices.sort(key=lambda index: len(requests[index].infill.tokens_L))
+        batches += [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
+    return batches
+
+
+def batch_cost(batch: Sequence[Request]) -> int:
+    """Tokens that go through the network for a batch, at most: what its time grows with."""
+    longest = max(len(request.infill.tokens_L) for request in batch)
+    free = max(request.num_free for request in batch)
+    return len(batch) * longest * max(1, batch[0].settings.resolved_steps or free)
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """SHA-256 (hex) of everything the samples depend on but the model."""
+    digest = hashlib.sha256()
+    infills: dict[int, str] = {}  # shared by many requests; kept alive by them
+    for request in requests:
+        key = id(request.infill)
+        if key not in infills:
+            tokens_L, fixed_L = request.infill
+            content = tokens_L.astype("<i8").tobytes() + fixed_L.tobytes()
+            infills[key] = hashlib.sha256(content).hexdigest()
+        line = [request.id, infills[key], request.seed, request.number, request.settings.to_dict()]
+        digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def draw_batch(
     model: ScoreModel,
-    requests: Sequence[Request],
+    batch: Sequence[Request],
     *,
-    steps: int,
-    sampler: str,
-    batch_size: int,
     tokenizer: Tokenizer | None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    traced: Collection[int] = (),
 ) -> list[dict[str, Any]]:
-    """Draw all requests over the data-parallel ranks; collective.
+    """Draw requests of equal settings; tensor-parallel ranks call it together.
 
-    Batches are the same whatever the number of ranks, and dealt whole, so that a sample is the same
-    to the last token. Every rank returns the records of all requests, in order: id, text (None
-    without a tokenizer), tokens, seed, number, entropy (nats, of the sample's tokens), length,
-    steps, sampler, and seconds (of its batch).
-
-    Args:
-        on_batch: called after each batch of this rank with (batches done, batches of this rank).
+    Returns a record each: id, text (None without a tokenizer), tokens, given (ranges of fixed
+    positions, [start, end) each), seed, number, settings, entropy (nats, of the sample's tokens),
+    length, seconds (of the batch), and trace for the rows of the batch in `traced`.
 
     Raises:
         CheckpointError: the network's outputs are not finite.
     """
-    batches = list(_equal_length_batches(requests, batch_size))
-    own = range(model.layout.data_rank, len(batches), model.layout.data)
-    records: dict[int, dict[str, Any]] = {}
-    for done, which in enumerate(own, start=1):
-        batch = [requests[index] for index in batches[which]]
-        start = time.perf_counter()
-        tokens_BL = sample(
-            model,
-            torch.from_numpy(np.stack([request.infill.tokens_L for request in batch])),
-            torch.from_numpy(np.stack([request.infill.fixed_L for request in batch])),
-            steps,
-            sampler,
-            seed=[request.seed for request in batch],
-            sample_ids_B=[request.number for request in batch],
-        ).numpy()
-        seconds = time.perf_counter() - start
-        for index, request, tokens_L in zip(batches[which], batch, tokens_BL):
-            records[index] = {
-                "id": request.id,
-                "text": None if tokenizer is None else tokenizer.decode(tokens_L),
-                "tokens": tokens_L.tolist(),
-                "seed": request.seed,
-                "number": request.number,
-                "entropy": token_entropy(tokens_L),
-                "length": len(tokens_L),
-                "steps": steps,
-                "sampler": sampler,
-                "seconds": round(seconds, 3),
-            }
-        on_batch(done, len(own))
-    of_ranks: list[Any] = [records]
-    if model.layout.data > 1:
-        of_ranks = [None] * model.layout.data
-        dist.all_gather_object(of_ranks, records, group=model.layout.data_group)
-    merged = {index: record for part in of_ranks for index, record in part.items()}
-    return [merged[index] for index in range(len(requests))]
+    start = time.perf_counter()
+    lengths_B = [len(request.infill.tokens_L) for request in batch]
+    given_BL = np.zeros((len(batch), max(lengths_B)), dtype=np.int64)
+    fixed_BL = np.zeros(given_BL.shape, dtype=np.bool_)
+    for row, request in enumerate(batch):
+        given_BL[row, : lengths_B[row]], fixed_BL[row, : lengths_B[row]] = request.infill
+    recorder = TraceRecorder(
+        {row: batch[row].infill for row in traced}, mask_id=model.graph.mask_id
+    )
+    drawn_BL = sample_with(
+        model,
+        torch.from_numpy(given_BL),
+        torch.from_numpy(fixed_BL),
+        batch[0].settings,
+        seed=[request.seed for request in batch],
+        sample_ids_B=[request.number for request in batch],
+        lengths_B=None if min(lengths_B) == max(lengths_B) else lengths_B,
+        on_step=recorder.on_step if traced else None,
+    ).numpy()
+    seconds = time.perf_counter() - start
+    traces = recorder.traces(tokenizer)
+    records = []
+    for row, request in enumerate(batch):
+        tokens_L = drawn_BL[row, : lengths_B[row]]
+        record = {
+            "id": request.id,
+            "text": None if tokenizer is None else tokenizer.decode(tokens_L),
+            "tokens": tokens_L.tolist(),
+            "given": fixed_ranges(request.infill),
+            "seed": request.seed,
+            "number": request.number,
+            "settings": {
+                **request.settings.to_dict(),
+                "steps": request.settings.resolved_steps,
+            },
+            "entropy": token_entropy(tokens_L),
+            "length": len(tokens_L),
+            "seconds": round(seconds, 3),
+        }
+        if row in traces:
+            record["trace"] = traces[row]
+        records.append(record)
+    return records
 
 
-def token_entropy(tokens_L: npt.NDArray[np.int64]) -> float:
-    """Entropy in nats of the distribution of a sample's tokens, their order ignored.
-
-    To be read beside any generative perplexity: a low temperature lowers both.
-    """
-    counts = np.unique(tokens_L, return_counts=True)[1]
-    share = counts / counts.sum()
-    return float(-(share * np.log(share)).sum()) if len(counts) > 1 else 0.0
-
-
-def refuse_existing_output(path: Path) -> None:
-    """Raise DataError where an output would be written over, or has no directory."""
-    if path.exists():
-        raise DataError(f"--output {path} exists already: remove it or give another name")
-    if not path.parent.is_dir():
-        raise DataError(f"--output {path}: directory {path.parent} does not exist; make it first")
-
-
-def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write one record a line, the whole file or nothing; DataError where it exists already."""
-    refuse_existing_output(path)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(path, text.encode("utf-8", errors="replace"))
-
-
-def mean_entropy(records: Sequence[dict[str, Any]]) -> float:
-    """Mean token entropy of samples, nats."""
-    return math.fsum(record["entropy"] for record in records) / len(records)
-
-
-def _equal_length_batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Indices of requests in batches of equal length, each at most `batch_size`."""
-    by_length: dict[int, list[int]] = {}
-    for index, request in enumerate(requests):
-        by_length.setdefault(len(request.infill.tokens_L), []).append(index)
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
+def fixed_ranges(infill: Infill) -> list[list[int]]:
+    """The given positions as ranges [start, end)."""
+    edges = np.flatnonzero(np.diff(infill.fixed_L.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).tolist()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from sedd_scale.cli import run_command
-from sedd_scale.sampling.batch import token_entropy
+from sedd_scale.sampling.quality import token_entropy
 from tests.interop.tiny_checkpoints import write_checkpoint
 from tools.generate import build_parser, generate_command
+from tools.samples import build_parser as samples_parser
+from tools.samples import samples_command
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,8 @@ def test_unconditional_samples_do_not_depend_on_the_batch(checkpoint: Path, tmp_
         assert len(record["tokens"]) == record["length"] == 12
         assert max(record["tokens"]) < 257
         assert record["entropy"] == pytest.approx(token_entropy(np.array(record["tokens"])))
-        assert (record["seed"], record["steps"], record["sampler"]) == (3, 5, "analytic")
+        assert record["seed"] == 3
+        assert (record["settings"]["steps"], record["settings"]["sampler"]) == (5, "analytic")
     assert len({tuple(record["tokens"]) for record in records}) == 5
 
 
@@ -75,6 +78,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "a____"}\n{"text": "abcdefghijklmnop____"}\n')
     (tmp_path / "there.jsonl").write_text("kept")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a____"}\n{"text":\n')
+    (tmp_path / "id.jsonl").write_text('{"tokens": [257], "positions": [0]}\n')
     for output, arguments, message in [
         ("there.jsonl", (), "exists already"),
         ("no/where.jsonl", (), "does not exist"),
@@ -82,9 +88,56 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ("new.jsonl", ("--prompts", prompts, "--num-samples", 2), "does not go with"),
         ("new.jsonl", ("--num-samples", 0), "--num-samples 0"),
         ("new.jsonl", ("--seed", -1), "--seed -1"),
+        ("new.jsonl", ("--length", 0), "--length 0"),
+        ("new.jsonl", ("--temperature", -1), "temperature=-1"),
+        ("new.jsonl", ("--on-bad-prompt", "skip"), "goes with --prompts"),
+        ("new.jsonl", ("--trace-samples", 2), "goes with --trace"),
+        ("new.jsonl", ("--prompts", tmp_path / "empty.jsonl"), "is empty"),
+        ("new.jsonl", ("--prompts", tmp_path / "bad.jsonl"), "bad.jsonl:2 is not JSON"),
+        ("new.jsonl", ("--prompts", tmp_path / "id.jsonl"), "id.jsonl:1: token id 257"),
+        ("new.jsonl", ("--judge", tmp_path / "none"), "does not exist"),
     ]:
         assert run(checkpoint, tmp_path / output, *arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     assert (tmp_path / "there.jsonl").read_text() == "kept"
+    assert not list(tmp_path.glob("*.parts"))
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_bad_line_is_passed_over_where_asked(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "a____"}\n{\n{"text": "abcdefghijklmnop____"}\n{"prefix": "b"}\n')
+    skip = ("--prompts", prompts, "--on-bad-prompt", "skip")
+    assert run(checkpoint, tmp_path / "out.jsonl", *skip) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert len(told) == 2 and ":2 is not JSON" in told[0] and ":3: the prompt needs" in told[1]
+    assert [record["id"] for record in read(tmp_path / "out.jsonl")] == [1, 4]
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert (report["samples"], report["prompts_skipped"]) == (2, 2)
+
+
+def test_traces_replay_to_their_samples_and_are_shown(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, page = tmp_path / "out.jsonl", tmp_path / "out.html"
+    traced = ("--num-samples", 3, "--trace", page, "--trace-samples", 2, "--batch-size", 3)
+    assert run(checkpoint, output, *traced) == 0
+    records = read(output)
+    assert ["trace" in record for record in records] == [True, True, False]
+    for record in records[:2]:
+        tokens: list[int | None] = [None] * record["length"]
+        for event in record["trace"]["events"]:
+            for position, token in zip(event["positions"], event["tokens"]):
+                tokens[position] = token
+        assert tokens == record["tokens"]
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    capsys.readouterr()
+    show = [str(output), "--show-trace", "--id", "1"]
+    assert run_command(samples_parser(), samples_command, show) == 0
+    assert "--- sample 1: start, time 1" in capsys.readouterr().out
+    show[-1] = "9"
+    assert run_command(samples_parser(), samples_command, show) == 2
+    assert "no sample with the id 9" in capsys.readouterr().err
