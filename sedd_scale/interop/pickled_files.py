@@ -66,14 +66,14 @@ class PickledFile:
         """
         if self._is_whole:
             return tensor
-        offset = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+        offset = _offset_in_file(tensor)
         size, stride = tensor.shape, tensor.stride()
         if tensor.numel() == 0:
             return torch.empty(size, dtype=tensor.dtype)
         span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         data = torch.empty(span, dtype=tensor.dtype)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(offset + tensor.storage_offset() * tensor.element_size())
+            file.seek(offset + int(tensor.storage_offset()) * tensor.element_size())
             if not read_into(file, data):
                 raise CheckpointError(f"{self.path} is cut short; fetch it again")
         return data.as_strided(tuple(size), stride).contiguous()
@@ -81,7 +81,7 @@ class PickledFile:
 
 def read_into(file: Any, data: Tensor) -> bool:
     """Fill a contiguous tensor with the file's next bytes; whether there were enough."""
-    view = memoryview(data.view(-1).view(torch.uint8).numpy())
+    view = bytes_of(data)
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])
@@ -94,7 +94,15 @@ def read_into(file: Any, data: Tensor) -> bool:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The numbers of a tensor in memory order; a view where the tensor is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _offset_in_file(tensor: Tensor) -> int:
+    """Where the numbers of a tensor's storage begin in the file it was loaded from as a fake."""
+    offset = tensor.untyped_storage()._checkpoint_offset
+    assert offset is not None
+    return int(offset)
 
 
 def placeholder(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,7 +130,7 @@ def write_pickled(path: Path, tree: Any, numbers: dict[int, Callable[[], Tensor]
             tensor = numbers[id(ours)]()
             assert tensor.shape == theirs.shape and tensor.dtype == theirs.dtype
             if tensor.numel():
-                file.seek(theirs.untyped_storage()._checkpoint_offset)  # type: ignore[attr-defined]
+                file.seek(_offset_in_file(theirs))
                 file.write(bytes_of(tensor))
 
 

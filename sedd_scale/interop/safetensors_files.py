@@ -49,7 +49,7 @@ class SafetensorsFiles:
             found = {name: file.name for name, file in self._file_of.items()}
             wrong = sorted(set(weight_map.items()) ^ set(found.items()))
             if wrong:
-                name, file = wrong[0]
+                name = wrong[0][0]
                 raise CheckpointError(
                     f"{path} and the shards beside it disagree about the file of {name} "
                     f"({weight_map.get(name, 'none')} and {found.get(name, 'none')}); fetch them "

@@ -29,7 +29,9 @@ class LogitModel(Protocol):
     graph: Graph
     schedule: Schedule
     scaled: bool
-    time_conditioned: bool
+
+    @property
+    def time_conditioned(self) -> bool: ...
 
     @property
     def device(self) -> torch.device: ...
