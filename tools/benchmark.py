@@ -1,12 +1,12 @@
-"""Measure the parts of a training step, side by side with straightforward formulations of them."""
+"""Measure training and sampling part by part, beside straightforward formulations."""
 
 import argparse
 import sys
 
-from sedd_scale.benchmark import communication, data, loss, optimizer, step
+from sedd_scale.benchmark import communication, data, loss, optimizer, sample, step
 from sedd_scale.cli import make_parser, run_command
 
-SUBCOMMANDS = (loss, step, optimizer, data, communication)
+SUBCOMMANDS = (loss, step, optimizer, data, communication, sample)
 
 
 def build_parser() -> argparse.ArgumentParser:

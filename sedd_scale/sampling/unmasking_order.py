@@ -53,7 +53,7 @@ def run_first_hitting(batch: BatchState) -> None:
 def run_ordered(batch: BatchState) -> None:
     """Fill first where the network is surest, in place; the token itself follows its law.
 
-    What is compared, greatest first (near ties: from left to right), is of the network's softmax(z):
+    What is compared, greatest first (near ties: left to right), is of the network's own softmax(z):
     confidence its largest probability (as in arXiv 2202.04200 and 2502.09992, where it is that of
     the token drawn), margin the largest less the second largest (arXiv 2502.06768), entropy the
     entropy with a minus.
@@ -129,7 +129,7 @@ def _surest(batch: BatchState, sigma_B: Tensor, count_B: Tensor) -> Tensor:
 
 
 def _order_with_ties(sure_BL: Tensor) -> Tensor:
-    """Positions from the greatest value down; those that rounding alone sets apart from left to right.
+    """Positions from the greatest value down; where rounding alone decides, from left to right.
 
     Positions of a sequence of masks all look alike to the network, so that ties are the rule at the
     start: which of them rounding puts first would depend on the layout.

@@ -93,7 +93,7 @@ def test_one_position_a_call_follows_the_walk_over_all_orders(sampler: str) -> N
 def test_first_hitting_draws_the_data_itself() -> None:
     model = ExactScores("absorb", "geometric")
     blank, free = torch.zeros(COUNT, 2, dtype=torch.int64), torch.zeros(COUNT, 2).bool()
-    assert_follows(sample(model, blank[:2000], free[:2000], None, "first-hitting"), model.data_C, 3)
+    assert_follows(sample(model, blank[:500], free[:500], None, "first-hitting"), model.data_C, 3)
 
 
 def test_temperature_and_cuts_are_those_of_their_definition() -> None:
