@@ -5,8 +5,6 @@ Sizes follow from the shapes of tensors. The graph, the noise and the block leng
 
 from dataclasses import dataclass, fields
 
-from sedd_scale.config import Config
-
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -53,18 +51,3 @@ _KEYS = {
     "scale_by_sigma": "model.scale_by_sigma",
     "time_conditioning": "model.time_conditioning",
 }
-
-
-def assumed_from(config: Config) -> Assumptions:
-    """The assumptions under which a foreign checkpoint is the model of this configuration."""
-    return Assumptions(
-        graph=config.graph.name,
-        noise=config.noise.name,
-        sigma_min=config.noise.sigma_min,
-        sigma_max=config.noise.sigma_max,
-        eps=config.noise.eps,
-        block_length=config.data.block_length,
-        num_heads=config.model.num_heads,
-        scale_by_sigma=config.resolved_scale_by_sigma,
-        time_conditioning=config.model.time_conditioning,
-    )

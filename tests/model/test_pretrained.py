@@ -96,7 +96,7 @@ def test_a_pickle_cut_short_is_damaged(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     path = copy / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
         load_pretrained(copy)
 
 
@@ -111,11 +111,11 @@ def test_missing_unknown_and_misshapen_tensors_are_named(copy: Path) -> None:
     del tensors["blocks.2.norm2.weight"]
     tensors["blocks.1.norm2.weight"] = lost[:-1].clone()
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.norm2\.weight has shape \(63,\)"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.norm2\.weight is \[63\] and should"):
         load_pretrained(copy)
 
 
 def test_a_directory_without_weights_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"none of model\.safetensors, .*pytorch_model"):
         load_pretrained(copy)
