@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 from sedd_scale.cli import make_parser, run_command
+from sedd_scale.training.signals import StopSignals, exit_code_after_stop
 
 
-def train_command(arguments: argparse.Namespace) -> None:
-    """Read and check the configuration, then train."""
+def train_command(arguments: argparse.Namespace) -> int:
+    """Read and check the configuration, then train; 75 or 0 after a stop at a signal."""
+    stop = StopSignals()
+    stop.install()
+
     from sedd_scale.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -16,8 +20,9 @@ def train_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.parallel.layout import shutdown
     from sedd_scale.training.loop import train
 
-    train(config, arguments.run_dir)
+    finished = train(config, arguments.run_dir, stop)
     shutdown()
+    return 0 if finished else exit_code_after_stop()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,10 +1,11 @@
-"""The training loop: batch, step, log, validate, save.
+"""The training loop: batch, corrupt, step, guard, log, validate, save.
 
     torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first \\
         data.path=data/books parallel.tensor=2
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import platform
@@ -22,11 +23,17 @@ from sedd_scale.config import Config, config_from_dict
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sedd_scale.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    TrainingError,
+)
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, make_engine
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
+from sedd_scale.training.bad_steps import BadSteps
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.checkpoint import (
     CheckpointWriter,
@@ -37,21 +44,29 @@ from sedd_scale.training.checkpoint import (
     read_meta,
 )
 from sedd_scale.training.checkpoint_directory import resume_candidates
+from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.metrics import MetricsLog
 from sedd_scale.training.optimizer import AdamWithEMA
+from sedd_scale.training.replicas import check_replicas
+from sedd_scale.training.signals import StopSignals
+from sedd_scale.training.watchdog import Watchdog
 
 
-def train(config: Config, run_dir: Path) -> None:
+def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> bool:
     """Train as configured; every process of the job calls this.
+
+    Returns whether the run is finished: not, when it stopped and saved at a signal to any rank.
 
     Everything that can be refused is refused before a process group starts.
 
     Raises:
         ConfigError, DataError, CheckpointError: the configuration, the dataset or the checkpoint
             to resume from does not fit.
-        TrainingError: a loss or gradient that is not finite.
+        TrainingError: a loss or gradient that is not finite, or too many updates left out in a
+            row, or replicas that are not the same.
     """
+    stop = stop or StopSignals()
     config, corpus = fit_to_dataset(config)
     source = find_resume(config, run_dir, corpus)
     parallel = config.parallel
@@ -78,14 +93,15 @@ def train(config: Config, run_dir: Path) -> None:
         first_step = meta["step"]
     if layout.rank == 0:
         describe_run(config, run_dir, layout)
-    log = MetricsLog(
-        run_dir,
-        config.logging,
-        is_main=layout.rank == 0,
-        total_steps=config.training.steps,
-        resumed_step=None if source is None else first_step,
-        run_config=config.to_dict(),
-    )
+    with stop.shielded():
+        log = MetricsLog(
+            run_dir,
+            config.logging,
+            is_main=layout.rank == 0,
+            total_steps=config.training.steps,
+            resumed_step=None if source is None else first_step,
+            run_config=config.to_dict(),
+        )
     if source is not None:
         log.say(f"resumed {source} at step {first_step}")
     batches = TrainBatches(corpus, config, graph, schedule, layout)
@@ -96,6 +112,12 @@ def train(config: Config, run_dir: Path) -> None:
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, graph, schedule, layout)
 
+    guard = StepGuard(config.training, None if source is None else meta.get("guard"))
+    bad_steps = BadSteps(
+        run_dir, config, layout, fingerprint=corpus.fingerprint, resumed_step=first_step
+    )
+    watchdog = Watchdog(run_dir, layout.rank, config.training, first_step=first_step)
+
     def meta_of(step: int, tokens: int) -> dict[str, Any]:
         samples_seen = step * config.training.global_batch
         return {
@@ -103,6 +125,7 @@ def train(config: Config, run_dir: Path) -> None:
             "samples_seen": samples_seen,
             "tokens": tokens,
             "config": config.to_dict(),
+            "guard": guard.state(),
             **corpus.describe_position(batches.loader, samples_seen),
         }
 
@@ -118,12 +141,43 @@ def train(config: Config, run_dir: Path) -> None:
     last_step = config.training.steps
     tokens = 0 if source is None else meta["tokens"]  # of text: padding is left out
     logged_step, logged_tokens, logged_at = first_step, tokens, time.perf_counter()
-    with writer, Prefetcher(batches.of_step, first_step, end_step=last_step) as prefetched:
+    stopped = False
+    with stop.shielded():
+        prefetcher = Prefetcher(batches.of_step, first_step, end_step=last_step)
+    stop.arm()
+    with writer, prefetcher as prefetched, watchdog:
         for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
-            result = engine.train_step(batch.micro_batches, lr=lr)
+            result = engine.train_step(
+                batch.micro_batches,
+                lr=lr,
+                accept=functools.partial(guard.accepts, step),
+                wants_stop=stop.wants_stop,
+            )
+            watchdog.step_done(step)
             tokens += batch.tokens
             log.advance(step)
+            verdict, must_stop = guard.verdict, guard.must_stop()
+            if verdict.cause is not None:
+                action = "reported" if verdict.applied else "skipped"
+                line = bad_steps.record(
+                    step,
+                    result,
+                    verdict,
+                    batch.micro_batches,
+                    action="stopped" if must_stop else action,
+                )
+                log.say(line)
+            if must_stop:
+                raise TrainingError(
+                    f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}: "
+                    f"{engine.explain(batch.micro_batches)}; stopped by {must_stop}: resume from "
+                    "the last checkpoint with a lower optimizer.lr or optimizer.clip, or with "
+                    "training.skip_steps or training.on_nonfinite=skip"
+                )
+            if _due(step, config.training.check_replicas_every):
+                check_replicas(step, engine.parameters, engine.fragments, layout)
+            stopped = result.wants_stop and step < last_step
             if step % config.logging.every == 0 or step == last_step:
                 seconds = time.perf_counter() - logged_at
                 steps = step - logged_step
@@ -131,6 +185,9 @@ def train(config: Config, run_dir: Path) -> None:
                     step,
                     loss=result.loss,
                     grad_norm=result.grad_norm,
+                    loss_z=verdict.loss_z,
+                    grad_norm_z=verdict.grad_norm_z,
+                    skipped_steps=guard.skipped,
                     lr=lr,
                     tokens=tokens,
                     tokens_per_second=(tokens - logged_tokens) / seconds,
@@ -142,15 +199,27 @@ def train(config: Config, run_dir: Path) -> None:
             if validation is not None and (
                 step % config.training.valid_every == 0 or step == last_step
             ):
-                nats_per_token, stderr = validate(engine, validation)
+                with watchdog.slow("a validation"):
+                    nats_per_token, stderr = validate(engine, validation)
                 log.validation(
                     step, nats_per_token=nats_per_token, stderr=stderr, data=validation.metrics()
                 )
-            if step % config.checkpoint.every == 0 or step == last_step:
-                writer.save(meta_of(step, tokens))
+            if step % config.checkpoint.every == 0 or step == last_step or stopped:
+                with watchdog.slow("a save"):
+                    writer.save(meta_of(step, tokens))
             writer.poll()
             logged_at += time.perf_counter() - paused_at
+            if stopped:
+                with watchdog.slow("a save"):
+                    writer.wait()
+                log.say(f"stopped by a signal at step {step}: saved; start again to go on")
+                break
     log.close()
+    return not stopped
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def fit_to_dataset(config: Config) -> tuple[Config, Corpus]:

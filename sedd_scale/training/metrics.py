@@ -66,6 +66,9 @@ class MetricsLog:
         tokens: int,
         tokens_per_second: float,
         step_ms: float,
+        loss_z: float = math.nan,
+        grad_norm_z: float = math.nan,
+        skipped_steps: int = 0,
         data: Mapping[str, float] | None = None,
     ) -> None:
         """Record one interval of training, after `step` updates.
@@ -75,6 +78,9 @@ class MetricsLog:
             grad_norm: before clipping.
             tokens: of text seen since the run began, padding left out.
             step_ms: milliseconds a step.
+            loss_z: z-score of the loss among recent steps, nan while there are too few.
+            grad_norm_z: the same of the gradient norm.
+            skipped_steps: updates left out since the run began.
             data: epochs and the like, for the file alone.
         """
         values = {
@@ -84,6 +90,9 @@ class MetricsLog:
             "tokens": tokens,
             "tokens_per_second": tokens_per_second,
             "step_ms": step_ms,
+            "loss_z": loss_z,
+            "grad_norm_z": grad_norm_z,
+            "skipped_steps": skipped_steps,
         }
         self._record(step, {**values, **(data or {})})
         self.say(format_training_line(step, self._total_steps, values))
@@ -254,12 +263,18 @@ def metrics_line(step: int, values: Mapping[str, float]) -> str:
 def format_training_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """The console's line on one interval of training."""
     seconds_left = (total_steps - step) * values["step_ms"] / 1000.0
+    loss_z, grad_norm_z = (_z_text(values, key) for key in ("loss_z", "grad_norm_z"))
     return (
-        f"step {step}/{total_steps}  loss {values['loss']:.3f} nats/token  "
-        f"|g| {values['grad_norm']:.2f}  lr {values['lr']:.1e}  "
+        f"step {step}/{total_steps}  loss {values['loss']:.3f}{loss_z} nats/token  "
+        f"|g| {values['grad_norm']:.2f}{grad_norm_z}  lr {values['lr']:.1e}  "
         f"{format_count(values['tokens_per_second'])} tokens/s  "
         f"{values['step_ms']:.0f} ms/step  eta {format_duration(seconds_left)}"
     )
+
+
+def _z_text(values: Mapping[str, float], key: str) -> str:
+    z = values.get(key, math.nan)
+    return f" (z {z:+.1f})" if math.isfinite(z) else ""
 
 
 def format_validation_line(

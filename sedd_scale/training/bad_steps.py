@@ -1,0 +1,113 @@
+"""bad_steps.jsonl: every step that a guard left out, reported or stopped at, and its batch.
+
+A line holds what identifies the batch without the layout that made it: its samples in the run's
+order, the fingerprints of the data, and a fingerprint of the noisy batch itself, so that
+`tools/train.py --replay STEP` can show that it makes the same one again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sedd_scale.config import Config
+from sedd_scale.parallel.engine import MicroBatch, StepResult
+from sedd_scale.parallel.layout import Layout
+from sedd_scale.training.guards import Verdict
+from sedd_scale.training.metrics import keep_history
+
+FILE_NAME = "bad_steps.jsonl"
+
+
+class BadSteps:
+    """The run's record of bad steps; its lines after `resumed_step` are dropped, as metrics' are.
+
+    Args:
+        fingerprint: of the dataset, or of those of the mixture.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, layout: Layout, *, fingerprint: str, resumed_step: int
+    ) -> None:
+        self._path = run_dir / FILE_NAME
+        self._config, self._layout, self._fingerprint = config, layout, fingerprint
+        if layout.rank == 0:
+            keep_history(self._path, resumed_step)
+
+    def record(
+        self,
+        step: int,
+        result: StepResult,
+        verdict: Verdict,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        action: str,
+    ) -> str:
+        """Write one line; collective over all processes. The console's words on it are returned.
+
+        Args:
+            micro_batches: of this rank.
+            action: "stopped", "skipped" or "reported".
+        """
+        batch = self._config.training.global_batch
+        values: dict[str, Any] = {
+            "step": step,
+            "action": action,
+            "cause": verdict.cause,
+            "loss": _finite(result.loss),
+            "grad_norm": _finite(result.grad_norm),
+            "loss_z": _finite(verdict.loss_z),
+            "grad_norm_z": _finite(verdict.grad_norm_z),
+            "first_sample": (step - 1) * batch,
+            "last_sample": step * batch - 1,
+            "dataset_fingerprint": self._fingerprint,
+            "batch_fingerprint": batch_fingerprint(micro_batches, self._layout),
+        }
+        if self._layout.rank == 0:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+        return (
+            f"step {step} {action} ({verdict.cause}): loss {result.loss:.4g} "
+            f"(z {verdict.loss_z:.1f}), |g| {result.grad_norm:.4g} (z {verdict.grad_norm_z:.1f}), "
+            f"samples {values['first_sample']}-{values['last_sample']}, "
+            f"batch {values['batch_fingerprint']}"
+        )
+
+
+def recorded(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The record of one step, or None."""
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values: dict[str, Any] = json.loads(line)
+        if values["step"] == step:
+            return values
+    return None
+
+
+def batch_fingerprint(micro_batches: Sequence[MicroBatch], layout: Layout) -> str:
+    """16 hexadecimal digits of the global batch: the sum of its noisy samples' hashes.
+
+    Of tokens and times as the network sees them; the same under any split. Collective over the
+    data-parallel ranks.
+    """
+    total = 0
+    for micro_batch in micro_batches:
+        noisy_BL, sigma_B, _ = micro_batch.inputs
+        for noisy_L, sigma in zip(noisy_BL, sigma_B, strict=True):
+            digest = hashlib.sha256(noisy_L.long().numpy().tobytes() + sigma.numpy().tobytes())
+            total += int.from_bytes(digest.digest()[:8], "little")
+    totals = [total]
+    if layout.data > 1:
+        totals = [0] * layout.data
+        dist.all_gather_object(totals, total, group=layout.data_group)
+    return f"{sum(totals) % 2**64:016x}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

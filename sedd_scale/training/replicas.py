@@ -1,0 +1,128 @@
+"""Whether ranks that should hold the same numbers do, bit by bit.
+
+Data-parallel ranks each hold a copy of the working weights (under ZeRO 3 of those that are whole
+everywhere); tensor-parallel ranks each hold a copy of every parameter that is not split, with its
+own float32 state. Nothing in training compares the copies: a flipped bit or a nondeterministic
+kernel on one rank stays unseen while the copies drift apart.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sedd_scale.errors import TrainingError
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.fragments import STATE_KEYS, ZeroFragments
+from sedd_scale.parallel.layout import Layout
+
+# Numbers hashed at a time, so that a check needs little memory of its own.
+_HASH_LENGTH = 1 << 22
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Odd, so that multiplying by it modulo 2^64 loses nothing (the golden ratio's bits).
+_MULTIPLIER = 0x1E3779B97F4A7C15
+
+
+class Difference(NamedTuple):
+    """Copies of one tensor that are not the same; the least of all ranks' is reported."""
+
+    name: str
+    what: str
+    axis: str
+    ranks: tuple[int, ...]
+    """Of the whole job, those that hold copies."""
+    odd: tuple[int, ...]
+    """Those of them that differ from the copy most of them hold."""
+
+
+@torch.no_grad()
+def check_replicas(
+    step: int, parameters: Sequence[LogicalParameter], fragments: ZeroFragments, layout: Layout
+) -> None:
+    """Compare all copies; collective over all processes.
+
+    Raises:
+        TrainingError: on every process alike; names a parameter, and the ranks whose copies differ.
+    """
+    found = []
+    if layout.data > 1:
+        tensors = [
+            (logical.name, "the weight", logical.parameter.detach())
+            for logical in parameters
+            if tuple(logical.parameter.shape) == logical.local_shape
+        ]
+        found += _differences(tensors, "data-parallel", layout.data_group, layout)
+    if layout.tensor > 1:
+        tensors = []
+        for logical in parameters:
+            if logical.partition_dim is not None:
+                continue
+            if tuple(logical.parameter.shape) == logical.local_shape:
+                tensors.append((logical.name, "the weight", logical.parameter.detach()))
+            for key in STATE_KEYS:
+                fragment = fragments.get(logical, key)
+                if fragment is not None:
+                    tensors.append((logical.name, f"its float32 {key}", fragment.flat))
+        found += _differences(tensors, "tensor-parallel", layout.tensor_group, layout)
+    mismatches = torch.tensor(len(found), device=layout.device)
+    if layout.world_size > 1:
+        dist.all_reduce(mismatches)
+    if not mismatches.item():
+        return
+    of_ranks: list[list[Difference]] = [[] for _ in range(layout.world_size)]
+    dist.all_gather_object(of_ranks, found)
+    everywhere = sorted(set().union(*of_ranks))
+    first = everywhere[0]
+    names = len({difference.name for difference in everywhere})
+    raise TrainingError(
+        f"step {step}: {first.what} of {first.name} is not the same on {first.axis} ranks "
+        f"{list(first.ranks)}: {_who(first)} ({names} parameter{'s' if names > 1 else ''} in all); "
+        "a device or a kernel computes wrong numbers: resume from a checkpoint before it, without "
+        "that machine"
+    )
+
+
+def bit_hash(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bits, int64 on its device; any one changed bit changes it.
+
+    The sum over i of bits_i * (2i + 1) * c modulo 2^64, mixed: the factors are odd, so one changed
+    number cannot cancel, and they differ, so two exchanged numbers can hardly.
+    """
+    flat = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    start = 0
+    for piece in flat.split(_HASH_LENGTH):
+        factors = torch.arange(start, start + len(piece), device=tensor.device) * 2 + 1
+        total += ((piece.long() + _MULTIPLIER) * (factors * _MULTIPLIER)).sum()
+        start += len(piece)
+    return total ^ (total >> 32)
+
+
+def _differences(
+    tensors: Sequence[tuple[str, str, Tensor]], axis: str, group: dist.ProcessGroup, layout: Layout
+) -> list[Difference]:
+    """Of the copies that the ranks of one group hold, as each of them sees it."""
+    if not tensors:
+        return []
+    mine = torch.stack([bit_hash(tensor) for _, _, tensor in tensors]).to(layout.device)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    gathered = [torch.empty_like(mine) for _ in ranks]
+    dist.all_gather(gathered, mine, group=group)
+    hashes_RT = torch.stack(gathered).cpu()
+    found = []
+    for index in (hashes_RT != hashes_RT[0]).any(0).nonzero().flatten().tolist():
+        name, what, _ = tensors[index]
+        copies: list[int] = hashes_RT[:, index].tolist()
+        common = max(sorted(set(copies)), key=copies.count)
+        odd = tuple(rank for rank, copy in zip(ranks, copies, strict=True) if copy != common)
+        tied = 2 * copies.count(common) <= len(copies)
+        found.append(Difference(name, what, axis, ranks, () if tied else odd))
+    return found
+
+
+def _who(difference: Difference) -> str:
+    if not difference.odd:
+        return "no copy has a majority"
+    return f"rank {', '.join(map(str, difference.odd))} differs from the others"
