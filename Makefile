@@ -5,9 +5,11 @@ TORCH := torch==2.13.0
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 BIN := .venv/bin
 READY := .venv/.ready
+# Of `make torture`.
+ROUNDS := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test torture lint clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +21,9 @@ quickstart: $(READY) ## Train a small model on the text every Python carries, ev
 
 test: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest -q --durations=10
+
+torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, about 15 minutes).
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/training/torture.py --rounds $(ROUNDS)
 
 lint: $(READY) ## Check style, formatting and types.
 	$(BIN)/ruff check .

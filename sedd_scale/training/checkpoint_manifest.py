@@ -41,9 +41,8 @@ def record_of(path: Path) -> FileRecord:
 
 def write_manifest(directory: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """List every file of the directory; those not in `known`, by relative name, are hashed here."""
-    names = sorted(
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-    )
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted({path.relative_to(directory).as_posix() for path in paths} - {MANIFEST})
     records = {name: known.get(name) or record_of(directory / name) for name in names}
     content = {"files": {name: asdict(record) for name, record in records.items()}}
     write_atomically(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())

@@ -102,7 +102,7 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
         config, opened = fit_to_dataset(tiny(data, *overrides))
         return find_resume(config, run_dir, opened)
 
-    assert source() == finished / "checkpoints/step-2"
+    assert source() == finished
     assert source(run_dir=tmp_path / "new") is None
     assert source(f"training.resume={finished}", run_dir=tmp_path / "new") is not None
     with pytest.raises(ConfigError, match="already holds checkpoints"):
@@ -120,8 +120,7 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
     lost = tmp_path / "lost"
     shutil.copytree(finished, lost)
     (lost / "checkpoints/latest").unlink()
-    with pytest.raises(CheckpointError, match="latest"):
-        source(run_dir=lost)
+    assert source(run_dir=lost) == lost  # `load_newest` finds an older one, or refuses
 
 
 def test_the_command_reports_a_user_error_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""A short campaign of kills during saves; `make torture` plays five hundred rounds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_no_kill_during_a_save_loses_or_tears_a_checkpoint() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "tests/training/torture.py", "--rounds", "12"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    summary = finished.stdout.splitlines()[-1]
+    assert "no checkpoint lost or torn" in summary
+    counts = dict(re.findall(r'"([a-z ]+)": (\d+)', summary))
+    assert int(counts["killed"]) >= 8 and int(counts["resumed"]) >= 4, summary
+    assert int(counts["damaged"]) >= 1, summary
