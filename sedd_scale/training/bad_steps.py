@@ -1,8 +1,7 @@
 """bad_steps.jsonl: every step that a guard left out, reported or stopped at, and its batch.
 
 A line holds what identifies the batch without the layout that made it: its samples in the run's
-order, the fingerprints of the data, and a fingerprint of the noisy batch itself, so that
-`tools/train.py --replay STEP` can show that it makes the same one again.
+order, the fingerprint of the data, and a fingerprint of the noisy batch itself.
 """
 
 import hashlib
@@ -76,18 +75,6 @@ class BadSteps:
             f"samples {values['first_sample']}-{values['last_sample']}, "
             f"batch {values['batch_fingerprint']}"
         )
-
-
-def recorded(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The record of one step, or None."""
-    path = run_dir / FILE_NAME
-    if not path.exists():
-        return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values: dict[str, Any] = json.loads(line)
-        if values["step"] == step:
-            return values
-    return None
 
 
 def batch_fingerprint(micro_batches: Sequence[MicroBatch], layout: Layout) -> str:
