@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from sedd_scale.benchmark import communication, data, loss, optimizer, sample, step
+from sedd_scale.benchmark import checkpoint, communication, data, loss, optimizer, sample, step
 from sedd_scale.cli import make_parser, run_command
 
-SUBCOMMANDS = (loss, step, optimizer, data, communication, sample)
+SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint)
 
 
 def build_parser() -> argparse.ArgumentParser:
