@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "layout": layout,
     }
     about = dict.fromkeys(("config", "dataset_fingerprint", "tokenizer_fingerprint"))
-    about |= {"samples_seen": 0, "tokens": 0, "num_tokens": 0, "block_length": 0}  # type: ignore[dict-item]
+    about |= {"samples_seen": 0, "tokens": 0, "num_tokens": 0, "block_length": 0}
     seconds: dict[str, list[float]] = {}
 
     def record(name: str, value: float) -> None:
