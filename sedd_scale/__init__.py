@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_pretrained"]
+__all__ = ["__version__", "infill", "load_pretrained", "sample"]
 
 if TYPE_CHECKING:
     from sedd_scale.interop.pretrained import load_pretrained
+    from sedd_scale.sampling.completions import infill, sample
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from sedd_scale.interop.pretrained import load_pretrained
 
         return load_pretrained
+    if name in ("infill", "sample"):
+        from sedd_scale.sampling import completions
+
+        return getattr(completions, name)
     raise AttributeError(f"module 'sedd_scale' has no attribute {name!r}")
