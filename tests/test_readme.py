@@ -152,7 +152,7 @@ def test_command_exists(page: str, line: str):
     [
         "make everything",
         "python tools/gone.py",
-        "python tools/generate.py --checkpoint runs/a --output o.jsonl --temperature 1",
+        "python tools/generate.py --checkpoint runs/a --output o.jsonl --heat 1",
         "python tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d model.depth=3",
         "torchrun --nproc-per-node 3 tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d",
         "python tools/train.py configs/runs/tiny.yaml --run-dir r",
