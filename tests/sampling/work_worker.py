@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.parallel.layout import shutdown
+from sedd_scale.sampling import SAMPLERS
 from sedd_scale.sampling.batch import Request, cut_batches, unconditional_requests
 from sedd_scale.sampling.generation import generate, run_identity
 from sedd_scale.sampling.infill import infill_from_tokens, unconditional
@@ -24,14 +25,19 @@ BATCH_SIZE = 2
 
 
 def requests_of(graph: str) -> list[Request]:
-    """Samples of two lengths, and of several samplers where the graph has them."""
+    """Samples of two lengths, and of every sampler the graph has."""
     settings = SamplerSettings(steps=4)
     requests = unconditional_requests(5, unconditional(6), 1, settings)
     requests += unconditional_requests(4, infill_from_tokens([2], [1], 3, 4), 2, settings)
+    others = [SamplerSettings(sampler="euler", steps=4, time_grid="cosine")]
     if graph == "absorb":
-        for sampler in ("first-hitting", "ancestral"):
-            own = SamplerSettings(sampler=sampler, steps=4)
-            requests += unconditional_requests(3, unconditional(5), 3, own)
+        others += [SamplerSettings(sampler, steps=4) for sampler in SAMPLERS]
+        others += [
+            SamplerSettings("ancestral", steps=4, remask=2.0),
+            SamplerSettings("margin", temperature=0.7, top_p=0.9),
+        ]
+    for own in others:
+        requests += unconditional_requests(3, unconditional(5), 3, own)
     return requests
 
 
