@@ -49,8 +49,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 KEY = re.compile(r"[a-z]+\.[a-z_0-9]+")
-# A file whose name looks like a key.
-WEIGHTS_FILE = "model.safetensors"
+# Files whose names look like keys.
+FILES = ("model.safetensors", "checkpoint.pth")
 FOLDERS = ("tools", "configs", "docs", "sedd_scale", "tests")
 
 
@@ -126,6 +126,8 @@ def check_command(line: str) -> None:
     elif rest[0] == "tools/plan.py":
         parsed = plan.build_parser().parse_intermixed_args(rest[1:])
         load_config(ROOT / parsed.config, parsed.overrides).validate()
+    elif rest[:2] == ["tools/prepare_data.py", "inspect"]:
+        prepare_data.build_inspect_parser().parse_args(rest[2:])
     else:
         PARSERS[rest[0]]().parse_args(rest[1:])
 
@@ -170,7 +172,7 @@ def test_keys_and_files_in_the_text_exist(page: Path):
     for code in INLINE.findall(prose(page)):
         key = code.partition("=")[0]
         is_key = KEY.fullmatch(key) and key.partition(".")[0] in sections
-        if is_key and not is_module(key) and key != WEIGHTS_FILE:
+        if is_key and not is_module(key) and key not in FILES:
             assert key in known_keys(), f"{page.name}: `{code}`"
             if "=" in code:
                 Config().override(code)
