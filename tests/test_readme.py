@@ -190,9 +190,12 @@ def is_module(name: str) -> bool:
 
 def known_flags() -> set[str]:
     flags = {"--run-dir"}
-    for build_parser in PARSERS.values():
-        for action in build_parser()._actions:
+    parsers = [build_parser() for build_parser in PARSERS.values()]
+    while parsers:
+        for action in parsers.pop()._actions:
             flags.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
     return flags
 
 
