@@ -1,7 +1,6 @@
 """The tour's plan and its folder; the tour itself is `make quickstart`."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +138,7 @@ def test_a_failing_step_makes_the_command_fail(
 ):
     failing = Stage("Prepare: text", [sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(quickstart, "stages", lambda folder, steps: [failing])
-    monkeypatch.setattr(os, "chdir", lambda path: None)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     arguments = ["--output", str(tmp_path / "tour")]
     parser = quickstart.build_parser()
