@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.fragments import Fragment
-from sedd_scale.parallel.layout import Layout
+from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.training import fault_points
 from sedd_scale.training.checkpoint import load_newest
 from sedd_scale.training.checkpoint_writer import CheckpointWriter
@@ -57,7 +56,7 @@ class State:
 @pytest.fixture
 def process() -> Iterator[dict[str, Any]]:
     """A group of one process, and what readers and writers take."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    layout = initialize_layout()
     parameter = LogicalParameter(
         name="weight",
         parameter=nn.Parameter(torch.zeros(SHAPE)),
@@ -69,10 +68,9 @@ def process() -> Iterator[dict[str, Any]]:
     yield {
         "engine_fragments": State(),
         "parameters": [parameter],
-        "layout": Layout(1, 1, 1, 0, 0, 0, 0, torch.device("cpu")),
+        "layout": layout,
     }
     fault_points._handlers.clear()
-    dist.destroy_process_group()
 
 
 def meta(step: int) -> dict[str, Any]:
