@@ -55,13 +55,13 @@ def check_judge(name: str) -> None:
     _require("transformers")
     path = Path(name)
     if name.endswith(".gguf"):
-        _require("gguf")
-        _require("accelerate")
         if not path.is_file():
             raise DataError(f"--judge {name} does not exist: give the path of a GGUF file")
         with path.open("rb") as stream:
             if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
                 raise DataError(f"--judge {name} is no GGUF file: give another")
+        _require("gguf")
+        _require("accelerate")
         return
     if path.is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
