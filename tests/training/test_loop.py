@@ -16,7 +16,8 @@ from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
-from sedd_scale.training.loop import find_resume, fit_to_dataset, train
+from sedd_scale.training.loop import fit_to_dataset, train
+from sedd_scale.training.resume import find_resume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs/runs/tiny.yaml"

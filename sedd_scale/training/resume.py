@@ -1,0 +1,107 @@
+"""Where a run goes on from: which checkpoint, whether it fits, and its state in the engine."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sedd_scale.parallel.engine import Engine
+from sedd_scale.training.checkpoint import (
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    load_newest,
+    read_meta,
+)
+from sedd_scale.training.checkpoint_directory import resume_candidates
+
+
+def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
+    """Where to go on from, a run directory or one checkpoint, or None for a new run.
+
+    What can be refused without reading a whole checkpoint is refused here; `load_state` finds the
+    newest good one.
+
+    Raises:
+        CheckpointError: none where one is expected, or one of another run's data, batch or seed.
+        ConfigError: a new run is asked for where one already is.
+    """
+    resume = config.training.resume
+    if resume == "never" or (resume == "auto" and not has_checkpoint(run_dir)):
+        if has_checkpoint(run_dir):
+            raise ConfigError(
+                f"training.resume=never, but {run_dir} already holds checkpoints: give another "
+                "--run-dir, or training.resume=auto to go on with that run"
+            )
+        return None
+    if resume == "auto":
+        with contextlib.suppress(DamagedCheckpointError):  # another may do in its place
+            for source in resume_candidates(run_dir)[0][:1]:
+                check_resume(config, corpus, source, read_meta(source))
+        return run_dir
+    source = find_checkpoint(Path(resume))
+    check_resume(config, corpus, source, read_meta(source))
+    return source
+
+
+def load_state(
+    config: Config, run_dir: Path, source: Path, corpus: Corpus, engine: Engine
+) -> tuple[Path, dict[str, Any]]:
+    """Load what `find_resume` found into the engine; the checkpoint's directory and meta.json.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` for a checkpoint given by its path; as `load_newest`
+            for the run directory.
+    """
+
+    def check(path: Path, meta: dict[str, Any]) -> None:
+        check_resume(config, corpus, path, meta)
+
+    if source == run_dir:
+        return load_newest(
+            run_dir,
+            engine_fragments=engine.fragments,
+            parameters=engine.parameters,
+            layout=engine.layout,
+            verify=config.checkpoint.verify,
+            check=check,
+        )
+    meta = load_checkpoint(
+        source,
+        engine_fragments=engine.fragments,
+        parameters=engine.parameters,
+        layout=engine.layout,
+        verify=config.checkpoint.verify,
+        check=check,
+    )
+    return source, meta
+
+
+def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint that this run cannot go on from.
+
+    Raises:
+        CheckpointError: it is of another run's data, batch or seed.
+        ConfigError: it has more steps than the run.
+    """
+    corpus.check_position(source, meta, config)
+    saved = config_from_dict(meta["config"])
+    for section, key in (
+        ("training", "global_batch"),
+        ("training", "seed"),
+        ("data", "shuffle_window"),
+        ("data", "random_length"),
+    ):
+        before, now = (getattr(getattr(tree, section), key) for tree in (saved, config))
+        if before != now:
+            raise CheckpointError(
+                f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
+                f"data depends on it; set {section}.{key}={before}"
+            )
+    if meta["step"] > config.training.steps:
+        raise ConfigError(
+            f"{source} has done {meta['step']} steps, more than "
+            f"training.steps={config.training.steps}: raise training.steps"
+        )
