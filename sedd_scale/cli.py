@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from sedd_scale import __version__
+from sedd_scale.cluster.task_environment import adopt_slurm_task
 from sedd_scale.errors import SeddScaleError
 
 EXIT_USER_ERROR = 2
@@ -38,7 +39,8 @@ def run_command(
 ) -> int:
     """Parse `argv`, run `command` and return its exit code.
 
-    With `intermixed` positional arguments may stand before and after options.
+    With `intermixed` positional arguments may stand before and after options. In a step of Slurm
+    the process first learns its place among the others.
 
     A `SeddScaleError` or an error of the operating system becomes one line on stderr and exit code
     2; with --debug the traceback is shown. In a job of several processes each rank that fails says
@@ -51,6 +53,7 @@ def run_command(
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args
     arguments = parse(argv)
     try:
+        adopt_slurm_task(os.environ)
         return command(arguments) or 0
     except (SeddScaleError, OSError) as error:
         if arguments.debug:
