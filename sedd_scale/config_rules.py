@@ -80,6 +80,19 @@ def _check_model(config: Config) -> None:
             "model.attention=flash needs the package flash-attn, which is not installed: "
             "pip install 'sedd_scale[flash]' or set model.attention=sdpa"
         )
+    if model.init_from == "":
+        raise ConfigError("model.init_from is empty: set it to null or to a checkpoint's path")
+    if model.grow_vocab and model.init_from is None:
+        raise ConfigError(
+            "model.grow_vocab=true has no effect with model.init_from=null: set model.init_from to "
+            "the checkpoint whose vocabulary is to grow, or model.grow_vocab=false"
+        )
+    if model.init_from is not None and config.training.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"model.init_from={model.init_from} starts a new run and "
+            f"training.resume={config.training.resume} goes on with another: set one of them to "
+            "its default"
+        )
 
 
 def _check_parallel(config: Config) -> None:

@@ -49,6 +49,12 @@ class ModelConfig:
         "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")
     )
     zero_init: bool = _key(True, "Start the head and all modulations at zero, as the paper does.")
+    init_from: str | None = _key(
+        None, "Checkpoint of any readable format whose averaged weights a new run starts from."
+    )
+    grow_vocab: bool = _key(
+        False, "Let a dataset with more tokens than init_from append them to its vocabulary."
+    )
 
 
 @dataclass(frozen=True)

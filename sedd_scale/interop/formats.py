@@ -23,13 +23,18 @@ SELF_DESCRIBED = ("native", "sedd-hf")
 
 
 def open_checkpoint(
-    path: str | Path, *, format: str | None = None, assumptions: Assumptions | None = None
+    path: str | Path,
+    *,
+    format: str | None = None,
+    assumptions: Assumptions | None = None,
+    verify: bool = True,
 ) -> CheckpointSource:
     """Open a checkpoint of any format and find it complete; no weights are read yet.
 
     Args:
         format: of `FORMATS`; None: what the files look like.
         assumptions: what the file does not say; only for sedd-train and mdlm.
+        verify: hash every file of a checkpoint of ours first; sizes are always compared.
 
     Raises:
         CheckpointError: nothing there, another format, or not exactly the model it describes.
@@ -47,7 +52,7 @@ def open_checkpoint(
             "option out"
         )
     if found == "native":
-        return NativeSource(path)
+        return NativeSource(path, verify=verify)
     if found == "sedd-hf":
         return PublishedSource(path)
     if found == "sedd-train":

@@ -23,6 +23,7 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import ConfigError, TrainingError
+from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, make_engine
@@ -32,6 +33,7 @@ from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.checkpoint import CheckpointWriter
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
+from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 from sedd_scale.training.metrics import MetricsLog
 from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
@@ -49,13 +51,15 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
 
     Raises:
         ConfigError, DataError, CheckpointError: the configuration, the dataset or the checkpoint
-            to resume from does not fit.
+            to resume or to start from does not fit.
         TrainingError: a loss or gradient that is not finite, or too many updates left out in a
             row, or replicas that are not the same.
+        LostRankError: another process ended or cannot be reached.
     """
     stop = stop or StopSignals()
     config, corpus = fit_to_dataset(config)
     source = find_resume(config, run_dir, corpus)
+    initial = open_initial_weights(config, corpus) if source is None else None
     parallel = config.parallel
     layout = initialize_layout(
         tensor=parallel.tensor,
@@ -78,6 +82,8 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     if source is not None:
         source, meta = load_state(config, run_dir, source, corpus, engine)
         first_step = meta["step"]
+    if initial is not None:
+        initial.load_into(engine)
     if layout.rank == 0:
         describe_run(config, run_dir, layout)
     with stop.shielded():
@@ -91,6 +97,8 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         )
     if source is not None:
         log.say(f"resumed {source} at step {first_step}")
+    if initial is not None:
+        log.say(initial.description)
     batches = TrainBatches(corpus, config, graph, schedule, layout)
     if source is not None:
         for dataset, shard, step in meta.get("skipped_shards", []):
@@ -132,7 +140,12 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     with stop.shielded():
         prefetcher = Prefetcher(batches.of_step, first_step, end_step=last_step)
     stop.arm()
-    with writer, prefetcher as prefetched, watchdog:
+    with (
+        writer,
+        lost_ranks_in_one_line(watchdog.where),
+        prefetcher as prefetched,
+        watchdog,
+    ):
         for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
             result = engine.train_step(

@@ -1,0 +1,254 @@
+"""The weights of a finished model as the beginning of a new run: `model.init_from`.
+
+Masters and averages become the source's averaged weights; moments, the optimizer's count and the
+step start from zero, as those of any new run. Every format that can be opened serves.
+
+With `model.grow_vocab` the run has more tokens than the source. A token keeps its id, the mask of
+absorb moves from N to the new last index N', and new rows keep the values of a fresh model. In the
+scaled parametrisation log s_y = z_y - ln(e^sigma - 1) - ln N, so that the same outputs would mean
+scores smaller by the factor N / N'. The true score of a token, p(y | what is unmasked) /
+(e^sigma - 1), does not depend on how many others there are: the biases of old tokens take up
+ln(N' / N), and their scores stay what they were. Unscaled outputs are log-scores and stay as they
+are.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
+from sedd_scale.interop.source import CheckpointSource, Shape, model_shapes
+from sedd_scale.parallel.engine import Engine
+
+BIAS = "head.linear.bias"
+VOCABULARY_PARAMETERS = ("embedding.tokens.weight", "head.linear.weight", BIAS)
+
+# What the source and the run must have in common, besides the graph and the vocabulary.
+_ALIKE = ("hidden_size", "num_layers", "num_heads", "cond_dim", "mlp_ratio", "time_conditioning")
+
+
+class InitialWeights:
+    """An open source that fits a run, or fits it with a grown vocabulary.
+
+    Args:
+        source: the open checkpoint.
+        config: the run's, with `model.vocab_size` filled in.
+
+    Attributes:
+        source: the open checkpoint.
+        grown: tokens that the run has and the source has not.
+
+    Raises:
+        ConfigError: the run's model is another one; names the key, both values or shapes, the fix.
+    """
+
+    def __init__(self, source: CheckpointSource, config: Config) -> None:
+        self.source = source
+        described = source.described
+        what = f"model.init_from={config.model.init_from}"
+        check_same_model(config, described.config, what)
+        assert config.model.vocab_size is not None
+        self._num_tokens, self._old = config.model.vocab_size, described.num_tokens
+        self.grown = self._num_tokens - self._old
+        self._shapes = model_shapes(config)
+        self._has_mask = config.graph.name == "absorb"
+        self._scaled = config.resolved_scale_by_sigma
+        if self.grown and not (config.model.grow_vocab and self.grown > 0):
+            name = VOCABULARY_PARAMETERS[0]
+            fix = "prepare the data with the tokenizer it was trained with"
+            if self.grown > 0:
+                fix += f", or set model.grow_vocab=true to add {self.grown} tokens behind its own"
+            raise ConfigError(
+                f"model.vocab_size={self._num_tokens}, the dataset's, does not fit {what}, which "
+                f"has {self._old} tokens ({name} is {list(source.shapes[name])} there and "
+                f"{list(self._shapes[name])} here): {fix}"
+            )
+
+    @property
+    def description(self) -> str:
+        """One line for the log of the run."""
+        described = self.source.described
+        grown = f", {self.grown} tokens added" if self.grown else ""
+        return (
+            f"initialised from {self.source.path} ({self.source.format}, step {described.step}"
+            f"{grown})"
+        )
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """One parameter, whole, float32, in the run's shape, and which of its numbers are given.
+
+        None means all of them; the others, rows of new tokens, are zero and to be left as a fresh
+        model has them.
+        """
+        tensor = self.source.read(name, "ema")
+        if not self.grown or name not in VOCABULARY_PARAMETERS:
+            return tensor, None
+        whole = torch.zeros(self._shapes[name])
+        given = torch.zeros(self._shapes[name], dtype=torch.bool)
+        old = self._old
+        whole[:old], given[:old] = tensor[:old], True
+        if self._has_mask:
+            whole[-1], given[-1] = tensor[-1], True
+        if name == BIAS and self._scaled:
+            whole[:old] += math.log(self._num_tokens / old)
+        return whole, given
+
+    @torch.no_grad()
+    def load_into(self, engine: Engine) -> None:
+        """Fill the masters and averages of this process; collective over all processes.
+
+        Each process reads one tensor after the other and keeps its own fragments of it.
+        """
+        fragments = engine.fragments
+        fragments.ensure_state()
+        for logical in engine.parameters:
+            master = fragments.get(logical, "master")
+            if master is None:
+                continue
+            whole, given = self.read(logical.name)
+            own = slice(master.start, master.start + master.flat.numel())
+            values = logical.slice_of(whole).flatten()[own].to(master.flat.device)
+            if given is not None:
+                is_given = logical.slice_of(given).flatten()[own].to(master.flat.device)
+                values = torch.where(is_given, values, master.flat)
+            master.flat.copy_(values)
+            average = fragments.get(logical, "ema")
+            assert average is not None and average.start == master.start, logical.name
+            average.flat.copy_(values)
+        fragments.refresh_parameters()
+
+
+def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | None:
+    """The checkpoint that `model.init_from` names, found complete and fitting; None without one.
+
+    Needs no process group. Hashes of a checkpoint of ours are compared by the first process alone.
+
+    Args:
+        config: the run's, with `model.vocab_size` filled in.
+        corpus: the run's data, whose tokenizer has to be that of the source where it carries one.
+
+    Raises:
+        CheckpointError: nothing readable there, or not the model it describes.
+        ConfigError: it is another model than the run's, or knows other tokens.
+    """
+    if config.model.init_from is None:
+        return None
+    path = Path(config.model.init_from)
+    if not path.exists():
+        raise ConfigError(
+            f"model.init_from={path} does not exist: give the path of a run directory, a directory "
+            "in the published format, a checkpoint.pth, or a checkpoint of MDLM or Duo"
+        )
+    is_first = os.environ.get("RANK", "0") == "0"
+    source = open_checkpoint(
+        path,
+        assumptions=_assumptions(detect_format(path), config),
+        verify=config.checkpoint.verify and is_first,
+    )
+    weights = InitialWeights(source, config)
+    _check_tokenizer(source, config, corpus)
+    return weights
+
+
+def check_same_model(config: Config, found: Config, what: str) -> None:
+    """Refuse to go on from a network that is not the one configured; vocabularies may differ.
+
+    Args:
+        found: the configuration that the checkpoint describes.
+        what: what the error calls the checkpoint.
+
+    Raises:
+        ConfigError: names the key, both values, a tensor with both shapes, and the fix.
+    """
+    for key in _ALIKE:
+        wanted, has = getattr(config.model, key), getattr(found.model, key)
+        if wanted != has:
+            raise ConfigError(
+                f"model.{key}={_text(wanted)} does not fit {what}, which has {_text(has)}"
+                f"{_shapes_apart(config, found)}: set model.{key}={_text(has)}"
+            )
+    for key, wanted, has in (
+        ("graph.name", config.graph.name, found.graph.name),
+        (
+            "model.scale_by_sigma",
+            config.resolved_scale_by_sigma,
+            found.resolved_scale_by_sigma,
+        ),
+    ):
+        if wanted != has:
+            raise ConfigError(
+                f"{key}={_text(wanted)} does not fit {what}, which was trained with {_text(has)}: "
+                f"set {key}={_text(has)}"
+            )
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shapes_apart(config: Config, found: Config) -> str:
+    """The first tensor that differs by more than its vocabulary, in parentheses."""
+    same_vocabulary = config.override(f"model.vocab_size={found.model.vocab_size}")
+    here, there = model_shapes(same_vocabulary), model_shapes(found)
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            return f" ({name} is {_shape(there, name)} there and {_shape(here, name)} here)"
+    return ""
+
+
+def _shape(shapes: Mapping[str, Shape], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"
+
+
+def _assumptions(format: str, config: Config) -> Assumptions | None:
+    """What the format leaves open, as the run has it."""
+    if format in SELF_DESCRIBED:
+        return None
+    return Assumptions(
+        graph=config.graph.name,
+        num_heads=config.model.num_heads,
+        # MDLM's outputs are read as scaled log-scores, whatever the run would have them.
+        scale_by_sigma=config.resolved_scale_by_sigma if format == "sedd-train" else None,
+    )
+
+
+def _check_tokenizer(source: CheckpointSource, config: Config, corpus: Corpus) -> None:
+    """Where both tokenizers are known, every token of the source must be the data's as well."""
+    directory = source.described.tokenizer_directory
+    if directory is None:
+        return
+    theirs, ours = load_tokenizer(directory), corpus.load_tokenizer()
+    if theirs.fingerprint == ours.fingerprint:
+        return
+    if theirs.vocab_size != source.described.num_tokens:
+        raise CheckpointError(
+            f"{directory} has {theirs.vocab_size} tokens and its checkpoint "
+            f"{source.described.num_tokens}: it is not the tokenizer of that model"
+        )
+    difference = _different_token(theirs, ours)
+    if difference is not None:
+        raise ConfigError(
+            f"{corpus.location} was prepared with another tokenizer than "
+            f"model.init_from={config.model.init_from} was trained with: {difference}; prepare the "
+            f"data with {directory}, or with a tokenizer that adds tokens behind its own"
+        )
+
+
+def _different_token(theirs: Tokenizer, ours: Tokenizer) -> str | None:
+    if theirs.eos_id != ours.eos_id:
+        return f"the end of a document is token {theirs.eos_id} there and {ours.eos_id} here"
+    for token in range(theirs.vocab_size):
+        there, here = theirs.decode([token]), ours.decode([token])
+        if there != here:
+            return f"token {token} is {there!r} there and {here!r} here"
+    return None
