@@ -37,6 +37,7 @@ def check_value(key: str, metadata: Mapping[str, Any], value: Any) -> None:
 def check_combinations(config: Config) -> None:
     """Raise ConfigError for the first combination that no number of processes can run."""
     _check_model(config)
+    _check_objective(config)
     _check_parallel(config)
     _check_noise(config)
     _check_optimizer(config)
@@ -93,6 +94,31 @@ def _check_model(config: Config) -> None:
             f"training.resume={config.training.resume} goes on with another: set one of them to "
             "its default"
         )
+
+
+def _check_objective(config: Config) -> None:
+    objective = config.training.objective
+    if objective != "score_entropy":
+        if config.graph.name != "absorb":
+            raise ConfigError(
+                f"training.objective={objective} needs a mask, which graph.name="
+                f"{config.graph.name} does not have: set graph.name=absorb or "
+                "training.objective=score_entropy"
+            )
+        if config.model.scale_by_sigma is False:
+            raise ConfigError(
+                f"training.objective={objective} learns normalised scores, but "
+                "model.scale_by_sigma=false: set model.scale_by_sigma=null"
+            )
+    if objective != "d3pm_absorb":
+        standard = type(config.training)()
+        for key in ("d3pm_steps", "d3pm_ce_weight"):
+            value = getattr(config.training, key)
+            if value != getattr(standard, key):
+                raise ConfigError(
+                    f"training.{key}={value} has no effect with training.objective={objective}: "
+                    "leave it out or set training.objective=d3pm_absorb"
+                )
 
 
 def _check_parallel(config: Config) -> None:

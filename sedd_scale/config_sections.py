@@ -167,6 +167,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    objective: str = _key(
+        "score_entropy",
+        "What is learned; the others are baselines of the same network: absorb only.",
+        choices=("score_entropy", "masked_cross_entropy", "d3pm_absorb", "autoregressive"),
+    )
+    d3pm_steps: int = _key(1000, "Steps of the chain, for objective d3pm_absorb alone.", at_least=2)
+    d3pm_ce_weight: float = _key(
+        0.01, "Weight of plain cross-entropy, for objective d3pm_absorb alone.", at_least=0
+    )
     steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1)
     global_batch: int = _key(512, "Sequences in one optimizer step, over all ranks.", at_least=1)
     micro_batch: int = _key(8, "Sequences in one forward pass of one rank.", at_least=1)
