@@ -42,9 +42,9 @@ def run_command(
     With `intermixed` positional arguments may stand before and after options. In a step of Slurm
     the process first learns its place among the others.
 
-    A `SeddScaleError` or an error of the operating system becomes one line on stderr and exit code
-    2; with --debug the traceback is shown. In a job of several processes each rank that fails says
-    so and leaves at once, so that the launcher stops the others.
+    A `SeddScaleError` or an error of the operating system becomes one line on stderr and its exit
+    code, mostly 2; with --debug the traceback is shown. In a job of several processes each rank
+    that fails says so and leaves at once, so that the launcher stops the others.
     """
     # Megatron-core warns of every optional package that is not installed, in every process, and
     # DeepSpeed calls collectives under names that torch is about to retire.
@@ -64,4 +64,4 @@ def run_command(
             print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
         else:
             print(f"{parser.prog}: rank {rank}: {message}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.exit_code if isinstance(error, SeddScaleError) else EXIT_USER_ERROR

@@ -4,6 +4,9 @@
 class SeddScaleError(Exception):
     """Base of every error that is the input's fault and not the program's."""
 
+    exit_code = 2
+    """With which a command ends."""
+
 
 class ConfigError(SeddScaleError):
     """A configuration key, value or combination of values that cannot be run."""
@@ -23,3 +26,9 @@ class DamagedCheckpointError(CheckpointError):
 
 class TrainingError(SeddScaleError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
+
+
+class LostRankError(SeddScaleError):
+    """Another process of the job ended or cannot be reached, so that this one cannot go on."""
+
+    exit_code = 76

@@ -1,11 +1,12 @@
 """Train a score-entropy model under any layout, and go on after an interruption."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from sedd_scale.cli import make_parser, run_command
-from sedd_scale.training.signals import StopSignals, exit_code_after_stop
+from sedd_scale.training.signals import EXIT_LOST_RANK, StopSignals, exit_code_after_stop
 
 
 def train_command(arguments: argparse.Namespace) -> int:
@@ -19,9 +20,11 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     from sedd_scale.parallel.layout import shutdown
     from sedd_scale.training.loop import train
+    from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 
-    finished = train(config, arguments.run_dir, stop)
-    shutdown()
+    with lost_ranks_in_one_line(lambda: "before the first step or after the last"):
+        finished = train(config, arguments.run_dir, stop)
+        shutdown()
     return 0 if finished else exit_code_after_stop()
 
 
@@ -44,7 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    return run_command(build_parser(), train_command, intermixed=True)
+    code = run_command(build_parser(), train_command, intermixed=True)
+    if code == EXIT_LOST_RANK:
+        # What is left open waits for a rank that is gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from sedd_scale import __version__
 from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.data.atomic import write_atomically
-from sedd_scale.errors import CheckpointError
+from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training import fault_points
@@ -73,6 +73,7 @@ _TEST_BYTES = 1 << 20
 _LOOK_SECONDS = 0.01
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 60.0
+_LOST_GRACE_SECONDS = 2.0
 
 _RUNNING, _DONE, _FAILED = 0, 1, 2
 
@@ -153,6 +154,10 @@ class CheckpointWriter:
             return
         # The other ranks may not be there to agree; what needs no agreement goes on for a while.
         if self._save is not None:
+            if issubclass(error_type, LostRankError):
+                # The lost rank may have written its part; if not, it is of no use to wait for it.
+                self._save.thread.join(_LOST_GRACE_SECONDS)
+                self._save.cancel.set()
             self._save.thread.join(_GRACE_SECONDS)
 
     def save(self, meta: Mapping[str, Any]) -> None:

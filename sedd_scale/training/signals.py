@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: noted at any time, heeded at the end of a step by all ranks.
 
-The command installs the handlers before anything heavy is imported; nothing but the standard
-library is needed here. Threads and child processes started within `shielded` never see the signals,
-so that one sent to the whole process group or to every process of a Slurm step ends no helper.
+The command installs the handlers before anything heavy is imported; nothing heavy is needed here.
+Threads and child processes started within `shielded` never see the signals, so that one sent to the
+whole process group or to every process of a Slurm step ends no helper.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import threading
 import types
 from collections.abc import Iterator
 
+from sedd_scale.errors import LostRankError
+
 EXIT_STOPPED = 75
 """Exit code of a run that stopped at a signal: saved, to be started again (EX_TEMPFAIL)."""
 
-EXIT_LOST_RANK = 76
+EXIT_LOST_RANK = LostRankError.exit_code
 """Exit code of a rank that cannot go on because another one hangs or was lost."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

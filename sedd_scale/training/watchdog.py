@@ -72,7 +72,7 @@ class Watchdog:
     def slow(self, phase: str) -> Iterator[None]:
         """Between two steps, something that takes longer: "a validation", "a save"."""
         self._since, self._paused, self._phase = time.monotonic(), 0.0, phase
-        yield
+        yield  # an error leaves the phase as it is, to be named
         now = time.monotonic()
         self._longest[phase] = max(self._longest.get(phase, 0.0), now - self._since)
         self._since, self._paused, self._phase = now, 0.0, None
@@ -86,6 +86,10 @@ class Watchdog:
         if len(measured) < MEASURED:
             return self._slow_limit
         return max(self._floor, self._factor * statistics.median(measured))
+
+    def where(self) -> str:
+        """What this rank is at, as "in the step after step 7"."""
+        return f"in {self._phase or 'the step'} after step {self._step}"
 
     def __enter__(self) -> "Watchdog":
         if self._factor:
@@ -112,9 +116,8 @@ class Watchdog:
                 return
 
     def _give_up(self, elapsed: float, limit: float) -> None:
-        where = f"in {self._phase} after" if self._phase else "in the step after"
         line = (
-            f"rank {self._rank}: no progress for {elapsed:.0f} s {where} step {self._step} "
+            f"rank {self._rank}: no progress for {elapsed:.0f} s {self.where()} "
             f"(limit {limit:.0f} s): a rank hangs or was lost; stacks follow and are in "
             f"{self._path}; ending with exit code {EXIT_LOST_RANK}\n"
         )
