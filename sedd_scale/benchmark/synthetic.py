@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.diffusion.corruption import NoisyBatch, corrupt_batch
+from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.engine import Engine, MicroBatch, StepResult, make_engine
@@ -54,11 +55,13 @@ class SyntheticRun:
         self.length = config.data.block_length
         self.graph = make_graph(config.graph.name, config.model.vocab_size)
         self.schedule = schedule_of(config)
+        self.objective = make_objective(config)
         self.builders: list[Any] = layer_builders(
             config.model,
             self.graph,
             layout,
             scaled=config.resolved_scale_by_sigma,
+            objective=self.objective,
             seed=config.training.seed,
             recompute_every=config.parallel.recompute_every,
             recompute_mode=config.parallel.recompute_mode,
@@ -93,7 +96,7 @@ class SyntheticRun:
         )
         middle_B = (torch.arange(first, first + per_rank).double() + 0.5) / training.global_batch
         t_min = self.config.noise.t_min
-        return corrupt_batch(
+        return self.objective.corrupt(
             clean_BL,
             sample_ids_B=range(first, first + per_rank),
             step=step,
@@ -116,6 +119,7 @@ class SyntheticRun:
                 self.graph,
                 document_end=None,
                 pin=pin,
+                every_position=self.objective.causal,
             )
             for start in range(0, len(noisy.noisy_BL), size)
         ]

@@ -13,7 +13,7 @@ how the batch is split.
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,13 +176,15 @@ def corrupt_batch(
     schedule: Schedule,
     t_min: float,
     t_B: Tensor | None = None,
+    time_grid: Callable[[Tensor], Tensor] = lambda t_B: t_B,
     stream: str = "train",
 ) -> NoisyBatch:
     """Draw times and noise for samples of a step; no draw depends on which others are asked for.
 
     clean_BL holds token ids on the host, sample_ids_B their global sample indices (see
-    `stratified_times`). `t_B` replaces the drawn times. `stream` separates uses that share a seed,
-    such as training and validation. Raises DataError for an id outside the graph's tokens.
+    `stratified_times`). `t_B` replaces the drawn times; `time_grid` moves times to where they are
+    wanted. `stream` separates uses that share a seed, such as training and validation. Raises
+    DataError for an id outside the graph's tokens.
     """
     graph.check_tokens(clean_BL)
     clean_BL = clean_BL.long()
@@ -198,7 +200,7 @@ def corrupt_batch(
             t_min=t_min,
             stream=stream,
         )
-    t_B = t_B.double()
+    t_B = time_grid(t_B.double())
     sigma_B = schedule.sigma(t_B)
 
     def per_token(purpose: str) -> Tensor:
@@ -213,14 +215,23 @@ def corrupt_batch(
         per_token("moves"),
         per_token("tokens") if graph.mask_id is None else None,
     )
-    keys_B1 = keyed_rows(1, seed=seed, stream=f"{stream}/dropout", step=step, sample_ids_B=ids_B)
     return NoisyBatch(
         noisy_BL=noisy_BL,
         clean_BL=clean_BL,
         t_B=t_B,
         noise_B3=torch.stack([sigma_B, schedule.rate(t_B), schedule.rate_over_expm1(t_B)], dim=1),
-        dropout_key_B=torch.from_numpy((keys_B1[:, 0] >> np.uint64(33)).astype(np.int64)),
+        dropout_key_B=keyed_dropout_keys(ids_B, seed=seed, step=step, stream=stream),
     )
+
+
+def keyed_dropout_keys(
+    sample_ids_B: SampleIds, *, seed: int, step: int, stream: str = "train"
+) -> Tensor:
+    """What else is random about samples of a step is keyed by these: int64 [B] in [0, 2^31)."""
+    keys_B1 = keyed_rows(
+        1, seed=seed, stream=f"{stream}/dropout", step=step, sample_ids_B=sample_ids_B
+    )
+    return torch.from_numpy((keys_B1[:, 0] >> np.uint64(33)).astype(np.int64))
 
 
 def _as_ids(sample_ids_B: SampleIds) -> npt.NDArray[np.int64]:

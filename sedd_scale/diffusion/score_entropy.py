@@ -104,6 +104,22 @@ def row_loss(
     return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
 
 
+def cross_entropy_rows(statistics: Statistics, weight_M: Tensor) -> RowLoss:
+    """weight * (logsumexp(z) - z_x0) of each row in nats, with its gradient coefficients.
+
+    Every column is counted. The rows are combined in float64, as in `row_loss`.
+    """
+    top, target = statistics.max.double(), statistics.target.double()
+    sum_exp, weight = statistics.sum_exp.double(), weight_M.double()
+    rows = RowLoss(
+        loss=weight * ((top - target) + torch.log(sum_exp)),
+        grad_exp=weight / sum_exp,
+        grad_rest=torch.zeros_like(top),
+        grad_target=-weight,
+    )
+    return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
+
+
 def overflowed(rows: RowLoss) -> Tensor:
     """Scalar bool tensor, on the device: some loss or gradient is not finite."""
     return ~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp)).all()

@@ -1,4 +1,4 @@
-"""Bidirectional attention: one function, two backends, and the module Megatron-core calls.
+"""Attention, bidirectional or causal: one function, two backends, and what Megatron-core calls.
 
 L positions, B sequences, h heads of this rank, D head width.
 """
@@ -20,12 +20,13 @@ def flash_attention_available(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
 
-def bidirectional_attention(
+def attention(
     query_LBhD: Tensor,
     key_LBhD: Tensor,
     value_LBhD: Tensor,
     *,
     documents_BL: Tensor | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over all positions, or those of the same document; [L, B, h, D].
@@ -33,6 +34,7 @@ def bidirectional_attention(
     Args:
         documents_BL: the document each position belongs to, in runs of equal integers; None: every
             position attends to every other of its sequence.
+        causal: a position attends to itself and those before it only.
         backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": flash-attn where it is
             installed, on a GPU and given half precision, else PyTorch.
 
@@ -49,7 +51,7 @@ def bidirectional_attention(
                 f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
                 "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
             )
-        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, documents_BL)
+        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, documents_BL, causal)
     assert backend == "sdpa", backend
     query, key, value = (
         tensor.permute(1, 2, 0, 3) for tensor in (query_LBhD, key_LBhD, value_LBhD)
@@ -57,22 +59,30 @@ def bidirectional_attention(
     mask = None
     if documents_BL is not None:
         mask = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if causal:
+            mask = mask.tril()
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None
+    )
     return output.permute(2, 0, 1, 3)
 
 
 def _flash_attention(
-    query_LBhD: Tensor, key_LBhD: Tensor, value_LBhD: Tensor, documents_BL: Tensor | None
+    query_LBhD: Tensor,
+    key_LBhD: Tensor,
+    value_LBhD: Tensor,
+    documents_BL: Tensor | None,
+    causal: bool,
 ) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     inputs = [tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)]
     if documents_BL is None:
-        return flash_attn_func(*inputs, causal=False).transpose(0, 1)
+        return flash_attn_func(*inputs, causal=causal).transpose(0, 1)
     batch, length = documents_BL.shape
     bounds = document_bounds(documents_BL)
     output = flash_attn_varlen_func(
-        *(tensor.flatten(0, 1) for tensor in inputs), bounds, bounds, length, length, causal=False
+        *(tensor.flatten(0, 1) for tensor in inputs), bounds, bounds, length, length, causal=causal
     )
     return output.unflatten(0, (batch, length)).transpose(0, 1)
 
@@ -91,15 +101,29 @@ def documents_of(clean_BL: Tensor, eos_id: int) -> Tensor:
     return ends_BL.cumsum(dim=1) - ends_BL
 
 
-class BidirectionalAttention(nn.Module):
+class CoreAttention(nn.Module):
     """The core attention of Megatron-core's `SelfAttention`, without dropout.
 
     What Megatron-core passes through as the attention mask is the document of each position.
+
+    Attributes:
+        cache: keys and values of positions that went before, while a causal network is run a few
+            positions at a time.
     """
 
-    def __init__(self, config: Any, backend: str = "auto", **_: Any) -> None:
+    def __init__(
+        self, config: Any, backend: str = "auto", *, causal: bool = False, **_: Any
+    ) -> None:
         super().__init__()
         self.backend = backend
+        self.causal = causal
+        self.cache: KeyValueCache | None = None
+
+    def places(self, count: int) -> tuple[int, int]:
+        """The position of the first of the `count` given next, and how many there may ever be."""
+        if self.cache is None:
+            return 0, count
+        return self.cache.length, self.cache.capacity
 
     def forward(
         self,
@@ -110,7 +134,48 @@ class BidirectionalAttention(nn.Module):
         **_: Any,
     ) -> Tensor:
         """[L, B, h, D] each, to the heads' outputs side by side [L, B, h * D]."""
-        output = bidirectional_attention(
-            query, key, value, documents_BL=attention_mask, backend=self.backend
-        )
+        if self.cache is not None:
+            assert self.causal and attention_mask is None
+            output = self.cache.attention(query, key, value)
+        else:
+            output = attention(
+                query,
+                key,
+                value,
+                documents_BL=attention_mask,
+                causal=self.causal,
+                backend=self.backend,
+            )
         return output.reshape(*output.shape[:2], -1)
+
+
+class KeyValueCache:
+    """Keys and values of the first positions of a batch, for causal attention; no gradient.
+
+    Attributes:
+        length: positions it holds.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._pair_2BhLD: Tensor | None = None
+
+    def attention(self, query_nBhD: Tensor, key_nBhD: Tensor, value_nBhD: Tensor) -> Tensor:
+        """Outputs [n, B, h, D] of the next n positions, which are kept."""
+        query, key, value = (
+            tensor.permute(1, 2, 0, 3) for tensor in (query_nBhD, key_nBhD, value_nBhD)
+        )
+        batch, heads, count, width = key.shape
+        if self._pair_2BhLD is None:
+            self._pair_2BhLD = key.new_empty(2, batch, heads, self.capacity, width)
+        end = self.length + count
+        assert end <= self.capacity, (end, self.capacity)
+        self._pair_2BhLD[:, :, :, self.length : end] = torch.stack([key, value])
+        keys, values = self._pair_2BhLD[:, :, :, :end]
+        # The last position sees all that is there, the one before it one less, ...
+        seen = torch.ones(count, end, dtype=torch.bool, device=key.device).tril(self.length)
+        self.length = end
+        output = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=None if count == 1 else seen
+        )
+        return output.permute(2, 0, 1, 3)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
-from sedd_scale.model.attention import BidirectionalAttention
+from sedd_scale.model.attention import CoreAttention
 from sedd_scale.model.dropout import keep_mask
 from sedd_scale.model.fused import (
     bias_gelu,
@@ -59,10 +59,9 @@ class RotarySelfAttention(SelfAttention):
         """[L, B, h, D] each, for this rank's heads; L is whole under sequence parallelism."""
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
-        table = rotary_table(
-            len(mixed), self.hidden_size_per_attention_head, mixed.dtype, mixed.device
-        )
-        return rotated_query_key_value(mixed, *table)
+        first, last = self.core_attention.places(len(mixed))
+        table = rotary_table(last, self.hidden_size_per_attention_head, mixed.dtype, mixed.device)
+        return rotated_query_key_value(mixed, *(part[first : first + len(mixed)] for part in table))
 
 
 class UnsharedRowParallelLinear(tensor_parallel.RowParallelLinear):
@@ -110,6 +109,7 @@ class Block(nn.Module):
         layout: Layout,
         *,
         recompute: str | None,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = f"blocks.{index}"
@@ -127,7 +127,9 @@ class Block(nn.Module):
             attention_config,
             SelfAttentionSubmodules(
                 linear_qkv=tensor_parallel.ColumnParallelLinear,
-                core_attention=functools.partial(BidirectionalAttention, backend=model.attention),
+                core_attention=functools.partial(
+                    CoreAttention, backend=model.attention, causal=causal
+                ),
                 linear_proj=row_linear,
             ),
             layer_number=index + 1,

@@ -1,5 +1,8 @@
 """The last layer: adaptive norm, then the vocabulary-parallel map to scores and its loss."""
 
+import dataclasses
+import math
+
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -23,7 +26,7 @@ from sedd_scale.parallel.vocab import (
 
 
 class ScoreLinear(ColumnParallelLinear):
-    """Megatron-core's column-parallel map whose forward is the score-entropy loss itself.
+    """Megatron-core's column-parallel map whose forward is the loss itself.
 
     Under ZeRO 3 a weight is whole only inside its own module's forward, so the loss is computed
     there.
@@ -31,10 +34,23 @@ class ScoreLinear(ColumnParallelLinear):
 
     shard: VocabShard
 
-    def forward(self, hidden_LBH: Tensor, targets: ScoreTargets, per_sequence: bool) -> Tensor:
-        """Mean nats per token (a scalar), or nats of each sequence [B]."""
+    def forward(
+        self,
+        hidden_LBH: Tensor,
+        targets: ScoreTargets,
+        per_sequence: bool,
+        cross_entropy: bool | None = None,
+    ) -> Tensor:
+        """Mean nats per token (a scalar), or nats of each sequence [B].
+
+        Args:
+            cross_entropy: weighted cross-entropy, or not; None: as the network is trained.
+        """
+        shard = self.shard
+        if cross_entropy is not None:
+            shard = dataclasses.replace(shard, cross_entropy=cross_entropy)
         function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
-        return function(hidden_LBH, self.weight, self.bias, targets, self.shard)
+        return function(hidden_LBH, self.weight, self.bias, targets, shard)
 
 
 class Head(nn.Module):
@@ -48,6 +64,8 @@ class Head(nn.Module):
         cond_dim: int,
         config: TransformerConfig,
         layout: Layout,
+        *,
+        cross_entropy: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = "head"
@@ -71,6 +89,7 @@ class Head(nn.Module):
             start=start,
             length=max(0, min(columns, graph.num_tokens - start)),
             group=layout.tensor_group,
+            cross_entropy=cross_entropy,
         )
 
     def forward(self, stream: Stream) -> Tensor:
@@ -85,16 +104,26 @@ class Head(nn.Module):
         return copy_to_tensor_model_parallel_region(normed, group=self.layout.tensor_group)
 
     def loss(self, stream: Stream, targets: ScoreTargets, *, per_sequence: bool) -> Tensor:
-        """Score entropy: mean nats per token, or nats of each sequence [B]."""
+        """The objective's loss: mean nats per token, or nats of each sequence [B]."""
         return self.linear(self(stream), targets, per_sequence)
 
     @torch.no_grad()
     def logits(self, rows_MH: Tensor) -> Tensor:
-        """Float32 logits [M, V] of rows of `forward`'s output, over the whole vocabulary."""
-        return gathered_logits(
+        """Float32 logits [M, V] of rows of `forward`'s output, over the whole vocabulary.
+
+        Where the loss is cross-entropy, which no constant added to a row changes, rows are made
+        such that the mean of e^z over the tokens is 1: then they are log-scores up to the known
+        shift of sigma, as those of scaled score entropy are.
+        """
+        logits_MV = gathered_logits(
             rows_MH,
             self.linear.weight,
             self.linear.bias,
             num_columns=self.num_states,
             tensor_group=self.layout.tensor_group,
         ).float()
+        if self.linear.shard.cross_entropy:
+            tokens = self.linear.shard.graph.num_tokens
+            log_sum_M1 = logits_MV[:, :tokens].logsumexp(dim=1, keepdim=True)
+            logits_MV[:, :tokens] -= log_sum_M1 - math.log(tokens)
+        return logits_MV

@@ -3,9 +3,10 @@
 A pipeline takes the list and keeps its stage's part; everything else runs it whole.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from sedd_scale.config import ModelConfig
 from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.objectives import Objective, ScoreEntropy
+from sedd_scale.model.attention import CoreAttention, KeyValueCache
 from sedd_scale.model.block import Block
 from sedd_scale.model.embedding import Embedding
 from sedd_scale.model.head import Head
@@ -35,6 +38,7 @@ def layer_builders(
     layout: Layout,
     *,
     scaled: bool,
+    objective: Objective | None = None,
     seed: int = 0,
     recompute_every: int = 0,
     recompute_mode: str = "full",
@@ -45,10 +49,13 @@ def layer_builders(
 
     Args:
         scaled: whether the head's outputs are log-scores up to the known shift of sigma.
+        objective: what the network is trained for (score entropy by default), which decides its
+            attention and its loss.
         seed: keys the initial weights.
         recompute_every: 0, or k to recompute every k-th block's activations in the backward pass.
         recompute_mode: "full", or "selective" to keep matrix products and attention.
     """
+    objective = objective or ScoreEntropy()
     mlp_config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -81,16 +88,32 @@ def layer_builders(
             mlp_config,
             layout,
             residual_dtype,
-            time_conditioning=model.time_conditioning,
+            time_conditioning=model.time_conditioning and not objective.causal,
         )
 
     def block(index: int) -> nn.Module:
         chosen = recompute_every > 0 and index % recompute_every == 0
         recompute = recompute_mode if chosen else None
-        return Block(index, model, attention_config, mlp_config, layout, recompute=recompute)
+        return Block(
+            index,
+            model,
+            attention_config,
+            mlp_config,
+            layout,
+            recompute=recompute,
+            causal=objective.causal,
+        )
 
     def head() -> nn.Module:
-        return Head(graph, scaled, padded_states, model.cond_dim, mlp_config, layout)
+        return Head(
+            graph,
+            scaled,
+            padded_states,
+            model.cond_dim,
+            mlp_config,
+            layout,
+            cross_entropy=objective.cross_entropy,
+        )
 
     def initialized(build: LayerBuilder) -> nn.Module:
         layer = build()
@@ -146,6 +169,18 @@ class ScoreNetwork(nn.Module):
         """
         return self.head.loss(self._stream(inputs), targets, per_sequence=per_sequence)
 
+    @contextlib.contextmanager
+    def caching(self, capacity: int) -> Iterator[None]:
+        """Inside, `hidden` of a causal network takes the next positions, up to so many in all."""
+        cores = [module for module in self.modules() if isinstance(module, CoreAttention)]
+        for core in cores:
+            core.cache = KeyValueCache(capacity)
+        try:
+            yield
+        finally:
+            for core in cores:
+                core.cache = None
+
     def hidden(
         self, noisy_BL: Tensor, sigma_B: Tensor, documents_BL: Tensor | None = None
     ) -> Tensor:
@@ -155,7 +190,13 @@ class ScoreNetwork(nn.Module):
             documents_BL: the document of each position, for attention within documents.
         """
         no_keys_B = torch.zeros_like(noisy_BL[:, 0])
-        return self.head(self._stream((noisy_BL, sigma_B, context_of(no_keys_B, documents_BL))))
+        return self.head_input((noisy_BL, sigma_B, context_of(no_keys_B, documents_BL)))
+
+    def head_input(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The same of all that `Embedding` takes."""
+        noisy_BL, sigma_B, context = inputs
+        hidden_LBH: Tensor = self.head(self._stream((noisy_BL, sigma_B, context)))
+        return hidden_LBH
 
     def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         stream = inputs

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.diffusion.objectives import ScoreEntropy, make_objective, shifted
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
 from sedd_scale.model.attention import documents_of
 from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.parallel.vocab import score_targets
+from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 
 
 def schedule_of(config: Config) -> Schedule:
@@ -31,6 +32,7 @@ class ScoreModel(nn.Module):
         config: the configuration it was built from.
         graph: the forward process; `graph.num_tokens` is N and `graph.num_states` is V.
         schedule: the noise schedule sigma(t).
+        objective: what it was trained for.
         tokenizer: the tokenizer of its training data, or None where the format carries none.
         block_length: L of its training.
     """
@@ -49,12 +51,18 @@ class ScoreModel(nn.Module):
         self.layout = layout
         self.graph: Graph = make_graph(config.graph.name, num_tokens)
         self.schedule = schedule_of(config)
+        self.objective = make_objective(config)
         self.scaled = config.resolved_scale_by_sigma
         self.block_length = block_length
         self.tokenizer = tokenizer
         self.network = ScoreNetwork(
             layer_builders(
-                config.model, self.graph, layout, scaled=self.scaled, seed=config.training.seed
+                config.model,
+                self.graph,
+                layout,
+                scaled=self.scaled,
+                objective=self.objective,
+                seed=config.training.seed,
             )
         )
         self.eval()
@@ -67,7 +75,7 @@ class ScoreModel(nn.Module):
     @property
     def time_conditioned(self) -> bool:
         """Whether the network's outputs depend on sigma."""
-        return self.config.model.time_conditioning
+        return self.config.model.time_conditioning and not self.objective.causal
 
     @torch.no_grad()
     def log_score(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
@@ -123,12 +131,16 @@ class ScoreModel(nn.Module):
         generator: torch.Generator | None = None,
         counted_BL: Tensor | None = None,
     ) -> Tensor:
-        """Diffusion-weighted score entropy in nats of each sequence, [B], differentiable.
+        """The training loss in nats of each sequence, [B], differentiable.
+
+        By default that is diffusion-weighted score entropy (Lou et al., equation of the denoising
+        score entropy loss); other objectives have their own.
 
         Args:
             x0_BL: clean tokens, ids 0..N-1.
             t_B: times in (0, 1]; drawn uniformly from [noise.t_min, 1] when not given.
-            xt_BL: noisy tokens; drawn from the forward process at t when not given.
+            xt_BL: noisy tokens; drawn from the forward process at t when not given. An
+                autoregressive model has no times, and sees the tokens one position later.
             generator: the source of what is drawn (a CPU generator).
             counted_BL: the positions that are no padding, which has no part in the loss (on the
                 host); None: all.
@@ -137,22 +149,67 @@ class ScoreModel(nn.Module):
 
         Raises:
             DataError: a token that is not one of the N, or xt of another shape than x0.
-
-        Source: Lou et al., equation of the denoising score entropy loss.
         """
         x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
         if t_B is None:
-            t_min = self.config.noise.t_min
+            t_min = self.objective.first_time(self.config.noise.t_min)
             uniform_B = torch.rand(len(x0_BL), generator=generator, dtype=torch.float64)
             t_B = t_min + (1 - t_min) * uniform_B
-        t_B = t_B.cpu().double()
-        noise_B3 = noise_columns(self.schedule, t_B)
-        if xt_BL is None:
+        t_B = self.objective.on_grid(t_B.cpu().double())
+        noise_B3 = self.objective.noise_columns(self.schedule, t_B, training=True)
+        if xt_BL is None and self.objective.causal:
+            xt_BL = shifted(x0_BL, self.graph)
+        elif xt_BL is None:
             move, token = (
                 torch.rand(x0_BL.shape, generator=generator, dtype=torch.float64) for _ in range(2)
             )
             xt_BL = self.graph.corrupt(x0_BL, noise_B3[:, 0], move, token)
-        elif xt_BL.shape != x0_BL.shape:
+        hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, generator)
+        nats_B: Tensor = self.network.head.linear(hidden_LBH, targets, per_sequence=True)
+        return nats_B
+
+    @torch.no_grad()
+    def both_losses(
+        self, x0_BL: Tensor, xt_BL: Tensor, noise_B3: Tensor, counted_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Score entropy and weighted cross-entropy of each sequence, [B] nats each.
+
+        The second is what the first would be with scores normalised (absorb): never greater.
+
+        Args:
+            noise_B3: sigma, its rate and the weight of cross-entropy; on the host.
+            x0_BL, xt_BL, counted_BL: as in `loss`.
+        """
+        x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
+        hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
+        first, second = (
+            self.network.head.linear(hidden_LBH, targets, per_sequence=True, cross_entropy=kind)
+            for kind in (False, True)
+        )
+        return first, second
+
+    @torch.no_grad()
+    def cross_entropy(
+        self, x0_BL: Tensor, xt_BL: Tensor, noise_B3: Tensor, counted_BL: Tensor | None = None
+    ) -> Tensor:
+        """Weighted cross-entropy of each sequence alone, [B] nats; as `both_losses`."""
+        x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
+        hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
+        nats_B: Tensor = self.network.head.linear(
+            hidden_LBH, targets, per_sequence=True, cross_entropy=True
+        )
+        return nats_B
+
+    def _shown(
+        self,
+        x0_BL: Tensor,
+        xt_BL: Tensor,
+        noise_B3: Tensor,
+        counted_BL: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, ScoreTargets]:
+        """The head's input for noisy tokens, and what its loss needs, on the device."""
+        if xt_BL.shape != x0_BL.shape:
             raise DataError(
                 f"xt has shape {tuple(xt_BL.shape)} and x0 {tuple(x0_BL.shape)}; give equal shapes"
             )
@@ -162,17 +219,15 @@ class ScoreModel(nn.Module):
             clean_BL=x0_BL,
             noisy_BL=xt_BL,
             noise_B3=noise_B3,
+            every_position=self.objective.causal,
             counted_BL=counted_BL,
         )
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
         inputs = (xt_BL, noise_B3[:, 0].float(), context_of(keys_B, self.documents_of(x0_BL)))
-        return self.network(
-            tuple(tensor.to(self.device) for tensor in inputs),
-            targets.to(self.device),
-            per_sequence=True,
-        )
+        hidden_LBH = self.network.head_input(tuple(tensor.to(self.device) for tensor in inputs))
+        return hidden_LBH, targets.to(self.device)
 
     def documents_of(self, clean_BL: Tensor) -> Tensor | None:
         """The document of each position, or None where the model attends to whole blocks.
@@ -201,7 +256,4 @@ class ScoreModel(nn.Module):
 
 def noise_columns(schedule: Schedule, t_B: Tensor) -> Tensor:
     """sigma, its rate g and g / (e^sigma - 1) at times t, float64 [B, 3]."""
-    t_B = t_B.double()
-    return torch.stack(
-        [schedule.sigma(t_B), schedule.rate(t_B), schedule.rate_over_expm1(t_B)], dim=1
-    )
+    return ScoreEntropy().noise_columns(schedule, t_B, training=False)

@@ -1,4 +1,6 @@
-"""Score entropy straight from hidden states, over vocabulary shards, scores never materialised.
+"""Losses straight from hidden states, over vocabulary shards, scores never materialised.
+
+Score entropy, or weighted cross-entropy, which needs no more than the same statistics.
 
 The head's product is made for the rows that count (absorb: masked positions only), a chunk of rows
 at a time. Each tensor-parallel rank holds some columns; only per-row statistics cross ranks. The
@@ -21,7 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sedd_scale.diffusion.graphs import Graph, Uniform
-from sedd_scale.diffusion.score_entropy import RowNoise, Statistics, row_loss
+from sedd_scale.diffusion.score_entropy import (
+    RowNoise,
+    Statistics,
+    cross_entropy_rows,
+    row_loss,
+)
 from sedd_scale.parallel.score_kernel import (
     Coefficients,
     RowColumns,
@@ -44,7 +51,8 @@ class ScoreTargets(NamedTuple):
         sequence_M: which sequence of the batch the row belongs to.
         clean_M: the clean token x0.
         noisy_M: the noisy token x.
-        noise_B3: sigma, its rate g, and g / (e^sigma - 1), float64, per sequence.
+        noise_B3: sigma, its rate g, and g / (e^sigma - 1), float64, per sequence. The last is the
+            weight of a row's cross-entropy where that is the loss.
         row_weight: what a row's loss counts in the mean, a float64 scalar: 1 / positions.
     """
 
@@ -66,6 +74,7 @@ def score_targets(
     clean_BL: Tensor,
     noisy_BL: Tensor,
     noise_B3: Tensor,
+    every_position: bool = False,
     counted_BL: Tensor | None = None,
     mean_over: float | None = None,
 ) -> ScoreTargets:
@@ -74,11 +83,15 @@ def score_targets(
     Made on the host, before the tensors travel, so that no device waits for a count.
 
     Args:
+        every_position: every position counts under absorb too (a causal network).
         counted_BL: the positions that are no padding, which has no part in the loss; None: all.
         mean_over: the number of positions that the mean loss is taken over; None: all L * B.
     """
     clean, noisy = clean_BL.numpy(), noisy_BL.numpy()
-    rows_BL = noisy == graph.mask_id if graph.mask_id is not None else np.ones_like(noisy, np.bool_)
+    if graph.mask_id is None or every_position:
+        rows_BL = np.ones_like(noisy, np.bool_)
+    else:
+        rows_BL = noisy == graph.mask_id
     if counted_BL is not None:
         rows_BL &= counted_BL.numpy()
     # numpy finds and gathers them faster than torch does on one thread, and than it divides.
@@ -113,6 +126,7 @@ class VocabShard:
         length: columns that are real tokens; mask and padding come after and take no part.
         group: the tensor-parallel processes, or None for one process.
         chunk_bytes: memory for one chunk of logits, in bytes; None for what suits the device.
+        cross_entropy: the loss is cross-entropy times the third column of the noise.
     """
 
     graph: Graph
@@ -121,6 +135,7 @@ class VocabShard:
     length: int
     group: dist.ProcessGroup | None
     chunk_bytes: int | None = None
+    cross_entropy: bool = False
 
     def chunk_rows(self, num_columns: int, device_type: str = "cpu") -> int:
         """Rows whose float32 logits over `num_columns` fit in the memory for a chunk.
@@ -156,7 +171,7 @@ def _chunk_loss(
 
     The logits are overwritten.
     """
-    uniform = isinstance(shard.graph, Uniform)
+    uniform = isinstance(shard.graph, Uniform) and not shard.cross_entropy
     columns = RowColumns(
         target=_columns(clean_m, shard), own=_columns(noisy_m, shard) if uniform else None
     )
@@ -167,13 +182,17 @@ def _chunk_loss(
     if chunk.total is not None:
         parts.append(chunk.total)
     sum_exp_m, target_m, *total_m = shard.reduce(torch.stack(parts))
-    row = row_loss(
-        Statistics(max_m, sum_exp_m, target_m, total_m[0] if uniform else None),
-        RowNoise(*noise_m3.unbind(1)),
-        graph=shard.graph,
-        scaled=shard.scaled,
-        unchanged_M=clean_m == noisy_m if uniform else None,
-    )
+    statistics = Statistics(max_m, sum_exp_m, target_m, total_m[0] if uniform else None)
+    if shard.cross_entropy:
+        row = cross_entropy_rows(statistics, noise_m3[:, 2])
+    else:
+        row = row_loss(
+            statistics,
+            RowNoise(*noise_m3.unbind(1)),
+            graph=shard.graph,
+            scaled=shard.scaled,
+            unchanged_M=clean_m == noisy_m if uniform else None,
+        )
     if weight_m is None:
         return row.loss, None
     coefficients = Coefficients(
@@ -330,7 +349,7 @@ class _PerRow(torch.autograd.Function):
 def linear_score_entropy(
     hidden_LBH: Tensor, weight: Tensor, bias: Tensor, targets: ScoreTargets, shard: VocabShard
 ) -> Tensor:
-    """Mean score entropy of a batch, in nats per token: the training loss.
+    """Mean score entropy (or what the shard says) of a batch, in nats per token: the training loss.
 
     Args:
         hidden_LBH: the head's input, every position on every tensor rank; its gradient is this
@@ -350,7 +369,7 @@ def linear_score_entropy(
 def linear_score_entropy_per_sequence(
     hidden_LBH: Tensor, weight: Tensor, bias: Tensor, targets: ScoreTargets, shard: VocabShard
 ) -> Tensor:
-    """Score entropy of each sequence, [B] nats summed over its positions; differentiable."""
+    """The same loss of each sequence, [B] nats summed over its positions; differentiable."""
     flat = hidden_LBH.reshape(-1, hidden_LBH.shape[-1])
     losses_M = _PerRow.apply(flat, weight, bias, targets, shard)
     zeros_B = losses_M.new_zeros(hidden_LBH.shape[1])

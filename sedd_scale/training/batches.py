@@ -18,13 +18,9 @@ from sedd_scale.data.corpus import Corpus, JointReader
 from sedd_scale.data.loader import Shard
 from sedd_scale.data.padding import counted_positions, shorten
 from sedd_scale.data.shards import BadShardError
-from sedd_scale.diffusion.corruption import (
-    NoisyBatch,
-    corrupt_batch,
-    keyed_uniform_rows,
-    stratified_times,
-)
+from sedd_scale.diffusion.corruption import NoisyBatch, keyed_uniform_rows, stratified_times
 from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.model.attention import documents_of
 from sedd_scale.model.network import context_of
@@ -57,6 +53,7 @@ def micro_batch_of(
     *,
     document_end: int | None,
     pin: bool,
+    every_position: bool = False,
     counted_BL: BoolArray | None = None,
     mean_over: float | None = None,
 ) -> MicroBatch:
@@ -65,6 +62,7 @@ def micro_batch_of(
     Args:
         document_end: the token that ends a document, where attention stays within documents.
         pin: put it in page-locked memory, for a GPU's sake.
+        every_position: every position has a loss, whatever it is shown (a causal network).
         counted_BL: the positions that are text; the others are padding, which stays as it is and
             has no part in the loss. None: all are text.
         mean_over: the number of positions that the loss is a mean over; None: all of the batch.
@@ -78,6 +76,7 @@ def micro_batch_of(
         clean_BL=noisy.clean_BL,
         noisy_BL=noisy.noisy_BL,
         noise_B3=noisy.noise_B3,
+        every_position=every_position,
         counted_BL=mask_BL,
         mean_over=mean_over,
     )
@@ -104,6 +103,7 @@ class TrainBatches:
         self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
     ) -> None:
         self.config, self.graph, self.schedule, self.layout = config, graph, schedule, layout
+        self.objective = make_objective(config)
         self.corpus = corpus
         self.document_end = corpus.eos_id if config.model.document_attention else None
         self.loader = corpus.train_loader(config)
@@ -143,6 +143,7 @@ class TrainBatches:
                     self.graph,
                     document_end=self.document_end,
                     pin=self.layout.device.type == "cuda",
+                    every_position=self.objective.causal,
                     counted_BL=None if counted_BL is None else counted_BL[part],
                     mean_over=tokens * training.micro_batch / training.global_batch,
                 )
@@ -201,13 +202,13 @@ class TrainBatches:
             step=step,
             global_batch=training.global_batch,
             sample_ids_B=sample_ids,
-            t_min=t_min,
+            t_min=self.objective.first_time(t_min),
         )
         parts = []
         for begin in range(0, len(sample_ids), CORRUPTED_TOGETHER):
             part = slice(begin, begin + CORRUPTED_TOGETHER)
             parts.append(
-                corrupt_batch(
+                self.objective.corrupt(
                     torch.from_numpy(tokens_BL[part]),
                     sample_ids_B=sample_ids[part],
                     step=step,
@@ -270,6 +271,7 @@ class ValidationBatches:
         reader = corpus.valid_reader()
         self.corpus, self.config = corpus, config
         self.graph, self.schedule, self.layout = graph, schedule, layout
+        self.objective = make_objective(config)
         self.t_min = config.noise.t_min
         self.document_end = corpus.eos_id if config.model.document_attention else None
         self.skipped: set[Shard] = set()
@@ -317,7 +319,7 @@ class ValidationBatches:
 
     def _micro_batch(self, reader: JointReader, places: IntArray, seed: int) -> MicroBatch:
         tokens_BL = reader.read(self.blocks[places])
-        noisy = corrupt_batch(
+        noisy = self.objective.corrupt(
             torch.from_numpy(tokens_BL),
             sample_ids_B=places,
             step=0,
@@ -333,6 +335,7 @@ class ValidationBatches:
             self.graph,
             document_end=self.document_end,
             pin=self.layout.device.type == "cuda",
+            every_position=self.objective.causal,
             counted_BL=text_positions(self.corpus, tokens_BL),
         )
 
@@ -340,20 +343,17 @@ class ValidationBatches:
         """Bound on the negative log-likelihood and its standard error, nats per token.
 
         Args:
-            nats_of_ranks: score entropy of each sequence in nats, rank after rank.
+            nats_of_ranks: the loss of each sequence in nats, rank after rank.
 
         The integral over [t_min, 1] by one stratified time a block, plus the terminal term, plus
-        decoding at t_min without the network (Lou et al., the bound of section 3). The error is
-        over blocks; strata make the true one smaller.
+        decoding at t_min without the network (Lou et al., the bound of section 3); of other
+        objectives what their `closing` says. The error is over blocks; strata make the true one
+        smaller.
         """
         mean_tokens = self.tokens_n.mean()
         nats_n = torch.cat(list(nats_of_ranks))[: len(self.blocks)] / mean_tokens
         # Of blocks with more text more nats are expected: only the rest is error.
         rest_n = nats_n - nats_n.mean() * self.tokens_n / mean_tokens
-        ends = torch.tensor([1.0, self.t_min], dtype=torch.float64)
-        sigma_end, sigma_start = self.schedule.sigma(ends)
-        closing = self.graph.prior_kl_per_token(sigma_end)
-        closing = closing + self.graph.decoding_cost_per_token(sigma_start)
-        width = 1.0 - self.t_min
+        width, closing = self.objective.closing(self.graph, self.schedule, self.t_min)
         error = float(rest_n.std() / len(nats_n) ** 0.5) if len(nats_n) > 1 else float("nan")
         return float(width * nats_n.mean() + closing), width * error

@@ -22,6 +22,7 @@ from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
@@ -73,6 +74,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         graph,
         layout,
         scaled=config.resolved_scale_by_sigma,
+        objective=make_objective(config),
         seed=config.training.seed,
         recompute_every=parallel.recompute_every,
         recompute_mode=parallel.recompute_mode,

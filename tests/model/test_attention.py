@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sedd_scale.errors import ConfigError
 from sedd_scale.model.attention import (
-    BidirectionalAttention,
-    bidirectional_attention,
+    CoreAttention,
+    attention,
     document_bounds,
     documents_of,
 )
@@ -39,13 +39,13 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 def test_it_is_the_softmax_of_scaled_products(backend: str) -> None:
     inputs = query_key_value()
-    found = bidirectional_attention(*inputs, backend=backend)
+    found = attention(*inputs, backend=backend)
     torch.testing.assert_close(found, by_formula(*inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_on_a_cpu_falls_back() -> None:
     inputs = query_key_value(torch.bfloat16)
-    found = bidirectional_attention(*inputs)
+    found = attention(*inputs)
     assert found.dtype == torch.bfloat16
     expected = by_formula(*(part.double() for part in inputs))
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
@@ -55,27 +55,27 @@ def test_every_position_sees_every_other_in_any_order() -> None:
     """Permuted positions give permuted outputs, and each key moves each output: no causal mask."""
     inputs = query_key_value()
     order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(2))
-    whole = bidirectional_attention(*inputs)
-    permuted = bidirectional_attention(*(part[order] for part in inputs))
+    whole = attention(*inputs)
+    permuted = attention(*(part[order] for part in inputs))
     torch.testing.assert_close(permuted, whole[order], rtol=1e-12, atol=1e-12)
 
     value = inputs[2].clone().requires_grad_()
     for i in range(LENGTH):
-        output = bidirectional_attention(inputs[0], inputs[1], value)[i].sum()
+        output = attention(inputs[0], inputs[1], value)[i].sum()
         (gradient,) = torch.autograd.grad(output, value)
         assert (gradient > 0).all()
 
 
 def test_the_module_lays_heads_side_by_side() -> None:
     inputs = query_key_value()
-    found = BidirectionalAttention(None)(*inputs, attention_mask=None)
+    found = CoreAttention(None)(*inputs, attention_mask=None)
     torch.testing.assert_close(found, by_formula(*inputs).flatten(2), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flash_attention_that_cannot_run_is_an_error(dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention=flash cannot run .* on cpu.*auto"):
-        bidirectional_attention(*query_key_value(dtype), backend="flash")
+        attention(*query_key_value(dtype), backend="flash")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -84,12 +84,12 @@ def test_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     documents_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
     query, key, value = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
-    found = bidirectional_attention(query, key, value, documents_BL=documents_BL)
+    found = attention(query, key, value, documents_BL=documents_BL)
     for sequence, documents in enumerate(documents_BL):
         for document in documents.unique():
             here = documents == document
             parts = (tensor[here, sequence : sequence + 1] for tensor in (query, key, value))
-            alone = bidirectional_attention(*parts)
+            alone = attention(*parts)
             torch.testing.assert_close(found[here, sequence : sequence + 1], alone)
 
 

@@ -1,0 +1,244 @@
+"""Objectives: what the network is trained for, and how its text is scored.
+
+All objectives train the same trunk in the same loop. Each decides which attention the network has,
+what it is shown, which rows lose something and how much, and what closes its likelihood:
+
+    score_entropy         diffusion-weighted score entropy (arXiv 2310.16834); both graphs
+    masked_cross_entropy  cross-entropy of masked tokens, weighted by g / (e^sigma - 1): the same
+                          bound for scores that are normalised by construction (MDLM, arXiv
+                          2406.07524, equation 10; the t-DCE loss of RADD, arXiv 2406.03736)
+    d3pm_absorb           the variational bound of a chain of T steps plus a multiple of the plain
+                          cross-entropy (arXiv 2107.03006, section 3.3 and equation 5)
+    autoregressive        next-token cross-entropy under causal attention; no noise
+
+The last three lose weight * cross-entropy at each row: the third column of the noise is the weight.
+B sequences, L positions, K draws.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config
+from sedd_scale.diffusion.corruption import (
+    NoisyBatch,
+    SampleIds,
+    corrupt_batch,
+    keyed_dropout_keys,
+)
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.schedules import Schedule
+
+
+class Objective(ABC):
+    """What a network is trained for.
+
+    Attributes:
+        name: as `training.objective` names it.
+        causal: whether a position sees itself and those before it only, and is shown the token
+            before its own; then every position loses something.
+        cross_entropy: whether rows lose weight * cross-entropy, not score entropy.
+    """
+
+    name: ClassVar[str]
+    causal: ClassVar[bool] = False
+    cross_entropy: ClassVar[bool] = True
+
+    def first_time(self, t_min: float) -> float:
+        """Where the times that `corrupt` takes begin; `t_min` is the configuration's."""
+        return t_min
+
+    @abstractmethod
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        """sigma, its rate g and a row's weight at times t, float64 [B, 3].
+
+        Args:
+            training: with what is only there to help the training, which no bound may hold.
+        """
+
+    def corrupt(
+        self,
+        clean_BL: Tensor,
+        *,
+        t_B: Tensor | None = None,
+        sample_ids_B: SampleIds,
+        step: int,
+        seed: int,
+        global_batch: int,
+        graph: Graph,
+        schedule: Schedule,
+        t_min: float,
+        stream: str = "train",
+    ) -> NoisyBatch:
+        """What the network is shown of a batch, and the weights of its loss.
+
+        Arguments are those of `corrupt_batch`; the stream "train" alone is training. Raises
+        DataError for an id outside the graph's tokens.
+        """
+        noisy = corrupt_batch(
+            clean_BL,
+            sample_ids_B=sample_ids_B,
+            step=step,
+            seed=seed,
+            global_batch=global_batch,
+            graph=graph,
+            schedule=schedule,
+            t_min=self.first_time(t_min),
+            t_B=t_B,
+            time_grid=self.on_grid,
+            stream=stream,
+        )
+        columns = self.noise_columns(schedule, noisy.t_B, training=stream == "train")
+        return noisy._replace(noise_B3=columns)
+
+    def on_grid(self, t_B: Tensor) -> Tensor:
+        """The times of the objective's own grid that times stand for."""
+        return t_B
+
+    def closing(self, graph: Graph, schedule: Schedule, t_min: float) -> tuple[float, float]:
+        """(width, closing): the bound is width * mean loss + closing, in nats per token.
+
+        The mean is over times of `corrupt` outside of training. The ends need no network: prior at
+        time 1, and decoding at the first time as if every token were equally likely.
+        """
+        ends = torch.tensor([1.0, t_min], dtype=torch.float64)
+        sigma_end, sigma_start = schedule.sigma(ends)
+        closing = graph.prior_kl_per_token(sigma_end) + graph.decoding_cost_per_token(sigma_start)
+        return 1.0 - t_min, float(closing)
+
+
+def _noise(schedule: Schedule, t_B: Tensor) -> Tensor:
+    t_B = t_B.double()
+    return torch.stack(
+        [schedule.sigma(t_B), schedule.rate(t_B), schedule.rate_over_expm1(t_B)], dim=1
+    )
+
+
+class ScoreEntropy(Objective):
+    """Diffusion-weighted score entropy."""
+
+    name = "score_entropy"
+    cross_entropy = False
+
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        return _noise(schedule, t_B)
+
+
+class MaskedCrossEntropy(Objective):
+    """Cross-entropy of masked tokens, weighted by g / (e^sigma - 1) = m' / m."""
+
+    name = "masked_cross_entropy"
+
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        return _noise(schedule, t_B)
+
+
+@dataclass(frozen=True)
+class D3PMAbsorb(Objective):
+    """A chain of `steps` steps of the absorbing graph that predicts clean tokens.
+
+    Step k of T goes from time k / T to (k - 1) / T: a mask is lifted with probability
+    w_k = (m_k - m_(k-1)) / m_k, where m is the move probability, and the last one lifts all that
+    are left (w_1 = 1). With the token's law a softmax, the step's divergence is w_k times the
+    cross-entropy of the masked tokens; visible ones are carried over and lose nothing. With the
+    log-linear schedule w_k = 1 / k, the paper's own. Training adds the plain cross-entropy,
+    `ce_weight` times to each step's divergence (the paper's lambda, 0.01 for text), and divides by
+    1 + T lambda: its loss is a mean of the bound and of cross-entropy.
+    """
+
+    name = "d3pm_absorb"
+    steps: int = 1000
+    ce_weight: float = 0.01
+
+    def first_time(self, t_min: float) -> float:
+        return 0.0
+
+    def on_grid(self, t_B: Tensor) -> Tensor:
+        """The end of the step that holds each time."""
+        number_B = (t_B.double() * self.steps).floor().clamp(max=self.steps - 1) + 1
+        return number_B / self.steps
+
+    def lifted(self, schedule: Schedule, t_B: Tensor) -> Tensor:
+        """w_k at times k / T, float64 [B]."""
+        t_B = t_B.double()
+        before_B = (t_B - 1.0 / self.steps).clamp_min(0.0)
+        move_B, left_B = schedule.move_probability(t_B), schedule.move_probability(before_B)
+        return torch.where(t_B * self.steps < 1.5, 1.0, (move_B - left_B) / move_B)
+
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        columns = _noise(schedule, t_B)
+        columns[:, 2] = self.steps * self.lifted(schedule, t_B)
+        if training:
+            extra = self.steps * self.ce_weight
+            columns[:, 2] = (columns[:, 2] + extra) / (1.0 + extra)
+        return columns
+
+    def closing(self, graph: Graph, schedule: Schedule, t_min: float) -> tuple[float, float]:
+        """The prior alone: the last step decodes."""
+        sigma = schedule.sigma(torch.ones((), dtype=torch.float64))
+        return 1.0, float(graph.prior_kl_per_token(sigma))
+
+
+class Autoregressive(Objective):
+    """Next-token cross-entropy; the mask stands before the first token of a block."""
+
+    name = "autoregressive"
+    causal = True
+
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        """No noise, and weight 1."""
+        columns = torch.zeros(len(t_B), 3, dtype=torch.float64)
+        columns[:, 2] = 1.0
+        return columns
+
+    def corrupt(
+        self,
+        clean_BL: Tensor,
+        *,
+        t_B: Tensor | None = None,
+        sample_ids_B: SampleIds,
+        step: int,
+        seed: int,
+        global_batch: int,
+        graph: Graph,
+        schedule: Schedule,
+        t_min: float,
+        stream: str = "train",
+    ) -> NoisyBatch:
+        """Each position is shown the token before its own."""
+        graph.check_tokens(clean_BL)
+        clean_BL = clean_BL.long()
+        t_B = torch.zeros(len(clean_BL), dtype=torch.float64)
+        return NoisyBatch(
+            noisy_BL=shifted(clean_BL, graph),
+            clean_BL=clean_BL,
+            t_B=t_B,
+            noise_B3=self.noise_columns(schedule, t_B, training=stream == "train"),
+            dropout_key_B=keyed_dropout_keys(sample_ids_B, seed=seed, step=step, stream=stream),
+        )
+
+    def closing(self, graph: Graph, schedule: Schedule, t_min: float) -> tuple[float, float]:
+        """Nothing: the loss is the likelihood itself."""
+        return 1.0, 0.0
+
+
+def shifted(tokens_BL: Tensor, graph: Graph) -> Tensor:
+    """The tokens one position later, with the mask first; [B, L]."""
+    assert graph.mask_id is not None
+    start_B1 = torch.full_like(tokens_BL[:, :1], graph.mask_id)
+    return torch.cat([start_B1, tokens_BL[:, :-1]], dim=1)
+
+
+def make_objective(config: Config) -> Objective:
+    """The objective a configuration names."""
+    training = config.training
+    if training.objective == D3PMAbsorb.name:
+        return D3PMAbsorb(training.d3pm_steps, training.d3pm_ce_weight)
+    kinds: dict[str, Any] = {
+        kind.name: kind for kind in (ScoreEntropy, MaskedCrossEntropy, Autoregressive)
+    }
+    made: Objective = kinds[training.objective]()
+    return made
