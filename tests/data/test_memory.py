@@ -51,10 +51,10 @@ def peaks(folder: Path, documents: int) -> tuple[float, float]:
 def test_memory_does_not_grow_with_the_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Four times the text, 20 MB against 5: within a few of what one batch in flight takes."""
+    """Four times the text, 20 MB against 5: no more than the batches in flight."""
     small, large = peaks(tmp_path / "small", 600), peaks(tmp_path / "large", 2400)
     with capsys.disabled():
         print(f"\npreparing and loading 5 MB: {small} MB, 20 MB: {large} MB")
-    assert large[0] < small[0] + 5
-    assert large[1] < small[1] + 5
+    assert large[0] < small[0] + 8
+    assert large[1] < small[1] + 8
     assert large[1] < 300
