@@ -1,5 +1,6 @@
 """Tokenizers: text survives, ids lie in 0..N-1, what is saved is what is loaded."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from sedd_scale.data.gpt2_tokenizer import GPT2_EOS, GPT2Tokenizer, open_gpt2
 from sedd_scale.data.sentencepiece_training import train_sentencepiece
 from sedd_scale.data.tokenizers import (
+    BPE_CHUNK_CHARACTERS,
     BytesTokenizer,
     SentencePieceTokenizer,
     Text8Tokenizer,
@@ -196,6 +198,36 @@ def test_a_foreign_sentencepiece_model(shared: Path) -> None:
     assert (
         tokenizer.decode(tokenizer.encode("Straße 東京 🙂\nnew line")) == "Straße 東京 🙂\nnew line"
     )
+
+
+@pytest.mark.parametrize("across_words", [False, True])
+def test_long_texts_have_the_ids_of_the_library(across_words: bool) -> None:
+    """Byte pair encoding is given a text in chunks; pieces that go on behind a space forbid it."""
+    import sentencepiece
+
+    texts = make_texts(60)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_by_whitespace=not across_words,
+        minloglevel=2,
+    )
+    library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    draw = random.Random(0)
+    pieces = [*texts, *HARD_TEXTS, "  ", "\n\n", " \n", "\u2581", "x" * 5000, " " * 4000]
+    long_texts = [" ".join(draw.choices(pieces, k=60)) for _ in range(6)]
+    assert min(map(len, long_texts)) > 2 * BPE_CHUNK_CHARACTERS
+    for text in [*long_texts, "", *HARD_TEXTS]:
+        assert tokenizer.encode(text).tolist() == library.encode(text)
+    multi_word = any(" " in library.decode([piece]).strip() for piece in range(600))
+    assert multi_word == across_words
 
 
 def test_gpt2_agrees_with_an_independent_implementation(shared: Path) -> None:
