@@ -1,0 +1,225 @@
+"""Whether a job goes on: what its starts have come to, and if another one is worth it.
+
+    python -m sedd_scale.cluster.restarts begin LEDGER --progress RUN_DIR
+    python -m sedd_scale.cluster.restarts end LEDGER --progress RUN_DIR --code 75
+
+slurm/launch.sh calls both. The ledger is a file of one JSON line a start of the job and one an end;
+a start that Slurm cut short, with its node for instance, has no end. `end` prints `requeue`, with
+the nodes to leave out, or `stop`; reasons go to stderr.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedd_scale.cli import EXIT_USER_ERROR, make_parser, run_command
+from sedd_scale.errors import ConfigError
+
+EXIT_BAD_NODES = 3
+"""Exit code of the health check where it can name a bad node."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the job is to be requeued, why, and which nodes it is to leave out."""
+
+    requeue: bool
+    reason: str
+    exclude: tuple[str, ...] = ()
+
+
+def progress_of(path: Path) -> int:
+    """How far the work at `path` is: a number that grows.
+
+    The step of a run directory's newest checkpoint, or else the bytes of an output: a file, a
+    directory, and the PATH.parts of an unfinished one.
+    """
+    latest = path / "checkpoints" / "latest"
+    if latest.is_file():
+        return int(latest.read_text().strip().removeprefix("step-"))
+    places = [path, path.with_name(path.name + ".parts")]
+    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
+    if (path / "slurm").is_dir():  # a run directory before its first checkpoint
+        return 0
+    return sum(file.stat().st_size for file in files)
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger; none where there is no file. A line cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def count_stalled(ledger: Sequence[dict[str, Any]], progress: int) -> int:
+    """Starts in a row, up to the last, that brought nothing: `progress` is where things stand.
+
+    Starts that ended at a bad node are passed over: they did not get to work.
+    """
+    fruitless = {line["restart"] for line in ledger if line["event"] == "end" and line["bad_nodes"]}
+    starts = [
+        line["progress"]
+        for line in ledger
+        if line["event"] == "begin" and line["restart"] not in fruitless
+    ]
+    stalled = 0
+    for before, after in zip(reversed(starts), [progress, *reversed(starts)]):
+        if after != before:
+            break
+        stalled += 1
+    return stalled
+
+
+def judge(
+    ledger: Sequence[dict[str, Any]],
+    *,
+    progress: int,
+    restarts: int,
+    max_restarts: int,
+    max_stalled: int,
+) -> Verdict:
+    """Whether one more start is allowed after `restarts` requeues."""
+    if restarts >= max_restarts:
+        return Verdict(False, f"{restarts} restarts are all that SEDD_MAX_RESTARTS allows")
+    stalled = count_stalled(ledger, progress)
+    if stalled >= max_stalled:
+        return Verdict(
+            False,
+            f"no progress in {stalled} starts in a row (still at {progress}), which "
+            "SEDD_MAX_STALLED takes for a fault that a restart does not mend",
+        )
+    bad = {node for line in ledger if line["event"] == "end" for node in line["bad_nodes"]}
+    return Verdict(True, f"at {progress}", tuple(sorted(bad)))
+
+
+def begin_command(arguments: argparse.Namespace) -> int:
+    """Note a start; EXIT_USER_ERROR where it is one too many."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    progress = progress_of(arguments.progress)
+    ledger = read_ledger(arguments.ledger)
+    if restarts:  # Slurm may have requeued the job by itself
+        verdict = judge(
+            ledger,
+            progress=progress,
+            restarts=restarts - 1,
+            max_restarts=arguments.max_restarts,
+            max_stalled=arguments.max_stalled,
+        )
+        if not verdict.requeue:
+            _say(f"not started again: {verdict.reason}")
+            _note(arguments.ledger, "refused", progress=progress, reason=verdict.reason)
+            return EXIT_USER_ERROR
+        last = ledger[-1] if ledger else {"event": "end"}
+        how = "" if last["event"] == "end" else ", cut short by Slurm"
+        _say(f"goes on at {progress} after restart {restarts}{how}")
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    _note(arguments.ledger, "begin", progress=progress, nodes=nodes)
+    return 0
+
+
+def end_command(arguments: argparse.Namespace) -> None:
+    """Note an end, and print whether to requeue."""
+    progress, code = progress_of(arguments.progress), arguments.code
+    bad_nodes = arguments.bad_nodes.split() if code == EXIT_BAD_NODES else []
+    note = {"progress": progress, "code": code, "bad_nodes": bad_nodes}
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job = job_fields(os.environ["SLURM_JOB_ID"])
+    state = job.get("JobState", "unknown")
+    if code == 0:
+        verdict = Verdict(False, "finished")
+    elif state != "RUNNING":
+        # Cancelled, past its limit, or requeued by Slurm itself: that is settled already.
+        verdict = Verdict(False, f"Slurm ends the job ({state})")
+    elif code == EXIT_USER_ERROR:
+        verdict = Verdict(False, "an error to mend: see above")
+    else:
+        ledger = [*read_ledger(arguments.ledger), {"event": "end", "restart": restarts, **note}]
+        verdict = judge(
+            ledger,
+            progress=progress,
+            restarts=restarts,
+            max_restarts=arguments.max_restarts,
+            max_stalled=arguments.max_stalled,
+        )
+    word = "requeued" if verdict.requeue else "not requeued"
+    without = f", without {' '.join(verdict.exclude)}" if verdict.exclude else ""
+    _say(f"exit code {code}; {word}{without}: {verdict.reason}")
+    _note(arguments.ledger, "end", reason=verdict.reason, requeued=verdict.requeue, **note)
+    if not verdict.requeue:
+        print("stop")
+        return
+    exclude = list(verdict.exclude)
+    before = job.get("ExcNodeList", "(null)")
+    if exclude and before != "(null)":
+        exclude.append(before)
+    print(" ".join(["requeue", ",".join(exclude)]).strip())
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """What `scontrol show job` says of a job, by field; nothing where Slurm does not know it."""
+    asked = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, timeout=60
+    )
+    if asked.returncode:
+        return {}
+    pairs = (word.partition("=") for word in asked.stdout.split())
+    return {name: value for name, equals, value in pairs if equals}
+
+
+def _say(line: str) -> None:
+    print(f"restarts: {line}", file=sys.stderr, flush=True)
+
+
+def _note(ledger: Path, event: str, **values: object) -> None:
+    line = {
+        "event": event,
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **values,
+    }
+    with ledger.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("SLURM_JOB_ID is not set: this is for job scripts, by slurm/launch.sh")
+    if arguments.action == "begin":
+        return begin_command(arguments)
+    end_command(arguments)
+    return 0
+
+
+def main() -> int:
+    """The command of slurm/launch.sh."""
+    parser = make_parser(
+        "Note a start or an end of a Slurm job and say whether to requeue it.",
+        "python -m sedd_scale.cluster.restarts begin runs/a/attempts-7.jsonl --progress runs/a",
+    )
+    parser.add_argument("action", choices=("begin", "end"))
+    parser.add_argument("ledger", type=Path)
+    parser.add_argument("--progress", type=Path, required=True)
+    parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--bad-nodes", default="")
+    parser.add_argument("--max-restarts", type=int, default=20)
+    parser.add_argument("--max-stalled", type=int, default=3)
+    return run_command(parser, _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
