@@ -7,6 +7,7 @@ from typing import Any
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sedd_scale.interop.initial_weights import check_same_model
 from sedd_scale.parallel.engine import Engine
 from sedd_scale.training.checkpoint import (
     find_checkpoint,
@@ -83,11 +84,20 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
     """Refuse a checkpoint that this run cannot go on from.
 
     Raises:
-        CheckpointError: it is of another run's data, batch or seed.
+        CheckpointError: it is of another run's data, batch or seed, or of another program and
+            without its optimizer's state.
         ConfigError: it has more steps than the run.
     """
-    corpus.check_position(source, meta, config)
+    if meta["step"] > config.training.steps:
+        raise ConfigError(
+            f"{source} has done {meta['step']} steps, more than "
+            f"training.steps={config.training.steps}: raise training.steps"
+        )
     saved = config_from_dict(meta["config"])
+    if meta["dataset_fingerprint"] is None:
+        _check_imported(config, source, meta, saved)
+        return
+    corpus.check_position(source, meta, config)
     for section, key in (
         ("training", "global_batch"),
         ("training", "seed"),
@@ -100,8 +110,18 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
                 f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
                 f"data depends on it; set {section}.{key}={before}"
             )
-    if meta["step"] > config.training.steps:
-        raise ConfigError(
-            f"{source} has done {meta['step']} steps, more than "
-            f"training.steps={config.training.steps}: raise training.steps"
+
+
+def _check_imported(config: Config, source: Path, meta: dict[str, Any], saved: Config) -> None:
+    """Refuse a converted checkpoint that another program's training cannot go on from.
+
+    What it has seen of which data nobody knows. Its weights, averages, moments and step are all
+    there is to a run besides, and the data goes on at this step of our own order.
+    """
+    if meta["optimizer_step"] == 0:
+        raise CheckpointError(
+            f"{source} was converted from weights without an optimizer's state, so there is no run "
+            f"to go on with: begin a new one, with model.init_from={source} and another --run-dir"
         )
+    saved = saved.override(f"model.vocab_size={meta['num_tokens']}")
+    check_same_model(config, saved, str(source))

@@ -13,9 +13,12 @@ from sedd_scale.config import Config, load_config
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer
 from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert
+from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
+from sedd_scale.interop.source import STATE_KEYS
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
@@ -284,3 +287,31 @@ def test_a_damaged_source_is_refused(
             tmp_path / "run",
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_the_authors_program_goes_on(dataset: Path, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", (f"data.path={dataset}", "checkpoint.every=1"))
+    train(config_of(*whole.overrides, "training.steps=4"), whole.run_dir)
+    # The same training, passed through their format half-way: what it says is all that is needed.
+    half = whole.run_dir / "checkpoints/step-2"
+    convert("native", "sedd-train", half, tmp_path / "checkpoint.pth")
+    theirs = Run(tmp_path / "theirs", whole.overrides)
+    short = Assumptions(block_length=LENGTH)
+    convert("sedd-train", "native", tmp_path / "checkpoint.pth", theirs.run_dir, assumptions=short)
+    train(config_of(*theirs.overrides, "training.steps=4"), theirs.run_dir)
+    assert theirs.series("loss") == whole.series("loss")[2:]
+    ends = [open_checkpoint(run.run_dir) for run in (whole, theirs)]
+    for name in ends[0].shapes:
+        for key in STATE_KEYS:
+            assert torch.equal(*(end.read(name, key) for end in ends)), (name, key)
+
+    for changes, words in (
+        (("model.num_heads=4",), "model.num_heads=4 does not fit"),
+        (("training.steps=1",), "has done 2 steps"),
+    ):
+        resumed = f"training.resume={theirs.run_dir / 'checkpoints/step-2'}"
+        with pytest.raises(ConfigError, match=words):
+            train(config_of(*theirs.overrides, resumed, *changes), tmp_path / "new")
+    convert("native", "native", half, tmp_path / "weights", weights="ema")
+    with pytest.raises(CheckpointError, match=r"begin a new one, with model\.init_from="):
+        train(config_of(*theirs.overrides), tmp_path / "weights")
