@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from sedd_scale.evaluation import DATASETS, PROTOCOLS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 
 if TYPE_CHECKING:
-    from sedd_scale.evaluation.bound import BoundResult
     from sedd_scale.evaluation.corpora import Corpus
+    from sedd_scale.evaluation.result import BoundResult
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,14 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PROTOCOLS,
         default=PROTOCOLS[0],
         help="low-variance: stratified times, a true bound with all its terms; paper: independent "
-        "times, the diffusion term alone (%(default)s)",
+        "times, the diffusion term alone; any-order: random orders, for models without time "
+        "conditioning (%(default)s)",
     )
-    add("--draws", type=int, metavar="K", help="times drawn a block (16; paper 1000)")
+    add(
+        "--draws",
+        type=int,
+        metavar="K",
+        help="times drawn a block (16; paper 1000), or orders (any-order 8); none for an "
+        "autoregressive model, whose likelihood is exact",
+    )
     add(
         "--max-blocks",
         type=int,
         metavar="K",
-        help="at most so many blocks, evenly spread (all; paper 1024)",
+        help="at most so many blocks, evenly spread (all; paper 1024; any-order 64)",
     )
     add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (%(default)s)")
@@ -69,10 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def report_of(
-    arguments: argparse.Namespace, result: "BoundResult", corpus: "Corpus"
+    arguments: argparse.Namespace, result: "BoundResult", corpus: "Corpus", objective: str
 ) -> dict[str, Any]:
     """The JSON object of an evaluation."""
+    others = {"normalised": result.normalised, "likelihood": result.likelihood}
     return {
+        "objective": objective,
+        "kind": result.kind,
         "nats_per_token": result.nats_per_token,
         "bits_per_token": result.bits_per_token,
         "bits_per_char": result.bits_per_token / corpus.characters_per_token,
@@ -82,6 +93,12 @@ def report_of(
         "stderr_text": result.stderr_text,
         "ci95": list(result.ci95),
         "terms": result.terms,
+        **{
+            f"{name}_{key}": value
+            for name, other in others.items()
+            if other is not None
+            for key, value in asdict(other).items()
+        },
         "draws": result.draws,
         "replicates": result.replicates,
         "blocks": result.blocks,
@@ -107,24 +124,30 @@ def format_table(report: dict[str, Any]) -> str:
     def number(value: float | None) -> str:
         return "left out" if value is None else f"{value:.4f}"
 
-    low, high = report["ci95"]
-    terms = report["terms"]
     text = report["stderr_text"]
     rows = [
         ("checkpoint", f"{report['checkpoint']} ({report['weights']})"),
+        ("objective", report["objective"]),
         ("data", report["data"]),
         (
             "blocks",
             f"{report['blocks']:,} of {report['source_blocks']:,}, {report['block_length']} tokens "
             f"each; {report['dropped_tokens']:,} tokens at the end dropped",
         ),
-        ("protocol", f"{report['protocol']}, {report['draws']} draws a block"),
-        ("nats/token", f"{report['nats_per_token']:.4f} ± {report['stderr']:.4f}"),
-        ("  95% interval", f"{low:.4f} .. {high:.4f} (over draws)"),
+        *_nats_rows(report),
         ("  over blocks", "one block only" if text is None else f"± {text:.4f} (other text)"),
-        ("  diffusion", number(terms["diffusion"])),
-        ("  prior", number(terms["prior"])),
-        ("  reconstruction", number(terms["reconstruction"])),
+    ]
+    if report["kind"] == "bound":
+        terms = report["terms"]
+        rows += [(f"  {name}", number(terms[name])) for name in terms]
+    for name, meaning in (
+        ("normalised", "the bound with normalised scores"),
+        ("likelihood", "an estimate from above of the likelihood itself"),
+    ):
+        if f"{name}_nats_per_token" in report:
+            value, error = report[f"{name}_nats_per_token"], report[f"{name}_stderr"]
+            rows.append((f"  {name}", f"{value:.4f} ± {error:.4f} ({meaning})"))
+    rows += [
         ("bits/token", f"{report['bits_per_token']:.4f}"),
         ("bits/char", f"{report['bits_per_char']:.4f}"),
         ("bits/byte", f"{report['bits_per_byte']:.4f}"),
@@ -132,6 +155,20 @@ def format_table(report: dict[str, Any]) -> str:
         ("seconds", f"{report['seconds']:.1f}"),
     ]
     return "\n".join(f"{name:18}{value}" for name, value in rows)
+
+
+def _nats_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the number came about, and the number."""
+    nats = f"{report['nats_per_token']:.4f}"
+    if report["kind"] == "exact":
+        return [("protocol", "exact likelihood by the chain rule"), ("nats/token", nats)]
+    low, high = report["ci95"]
+    what = "orders" if report["kind"] == "any-order" else "draws"
+    return [
+        ("protocol", f"{report['protocol']}, {report['draws']} {what} a block"),
+        ("nats/token", f"{nats} ± {report['stderr']:.4f}"),
+        ("  95% interval", f"{low:.4f} .. {high:.4f} (over draws)"),
+    ]
 
 
 def eval_command(arguments: argparse.Namespace) -> None:
@@ -181,7 +218,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
         on_progress=show,
     )
     if is_first:
-        report = report_of(arguments, result, corpus)
+        report = report_of(arguments, result, corpus, model.objective.name)
         if not arguments.json:
             print(format_table(report))
         finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}

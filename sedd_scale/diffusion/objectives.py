@@ -161,6 +161,11 @@ class D3PMAbsorb(Objective):
         number_B = (t_B.double() * self.steps).floor().clamp(max=self.steps - 1) + 1
         return number_B / self.steps
 
+    def inner_times(self, u_K: Tensor) -> Tensor:
+        """Ends of the steps 2..T at quantiles u in [0, 1), each as likely as the others."""
+        number_K = (u_K.double() * (self.steps - 1)).floor().clamp(max=self.steps - 2) + 2
+        return number_K / self.steps
+
     def lifted(self, schedule: Schedule, t_B: Tensor) -> Tensor:
         """w_k at times k / T, float64 [B]."""
         t_B = t_B.double()

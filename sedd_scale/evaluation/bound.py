@@ -1,4 +1,4 @@
-"""A bound on the negative log-likelihood of text: integrated score entropy and its two ends.
+"""A bound on the negative log-likelihood of text: an integrated loss and its two ends.
 
 For a block x0 of L tokens (arXiv 2310.16834, theorem 3.6), with the noise run from t_min to 1,
 
@@ -16,7 +16,13 @@ t_min and decodes every position there independently. Any decoder gives a bound;
 
 The prior of `graph.prior_kl_per_token` leaves room for tokens not yet masked at time 1.
 
-Two protocols:
+Score entropy is cross-entropy plus a price of scores that are not normalised. Normalised they give
+a bound too, and under absorb that one is made of the same draws: `BoundResult.normalised`. Models
+trained with cross-entropy have no other. A chain of steps (d3pm_absorb) has a sum in the place of
+the integral, its last step being the decoder. An autoregressive model has its likelihood instead,
+and a model without time conditioning a third protocol, any-order: see `chain_rule`.
+
+Two protocols of the integral:
 
     low-variance  t stratified over each block's draws, and times and corruptions drawn where the
                   loss is (see `draws`), with weights; all three terms: a true bound.
@@ -32,78 +38,32 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sedd_scale.diffusion.corruption import keyed_uniforms
+from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation import PROTOCOLS
+from sedd_scale.evaluation.chain_rule import evaluate_any_order, evaluate_left_to_right
 from sedd_scale.evaluation.draws import moves_with_an_event, uniform_times, weighted_times
+from sedd_scale.evaluation.result import BoundResult, OtherNats
+from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.logits import logit_chunks
 
-DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000}
-DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024}
+DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000, "any-order": 8}
+DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024, "any-order": 64}
 # Degrees of freedom below which an interval is too wide to be of use.
 _ENOUGH_FREEDOM = 30
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class BoundResult:
-    """The bound on a set of blocks; nats are per token, averaged over all of them.
-
-    Attributes:
-        nats_per_token: the bound.
-        stderr: its standard error from the draws, for these blocks (another seed).
-        stderr_text: its standard error as an estimate for the source the blocks come from (other
-            blocks and another seed); None for a single block.
-        ci95: 95% interval from `stderr`.
-        terms: nats per token of diffusion, prior and reconstruction; None where the protocol
-            leaves a term out.
-        draws: times drawn a block.
-        replicates: independent replicates the draws of a block fall into.
-        blocks: number of blocks.
-        tokens: number of tokens in them.
-        network_calls: sequences that went through the network, over all ranks.
-        protocol: "low-variance" or "paper".
-        t_min: where the integral begins.
-        seconds: wall time.
-        block_nats_n: nats per token of each block.
-    """
-
-    nats_per_token: float
-    stderr: float
-    stderr_text: float | None
-    ci95: tuple[float, float]
-    terms: dict[str, float | None]
-    draws: int
-    replicates: int
-    blocks: int
-    tokens: int
-    network_calls: int
-    protocol: str
-    t_min: float
-    seconds: float
-    block_nats_n: FloatArray
-
-    @property
-    def bits_per_token(self) -> float:
-        """The bound in bits."""
-        return self.nats_per_token / math.log(2)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token), infinite beyond what a float holds."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
 
 @torch.no_grad()
@@ -123,15 +83,18 @@ def evaluate_bound(
 ) -> BoundResult:
     """Estimate the bound on blocks of tokens; collective over the model's data-parallel ranks.
 
+    Of an autoregressive model the likelihood itself, without draws.
+
     Args:
         blocks_nL: clean tokens, the same on every rank.
-        draws: times a block (default 16; paper 1000).
+        draws: times a block (default 16; paper 1000), or orders (any-order 8).
         replicates: independent stratified samples the draws of a block are split into, a divisor of
             `draws`, at least 2; by default as few as give a reliable standard error. The paper
             protocol has one a draw.
         seed: of all draws.
         batch_size: sequences in one network call.
-        t_min: where the integral begins; the model's noise.t_min by default.
+        t_min: where the integral begins; the model's noise.t_min by default. A chain of steps has
+            none to choose.
         block_ids_n: what a block's draws are keyed by; its place by default.
         text_n: how many of each block's first tokens are text; the rest is padding, which keeps its
             clean tokens and has no part in the bound. None: all of them.
@@ -143,6 +106,7 @@ def evaluate_bound(
         CheckpointError: the model's loss is not finite.
     """
     start = time.perf_counter()
+    objective = model.objective
     blocks = torch.as_tensor(blocks_nL)
     if blocks.dim() != 2 or not blocks.numel():
         raise DataError(
@@ -150,6 +114,34 @@ def evaluate_bound(
             "text"
         )
     model.graph.check_tokens(blocks)
+    ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
+    assert ids_n.shape == (len(blocks),), ids_n.shape
+    text_n = np.full(len(blocks), blocks.shape[1]) if text_n is None else np.asarray(text_n)
+    assert text_n.shape == (len(blocks),), text_n.shape
+    if objective.causal:
+        if protocol != "low-variance" or draws is not None or replicates is not None:
+            raise ConfigError(
+                "an autoregressive model's likelihood is exact: leave protocol, draws and "
+                "replicates out"
+            )
+        return evaluate_left_to_right(
+            model, blocks, batch_size=batch_size, text_n=text_n, on_progress=on_progress
+        )
+    if protocol == "any-order":
+        return evaluate_any_order(
+            model,
+            blocks,
+            orders=DEFAULT_DRAWS[protocol] if draws is None else draws,
+            seed=seed,
+            batch_size=batch_size,
+            ids_n=ids_n,
+            text_n=text_n,
+            on_progress=on_progress,
+        )
+    if isinstance(objective, D3PMAbsorb):
+        if t_min is not None:
+            raise ConfigError(f"t_min={t_min}: the steps of d3pm_absorb are given; leave t_min out")
+        t_min = 1.0 / objective.steps
     plan = _plan(
         len(blocks),
         draws=draws,
@@ -159,26 +151,15 @@ def evaluate_bound(
         protocol=protocol,
         t_min=model.config.noise.t_min if t_min is None else t_min,
     )
-    ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
-    assert ids_n.shape == (len(blocks),), ids_n.shape
-    text_n = np.full(len(blocks), blocks.shape[1]) if text_n is None else np.asarray(text_n)
-    assert text_n.shape == (len(blocks),), text_n.shape
     size = max(1, batch_size // plan.draws)
-    groups = [range(at, min(at + size, len(blocks))) for at in range(0, len(blocks), size)]
-    layout = model.layout
-    own = range(layout.data_rank, len(groups), layout.data)
-    results: dict[int, _GroupNats] = {}
-    for done, which in enumerate(own, start=1):
+    groups = [slice(at, min(at + size, len(blocks))) for at in range(0, len(blocks), size)]
+
+    def nats(which: int) -> _GroupNats:
         group = groups[which]
-        chosen = slice(group.start, group.stop)
-        results[which] = _group_nats(model, blocks[chosen], ids_n[chosen], text_n[chosen], plan)
-        on_progress(done, len(own))
-    of_ranks: list[Any] = [results]
-    if layout.data > 1:
-        of_ranks = [None] * layout.data
-        dist.all_gather_object(of_ranks, results, group=layout.data_group)
-    merged = {which: nats for part in of_ranks for which, nats in part.items()}
-    return _combine(model, [merged[which] for which in range(len(groups))], text_n, plan, start)
+        return _group_nats(model, blocks[group], ids_n[group], text_n[group], plan)
+
+    found = over_ranks(model.layout, len(groups), nats, on_progress)
+    return _combine(model, found, text_n, plan, start)
 
 
 @dataclass(frozen=True)
@@ -200,6 +181,10 @@ class _Plan:
         uniform = self.uniforms("time", self.draws, block_id, 0)
         place = np.tile(np.arange(strata), self.replicates)
         u_K = torch.from_numpy((place + uniform) / strata)
+        if isinstance(model.objective, D3PMAbsorb):
+            # A mean over all steps but the last, which is the decoder.
+            t_K = model.objective.inner_times(u_K)
+            return t_K, torch.full_like(t_K, 1.0 - self.t_min if self.has_ends else 1.0)
         if self.has_ends:
             return weighted_times(u_K, model.schedule, t_min=self.t_min, bounded=model.scaled)
         return uniform_times(u_K, t_min=self.t_min)
@@ -211,9 +196,12 @@ class _Plan:
 
 
 class _GroupNats(NamedTuple):
-    """Nats of whole blocks: the integral by each draw [g, K], and decoding at t_min [g, R]."""
+    """Nats of whole blocks: the integral by each draw [g, K, C], and decoding at t_min [g, R].
 
-    diffusion_gK: FloatArray
+    C is 2 where there is a second integral, that of normalised scores, else 1.
+    """
+
+    diffusion_gKC: FloatArray
     reconstruction_gR: FloatArray
     network_calls: int
 
@@ -278,7 +266,7 @@ def _group_nats(
             plan,
         ),
     )
-    diffusion = diffusion * weights_gK
+    diffusion = diffusion * weights_gK[:, :, None]
     if not plan.has_ends:
         return _GroupNats(diffusion, np.empty((len(ids_g), 0)), calls)
     reconstruction, more = _in_batches(
@@ -290,7 +278,7 @@ def _group_nats(
             model, clean_BL, ids_g[place_B], text_g[place_B], draw_B, plan
         ),
     )
-    return _GroupNats(diffusion, reconstruction, calls + more)
+    return _GroupNats(diffusion, reconstruction[:, :, 0], calls + more)
 
 
 def _in_batches(
@@ -300,23 +288,22 @@ def _in_batches(
     plan: _Plan,
     nats: Callable[[Tensor, IntArray, IntArray], tuple[Tensor, int]],
 ) -> tuple[FloatArray, int]:
-    """`count` draws of each block of a group, [g, count] nats, and the network calls made."""
+    """`count` draws of each block of a group, [g, count, C] nats, and the network calls made."""
     place_M, draw_M = np.divmod(np.arange(len(ids_g) * count), count)
-    values = np.empty(len(place_M))
-    calls = 0
+    parts, calls = [], 0
     for at in range(0, len(place_M), plan.batch_size):
         batch = slice(at, at + plan.batch_size)
         place_B = place_M[batch]
-        nats_B, made = nats(blocks_gL[place_B], draw_M[batch], place_B)
-        values[batch] = nats_B.double().cpu().numpy()
+        nats_BC, made = nats(blocks_gL[place_B], draw_M[batch], place_B)
+        parts.append(nats_BC.double().cpu().numpy())
         calls += made
-        bad = np.flatnonzero(~np.isfinite(values[batch]))
+        bad = np.flatnonzero(~np.isfinite(parts[-1]).all(axis=1))
         if len(bad):
             raise CheckpointError(
                 f"the bound of block {ids_g[place_B[bad[0]]]} is not finite: the checkpoint's "
                 "weights are damaged or its training diverged; use another checkpoint"
             )
-    return values.reshape(len(ids_g), count), calls
+    return np.concatenate(parts).reshape(len(ids_g), count, -1), calls
 
 
 def _diffusion_nats(
@@ -330,8 +317,15 @@ def _diffusion_nats(
 ) -> tuple[Tensor, int]:
     noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "noise")
     is_text_BL = _is_text(clean_BL, text_B)
-    nats_B = model.loss(clean_BL, t_B=t_B, xt_BL=noisy_BL, counted_BL=is_text_BL).double().cpu()
-    return nats_B * weight_B, len(clean_BL)
+    noise_B3 = model.objective.noise_columns(model.schedule, t_B, training=False)
+    shown = (clean_BL, noisy_BL, noise_B3, is_text_BL)
+    if model.objective.cross_entropy:
+        nats_BC = model.cross_entropy(*shown)[:, None]
+    else:
+        nats_BC = torch.stack(model.both_losses(*shown), dim=1)
+        if model.graph.mask_id is None:
+            nats_BC = nats_BC[:, :1]
+    return nats_BC.double().cpu() * weight_B[:, None], len(clean_BL)
 
 
 def _reconstruction_nats(
@@ -371,7 +365,7 @@ def _reconstruction_nats(
         target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
         nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m
     nats_B = nats_R.view(clean_BL.shape).sum(dim=1).cpu()
-    return nats_B * weight_B, len(clean_BL) if len(rows_M) else 0
+    return (nats_B * weight_B)[:, None], len(clean_BL) if len(rows_M) else 0
 
 
 def _is_text(clean_BL: Tensor, text_B: IntArray) -> Tensor:
@@ -421,11 +415,11 @@ def _combine(
     """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
     num_blocks, length = len(text_n), float(text_n.mean())
     share_n = text_n / length
-    diffusion_nK = np.concatenate([group.diffusion_gK for group in groups])
-    diffusion_nR = diffusion_nK.reshape(num_blocks, plan.replicates, -1).mean(axis=2)
-    values_nR = diffusion_nR / length
+    diffusion_nKC = np.concatenate([group.diffusion_gKC for group in groups])
+    by_replicate = (num_blocks, plan.replicates, -1, diffusion_nKC.shape[2])
+    values_nRC = diffusion_nKC.reshape(by_replicate).mean(axis=2) / length
     terms: dict[str, float | None] = {
-        "diffusion": float(values_nR.mean(axis=1).mean()),
+        "diffusion": float(values_nRC[:, :, 0].mean(axis=1).mean()),
         "prior": None,
         "reconstruction": None,
     }
@@ -435,8 +429,13 @@ def _combine(
         decode_nR = np.concatenate([group.reconstruction_gR for group in groups]) / length
         terms["prior"] = prior
         terms["reconstruction"] = float(decode_nR.mean(axis=1).mean())
-        values_nR = values_nR + decode_nR + prior * share_n[:, None]
+        values_nRC = values_nRC + (decode_nR + prior * share_n[:, None])[:, :, None]
+    values_nR = values_nRC[:, :, 0]
     estimate = estimate_from_replicates(values_nR, share_n)
+    normalised = None
+    if values_nRC.shape[2] == 2:
+        second = estimate_from_replicates(values_nRC[:, :, 1], share_n)
+        normalised = OtherNats(second.mean, second.stderr)
     return BoundResult(
         nats_per_token=estimate.mean,
         stderr=estimate.stderr,
@@ -452,4 +451,5 @@ def _combine(
         t_min=plan.t_min,
         seconds=time.perf_counter() - start,
         block_nats_n=values_nR.mean(axis=1) / share_n,
+        normalised=normalised,
     )

@@ -1,0 +1,187 @@
+"""Likelihoods by the chain rule: left to right, and in random orders.
+
+An autoregressive model's is exact: the sum over positions of -log p(x_i | x_<i). A masked model
+whose outputs do not depend on time is an any-order autoregressive model (arXiv 2406.03736, section
+3.3): run backwards exactly it fills positions in a uniformly random order, so that
+
+    p(x) = E over orders pi of  product over i of  p(x_pi(i) | x_pi(<i)).
+
+The mean over orders of the path's nats is its bound, with no prior, no t_min and no integral; minus
+the log of the mean of K paths' probabilities estimates the likelihood itself, from above, and the
+closer the more orders.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedd_scale.diffusion.corruption import keyed_uniforms
+from sedd_scale.diffusion.objectives import shifted
+from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.evaluation.result import ANY_ORDER, EXACT, NO_TERMS, BoundResult, OtherNats
+from sedd_scale.evaluation.shared_work import over_ranks
+from sedd_scale.evaluation.standard_error import estimate_from_replicates
+from sedd_scale.model.score_model import ScoreModel
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def evaluate_left_to_right(
+    model: ScoreModel,
+    blocks_nL: Tensor,
+    *,
+    batch_size: int,
+    text_n: IntArray,
+    on_progress: Progress,
+) -> BoundResult:
+    """The exact likelihood of blocks under an autoregressive model; collective.
+
+    Arguments and what is raised are those of `evaluate_bound`.
+    """
+    start = time.perf_counter()
+    groups = _slices(len(blocks_nL), batch_size)
+
+    def nats(which: int) -> FloatArray:
+        clean_BL, text_B = blocks_nL[groups[which]], text_n[groups[which]]
+        counted_BL = torch.arange(clean_BL.shape[1]) < torch.from_numpy(text_B)[:, None]
+        noise_B3 = _weight_one(len(clean_BL))
+        nats_B = model.cross_entropy(
+            clean_BL, shifted(clean_BL.long(), model.graph), noise_B3, counted_BL
+        )
+        return _finite(nats_B)
+
+    nats_n = np.concatenate(over_ranks(model.layout, len(groups), nats, on_progress))
+    tokens = int(text_n.sum())
+    mean = float(nats_n.sum() / tokens)
+    rest_n = (nats_n - mean * text_n) / text_n.mean()
+    text = float(rest_n.std(ddof=1)) / len(nats_n) ** 0.5 if len(nats_n) > 1 else None
+    return BoundResult(
+        nats_per_token=mean,
+        stderr=0.0,
+        stderr_text=text,
+        ci95=(mean, mean),
+        terms=dict(NO_TERMS),
+        draws=0,
+        replicates=0,
+        blocks=len(nats_n),
+        tokens=tokens,
+        network_calls=len(nats_n),
+        protocol="low-variance",
+        t_min=0.0,
+        seconds=time.perf_counter() - start,
+        block_nats_n=nats_n / text_n,
+        kind=EXACT,
+    )
+
+
+@torch.no_grad()
+def evaluate_any_order(
+    model: ScoreModel,
+    blocks_nL: Tensor,
+    *,
+    orders: int,
+    seed: int,
+    batch_size: int,
+    ids_n: Sequence[int] | IntArray,
+    text_n: IntArray,
+    on_progress: Progress,
+) -> BoundResult:
+    """Bound and likelihood of blocks from random orders of their positions; collective.
+
+    Each order costs one network call a token. Other arguments are those of `evaluate_bound`.
+
+    Raises:
+        ConfigError: the model has no masks, or its outputs depend on time, or fewer than 2 orders.
+    """
+    start = time.perf_counter()
+    mask_id = model.graph.mask_id
+    if mask_id is None or model.time_conditioned:
+        raise ConfigError(
+            "protocol any-order needs a model of graph absorb without time conditioning "
+            "(model.time_conditioning=false): choose protocol low-variance"
+        )
+    if orders < 2:
+        raise ConfigError(
+            f"{orders} orders a block leave no way to tell a standard error: give at least 2"
+        )
+
+    def nats(which: int) -> FloatArray:
+        """Of the block's paths [K], each the sum of its steps."""
+        text, block_id = int(text_n[which]), int(ids_n[which])
+        order_KT = np.stack([_order(text, seed, block_id, number) for number in range(orders)])
+        steps = [(number, place) for number in range(orders) for place in range(text)]
+        nats_K = np.zeros(orders)
+        for part in _slices(len(steps), batch_size):
+            numbers, places = np.array(steps[part]).T
+            rank_BL = torch.full((len(numbers), blocks_nL.shape[1]), -1)
+            rank_BL[:, :text] = torch.from_numpy(order_KT[numbers].argsort(axis=1))
+            place_B1 = torch.from_numpy(places)[:, None]
+            clean_BL = blocks_nL[which].long().expand(len(numbers), -1)
+            noisy_BL = torch.where(rank_BL >= place_B1, mask_id, clean_BL)
+            found_B = model.cross_entropy(
+                clean_BL, noisy_BL, _weight_one(len(numbers)), rank_BL == place_B1
+            )
+            np.add.at(nats_K, numbers, _finite(found_B))
+        return nats_K
+
+    nats_nK = np.stack(over_ranks(model.layout, len(blocks_nL), nats, on_progress))
+    length = float(text_n.mean())
+    estimate = estimate_from_replicates(nats_nK / length, text_n / length)
+    smallest_n1 = nats_nK.min(axis=1, keepdims=True)
+    ratio_nK = np.exp(smallest_n1 - nats_nK)
+    likelihood_n = smallest_n1[:, 0] - np.log(ratio_nK.mean(axis=1))
+    # The error of a logarithm is that of its argument, relatively.
+    relative_n = ratio_nK.std(axis=1, ddof=1) / ratio_nK.mean(axis=1) / orders**0.5
+    likelihood = OtherNats(
+        float(likelihood_n.mean() / length),
+        float(np.sqrt((relative_n**2).sum()) / len(relative_n) / length),
+    )
+    return BoundResult(
+        nats_per_token=estimate.mean,
+        stderr=estimate.stderr,
+        stderr_text=estimate.stderr_text,
+        ci95=estimate.ci95,
+        terms=dict(NO_TERMS),
+        draws=orders,
+        replicates=orders,
+        blocks=len(nats_nK),
+        tokens=int(text_n.sum()),
+        network_calls=orders * int(text_n.sum()),
+        protocol="any-order",
+        t_min=0.0,
+        seconds=time.perf_counter() - start,
+        block_nats_n=nats_nK.mean(axis=1) / text_n,
+        kind=ANY_ORDER,
+        likelihood=likelihood,
+    )
+
+
+def _order(length: int, seed: int, block_id: int, number: int) -> IntArray:
+    uniform = keyed_uniforms(length, seed=seed, stream="bound/order", step=number, sample=block_id)
+    return np.argsort(uniform, kind="stable")
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, count, size)]
+
+
+def _weight_one(batch: int) -> Tensor:
+    columns = torch.zeros(batch, 3, dtype=torch.float64)
+    columns[:, 2] = 1.0
+    return columns
+
+
+def _finite(nats_B: Tensor) -> FloatArray:
+    if not bool(torch.isfinite(nats_B).all()):
+        raise CheckpointError(
+            "a likelihood is not finite: the checkpoint's weights are damaged or its training "
+            "diverged; use another checkpoint"
+        )
+    return nats_B.double().cpu().numpy()

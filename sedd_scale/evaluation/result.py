@@ -1,0 +1,80 @@
+"""What an evaluation finds, whatever the objective: nats per token with their error and parts."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+BOUND, EXACT, ANY_ORDER = "bound", "exact", "any-order"
+
+
+@dataclass(frozen=True)
+class OtherNats:
+    """A second value of the same blocks and draws, nats per token, with its standard error."""
+
+    nats_per_token: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class BoundResult:
+    """The negative log-likelihood of a set of blocks, or a bound on it.
+
+    Nats are per token, averaged over all blocks.
+
+    Attributes:
+        nats_per_token: the bound, or the likelihood itself.
+        stderr: its standard error from the draws, for these blocks (another seed); 0 without draws.
+        stderr_text: its standard error as an estimate for the source the blocks come from (other
+            blocks and another seed); None for a single block.
+        ci95: 95% interval from `stderr`.
+        terms: nats per token of diffusion, prior and reconstruction; None where the protocol
+            leaves a term out or the likelihood has none.
+        draws: times, or orders, drawn a block; 0 for an exact likelihood.
+        replicates: independent replicates the draws of a block fall into.
+        blocks: number of blocks.
+        tokens: number of tokens in them.
+        network_calls: sequences that went through the network, over all ranks.
+        protocol: "low-variance", "paper" or "any-order".
+        t_min: where the integral begins; 0 where there is none.
+        seconds: wall time.
+        block_nats_n: nats per token of each block.
+        kind: BOUND (an integral), EXACT (the chain rule) or ANY_ORDER (a mean over orders).
+        normalised: the bound with normalised scores, which is never above the other; None where
+            scores are normalised anyway, or the graph has no such thing.
+        likelihood: an estimate of the likelihood itself, from above; any-order alone.
+    """
+
+    nats_per_token: float
+    stderr: float
+    stderr_text: float | None
+    ci95: tuple[float, float]
+    terms: dict[str, float | None]
+    draws: int
+    replicates: int
+    blocks: int
+    tokens: int
+    network_calls: int
+    protocol: str
+    t_min: float
+    seconds: float
+    block_nats_n: FloatArray
+    kind: str = BOUND
+    normalised: OtherNats | None = None
+    likelihood: OtherNats | None = None
+
+    @property
+    def bits_per_token(self) -> float:
+        """The bound in bits."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token), infinite beyond what a float holds."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
+
+
+NO_TERMS: dict[str, float | None] = {"diffusion": None, "prior": None, "reconstruction": None}
