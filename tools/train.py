@@ -22,8 +22,16 @@ def train_command(arguments: argparse.Namespace) -> int:
     from sedd_scale.training.loop import train
     from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 
+    if arguments.replay is not None:
+        from sedd_scale.training.replay import replay
+
+        for line in replay(config, arguments.run_dir, arguments.replay):
+            print(line, flush=True)
+        shutdown()
+        return 0
     with lost_ranks_in_one_line(lambda: "before the first step or after the last"):
         finished = train(config, arguments.run_dir, stop)
+        stop.disarm()
         shutdown()
     return 0 if finished else exit_code_after_stop()
 
@@ -39,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument(
         "--run-dir", type=Path, required=True, help="where metrics and checkpoints go"
+    )
+    parser.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="run a step of bad_steps.jsonl again, from the last checkpoint before it, and say "
+        "what is wrong with it; nothing is written",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"

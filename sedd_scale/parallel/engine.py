@@ -123,6 +123,15 @@ class Engine(ABC):
             numbers.loss, numbers.grad_norm, self._gate.accepted, wants_stop=numbers.wants_stop
         )
 
+    def loss_of_replica(self) -> float | None:
+        """Mean loss of this rank's micro-batches in the step made last, nats per token.
+
+        None on ranks that do not count it: of earlier stages, and tensor ranks other than 0.
+        """
+        if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
+            return None
+        return float(self._gate.loss_part()) * self.layout.data
+
     def explain(self, micro_batches: Sequence[MicroBatch]) -> str:
         """Which rank, stage and weight or layer makes these micro-batches' step not finite.
 

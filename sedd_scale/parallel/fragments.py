@@ -102,6 +102,23 @@ class ZeroFragments:
         flat = partition.detach() if key == "master" else self._zero.optimizer.state[partition][key]
         return Fragment(flat.narrow(0, place.begin, place.numel), place.start)
 
+    def working_copies(self, parameter: LogicalParameter) -> list[Tensor]:
+        """What this process computes with in the range of its fragment, flat, as views.
+
+        Of the whole shard where it holds that, and under ZeRO 3 of its partition: none, one or two.
+        Between steps each is the master, rounded to the working weights' number format.
+        """
+        place = self._places[parameter.name]
+        if place is None:
+            return []
+        tensor, copies = parameter.parameter, []
+        if tuple(tensor.shape) == parameter.local_shape:
+            copies.append(tensor.detach().reshape(-1).narrow(0, place.start, place.numel))
+        if self._stage_3:
+            partition: Tensor = tensor.ds_tensor  # type: ignore[attr-defined]
+            copies.append(partition.detach().view(-1).narrow(0, 0, place.numel))
+        return copies
+
     def ensure_state(self) -> None:
         """Make the optimizer's state as before a first step, where there is none yet.
 

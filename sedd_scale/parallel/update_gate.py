@@ -38,6 +38,7 @@ class UpdateGate:
             add up to it.
 
     Attributes:
+        loss_part: as given.
         accept: judges a step's numbers; has to answer alike on all ranks.
         wants_stop: whether this rank wants to stop.
         numbers: of the step made last.
@@ -55,7 +56,7 @@ class UpdateGate:
         self.numbers = StepNumbers(math.nan, math.nan, False)
         self.accepted = False
         self._layout = layout
-        self._loss_part = loss_part
+        self.loss_part = loss_part
         zero = engine.optimizer
         if isinstance(zero, BF16_Optimizer):
             self._guard_bf16(zero)
@@ -123,7 +124,7 @@ class UpdateGate:
             counts: whether the part is this rank's to add.
         """
         parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
-        parts[0] = self._loss_part()
+        parts[0] = self.loss_part()
         if counts:
             parts[1] = square
         if self.wants_stop():

@@ -109,6 +109,14 @@ class StepGuard:
             return f"{self._in_a_row} updates in a row were left out (training.stop_after_skips)"
         return None
 
+    def explain(self) -> str:
+        """Of the step judged last, one with finite numbers: how far from recent ones they are."""
+        verdict, window = self.verdict, len(self._losses.values())
+        return (
+            f"its numbers are finite, and their z-scores among the last {window} steps that were "
+            f"applied are {verdict.loss_z:.1f} (loss) and {verdict.grad_norm_z:.1f} (gradient norm)"
+        )
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, of JSON types."""
         return {

@@ -21,8 +21,9 @@ from torch import nn
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
-from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
@@ -61,28 +62,11 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     config, corpus = fit_to_dataset(config)
     source = find_resume(config, run_dir, corpus)
     initial = open_initial_weights(config, corpus) if source is None else None
-    parallel = config.parallel
-    layout = initialize_layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        sequence_parallel=parallel.sequence_parallel,
-    )
-    graph = make_graph(config.graph.name, corpus.vocab_size)
-    schedule = schedule_of(config)
-    builders = layer_builders(
-        config.model,
-        graph,
-        layout,
-        scaled=config.resolved_scale_by_sigma,
-        objective=make_objective(config),
-        seed=config.training.seed,
-        recompute_every=parallel.recompute_every,
-        recompute_mode=parallel.recompute_mode,
-    )
-    engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
+    engine, graph, schedule = build(config, corpus)
+    layout = engine.layout
     first_step = 0
     if source is not None:
-        source, meta = load_state(config, run_dir, source, corpus, engine)
+        source, meta, passed_over = load_state(config, run_dir, source, corpus, engine)
         first_step = meta["step"]
     if initial is not None:
         initial.load_into(engine)
@@ -98,6 +82,8 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
             run_config=config.to_dict(),
         )
     if source is not None:
+        for line in passed_over:
+            log.warn(first_step, line)
         log.say(f"resumed {source} at step {first_step}")
     if initial is not None:
         log.say(initial.description)
@@ -171,11 +157,14 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                 )
                 log.say(line)
             if must_stop:
+                finite = verdict.cause != "nonfinite"
+                why = guard.explain() if finite else engine.explain(batch.micro_batches)
+                knob = "training.skip_spikes_above" if finite else "training.on_nonfinite=skip"
                 raise TrainingError(
                     f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}: "
-                    f"{engine.explain(batch.micro_batches)}; stopped by {must_stop}: resume from "
-                    "the last checkpoint with a lower optimizer.lr or optimizer.clip, or with "
-                    "training.skip_steps or training.on_nonfinite=skip"
+                    f"{why}; stopped by {must_stop}: look at its batch with --replay {step}, and "
+                    "resume from the last checkpoint with a lower optimizer.lr or optimizer.clip, "
+                    f"with training.skip_steps, or with {knob}"
                 )
             if _due(step, config.training.check_replicas_every):
                 check_replicas(step, engine.parameters, engine.fragments, layout)
@@ -222,6 +211,32 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
+    """This process's part of the network in its engine, and the noise it is trained with.
+
+    Starts the process groups; the configuration is one of `fit_to_dataset`.
+    """
+    parallel = config.parallel
+    layout = initialize_layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    graph = make_graph(config.graph.name, corpus.vocab_size)
+    builders = layer_builders(
+        config.model,
+        graph,
+        layout,
+        scaled=config.resolved_scale_by_sigma,
+        objective=make_objective(config),
+        seed=config.training.seed,
+        recompute_every=parallel.recompute_every,
+        recompute_mode=parallel.recompute_mode,
+    )
+    engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
+    return engine, graph, schedule_of(config)
 
 
 def fit_to_dataset(config: Config) -> tuple[Config, Corpus]:

@@ -114,6 +114,15 @@ class MetricsLog:
         self._record(step, {**values, **(data or {})})
         self.say(format_validation_line(step, self._total_steps, nats_per_token, stderr))
 
+    def warn(self, step: int, line: str) -> None:
+        """Record what somebody who reads the file later has to know, and say it."""
+        if self._is_main:
+            self._file.write(
+                json.dumps({"step": step, "warning": line.removeprefix("warning: ")}) + "\n"
+            )
+            self._file.flush()
+        self.say(line)
+
     def advance(self, step: int) -> None:
         """Move the progress bar, if there is one, to `step`."""
         if self._progress is not None:

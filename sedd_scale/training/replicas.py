@@ -1,9 +1,10 @@
-"""Whether ranks that should hold the same numbers do, bit by bit.
+"""Whether numbers that should be the same are, bit by bit, on every rank.
 
 Data-parallel ranks each hold a copy of the working weights (under ZeRO 3 of those that are whole
 everywhere); tensor-parallel ranks each hold a copy of every parameter that is not split, with its
-own float32 state. Nothing in training compares the copies: a flipped bit or a nondeterministic
-kernel on one rank stays unseen while the copies drift apart.
+own float32 state; and each rank's own part of the working weights is its float32 master, rounded.
+Nothing in training compares these: a flipped bit or a nondeterministic kernel on one rank stays
+unseen while the copies drift apart.
 """
 
 from collections.abc import Sequence
@@ -26,15 +27,26 @@ _MULTIPLIER = 0x1E3779B97F4A7C15
 
 
 class Difference(NamedTuple):
-    """Copies of one tensor that are not the same; the least of all ranks' is reported."""
+    """Copies of one tensor that are not the same."""
 
     name: str
     what: str
     axis: str
+    """Over which ranks; "master": a rank's own two copies."""
     ranks: tuple[int, ...]
     """Of the whole job, those that hold copies."""
     odd: tuple[int, ...]
     """Those of them that differ from the copy most of them hold."""
+
+    def __str__(self) -> str:
+        if self.axis == "master":
+            return f"{self.what} on rank {self.ranks[0]} is not its float32 master, rounded"
+        if self.odd:
+            verb = "differ" if len(self.odd) > 1 else "differs"
+            who = f"rank {', '.join(map(str, self.odd))} {verb} from the others"
+        else:
+            who = "no copy has a majority"
+        return f"{self.what} is not the same on {self.axis} ranks {list(self.ranks)}: {who}"
 
 
 @torch.no_grad()
@@ -46,7 +58,11 @@ def check_replicas(
     Raises:
         TrainingError: on every process alike; names a parameter, and the ranks whose copies differ.
     """
-    found = []
+    found = [
+        Difference(logical.name, "the weight", "master", (layout.rank,), (layout.rank,))
+        for logical in parameters
+        if not _is_rounded_master(logical, fragments)
+    ]
     if layout.data > 1:
         tensors = [
             (logical.name, "the weight", logical.parameter.detach())
@@ -74,13 +90,12 @@ def check_replicas(
     of_ranks: list[list[Difference]] = [[] for _ in range(layout.world_size)]
     dist.all_gather_object(of_ranks, found)
     everywhere = sorted(set().union(*of_ranks))
-    first = everywhere[0]
-    names = len({difference.name for difference in everywhere})
+    name = everywhere[0].name
+    count = len({difference.name for difference in everywhere})
     raise TrainingError(
-        f"step {step}: {first.what} of {first.name} is not the same on {first.axis} ranks "
-        f"{list(first.ranks)}: {_who(first)} ({names} parameter{'s' if names > 1 else ''} in all); "
-        "a device or a kernel computes wrong numbers: resume from a checkpoint before it, without "
-        "that machine"
+        f"step {step}: {name}: {'; '.join(str(d) for d in everywhere if d.name == name)} "
+        f"({count} parameter{'s' if count > 1 else ''} in all); a device or a kernel computes "
+        "wrong numbers: resume from a checkpoint before it, without that machine"
     )
 
 
@@ -122,7 +137,15 @@ def _differences(
     return found
 
 
-def _who(difference: Difference) -> str:
-    if not difference.odd:
-        return "no copy has a majority"
-    return f"rank {', '.join(map(str, difference.odd))} differs from the others"
+def _is_rounded_master(logical: LogicalParameter, fragments: ZeroFragments) -> bool:
+    """Whether what this rank computes with is what it updates, as far as it holds both."""
+    master = fragments.get(logical, "master")
+    for working in fragments.working_copies(logical):
+        assert master is not None
+        for mine, exact in zip(
+            working.split(_HASH_LENGTH), master.flat.split(_HASH_LENGTH), strict=True
+        ):
+            bits = _INTEGERS[mine.element_size()]
+            if not torch.equal(mine.view(bits), exact.to(mine.dtype).view(bits)):
+                return False
+    return True

@@ -49,8 +49,11 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
 
 def load_state(
     config: Config, run_dir: Path, source: Path, corpus: Corpus, engine: Engine
-) -> tuple[Path, dict[str, Any]]:
-    """Load what `find_resume` found into the engine; the checkpoint's directory and meta.json.
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """Load what `find_resume` found into the engine.
+
+    Returns:
+        The checkpoint's directory, its meta.json, and a line on each that was passed over.
 
     Raises:
         CheckpointError: as `load_checkpoint` for a checkpoint given by its path; as `load_newest`
@@ -60,15 +63,18 @@ def load_state(
     def check(path: Path, meta: dict[str, Any]) -> None:
         check_resume(config, corpus, path, meta)
 
+    passed_over: list[str] = []
     if source == run_dir:
-        return load_newest(
+        found, meta = load_newest(
             run_dir,
             engine_fragments=engine.fragments,
             parameters=engine.parameters,
             layout=engine.layout,
             verify=config.checkpoint.verify,
             check=check,
+            say=passed_over.append,
         )
+        return found, meta, passed_over
     meta = load_checkpoint(
         source,
         engine_fragments=engine.fragments,
@@ -77,7 +83,7 @@ def load_state(
         verify=config.checkpoint.verify,
         check=check,
     )
-    return source, meta
+    return source, meta, passed_over
 
 
 def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:

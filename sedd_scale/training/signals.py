@@ -50,6 +50,10 @@ class StopSignals:
         self._armed = True
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
+    def disarm(self) -> None:
+        """From here on signals wait, for good: the run is over, and its exit code is settled."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
     def wants_stop(self) -> bool:
         """Whether this process was asked to stop."""
         return self.received is not None

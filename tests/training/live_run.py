@@ -27,6 +27,75 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
+class Torchrun:
+    """A run of tools/train.py on one node under torchrun; use it in a `with`, as `LiveRun`."""
+
+    def __init__(
+        self,
+        num_processes: int,
+        run_dir: Path,
+        overrides: tuple[str, ...],
+        log: Path,
+        *options: str,
+    ) -> None:
+        self.run_dir, self._log = run_dir, log
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [
+                    *launcher,
+                    *(f"--nproc-per-node={num_processes}", *options, *TRAIN),
+                    *("--run-dir", str(run_dir), *overrides),
+                ],
+                cwd=REPOSITORY,
+                env=environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Torchrun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks."""
+        launcher = self._process.pid
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        return [int(child) for child in children if _is_rank(child)]
+
+    def send_to_all(self, number: signal.Signals) -> None:
+        """Signal the launcher and its ranks, as a scheduler does."""
+        os.killpg(self._process.pid, number)
+
+    def until(self, holds: Callable[[], bool], seconds: float = 120.0) -> None:
+        """Wait until something holds, while the launcher runs."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self._process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.001)
+
+    def code(self, seconds: float = 120.0) -> int:
+        """The launcher's exit code, when it has ended."""
+        return self._process.wait(seconds)
+
+    def output(self) -> str:
+        """What the launcher and its ranks wrote."""
+        return self._log.read_text()
+
+
+def _is_rank(process: str) -> bool:
+    try:
+        return TRAIN[0] in Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:  # it has just ended
+        return False
+
+
 class LiveRun:
     """The ranks of one run of tools/train.py, started; use it in a `with`, which ends what is left.
 
@@ -87,13 +156,13 @@ class LiveRun:
         """Wait until metrics.jsonl holds the step."""
         self.until(lambda: last_step(self.run_dir) >= step)
 
-    def codes(self, seconds: float = 120.0) -> list[int]:
+    def code(self, rank: int, seconds: float = 120.0) -> int:
+        """A rank's exit code, when it has ended."""
+        return self._processes[rank].wait(seconds)
+
+    def codes(self) -> list[int]:
         """The exit codes, when all ranks have ended."""
-        deadline = time.monotonic() + seconds
-        codes = []
-        for process in self._processes:
-            codes.append(process.wait(max(0.1, deadline - time.monotonic())))
-        return codes
+        return [self.code(rank) for rank in range(len(self._processes))]
 
     def errors(self, rank: int | None = None) -> str:
         """What one rank, or all, wrote to stderr."""
