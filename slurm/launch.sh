@@ -26,7 +26,8 @@
 # sedd_job STATE PROGRESS PROGRAM [ARGUMENT...]: run tools/PROGRAM on all tasks, and end the script.
 #   STATE     folder for what is known of the job's attempts; made if absent
 #   PROGRESS  what grows as the work goes on: a run directory, or an output
-# With SEDD_STDOUT set, the command's standard output goes to that file, which appears when done.
+# With SEDD_STDOUT set, the command's standard output goes to that file, which appears when done. A
+# function sedd_after is called once the command has ended well.
 sedd_job() {
   local state=$1 progress=$2 program=$3
   shift 3
@@ -49,6 +50,9 @@ sedd_job() {
   if [[ $SEDD_CODE == 0 && -n ${SEDD_STDOUT:-} ]]; then
     mv "$SEDD_STDOUT.tmp" "$SEDD_STDOUT"
     cat "$SEDD_STDOUT"
+  fi
+  if [[ $SEDD_CODE == 0 ]] && declare -F sedd_after >/dev/null; then
+    sedd_after || SEDD_CODE=$?
   fi
   sedd_end "$SEDD_CODE" ''
 }
@@ -135,12 +139,14 @@ sedd_interface_to() {
 # Run a Python program on all tasks, in the background of a shell that takes signals meanwhile;
 # its exit code is in SEDD_CODE.
 sedd_launch() {
-  local -a flags words
+  local -a flags words=()
   read -ra flags <<<"$SEDD_SRUN_FLAGS"
   flags+=(--export=ALL --kill-on-bad-exit=0 "--wait=$SEDD_LOST_SECONDS")
   if [[ $SEDD_LAUNCHER == torchrun && $SLURM_NTASKS -gt 1 ]]; then
-    flags+=("--ntasks=$SLURM_NNODES" --ntasks-per-node=1)
-    flags+=("--cpus-per-task=$((SEDD_TASKS_PER_NODE * ${SLURM_CPUS_PER_TASK:-1}))")
+    # One task with all CPUs of its node.
+    flags+=("--ntasks=$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none)
+    local -x SRUN_CPUS_PER_TASK
+    unset SRUN_CPUS_PER_TASK
     words=(-m sedd_scale.cluster.node_agent "--nproc-per-node=$SEDD_TASKS_PER_NODE")
   fi
   srun "${flags[@]}" "$SEDD_PYTHON" "${words[@]}" "$@" &

@@ -3,14 +3,14 @@
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.cli import make_parser, run_command
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.sampling import DRAW_DTYPES, SAMPLERS, TIME_GRIDS
+from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
 
 if TYPE_CHECKING:
     from sedd_scale.model.score_model import ScoreModel
@@ -55,6 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
         "(%(default)s)",
     )
     add("--blank", default="____", metavar="TEXT", help="marks a blank in text (%(default)s)")
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="draw one of N parts only, I from 0 on, of jobs that share the samples; each with an "
+        "--output of its own (slurm/generate.sh joins them)",
+    )
     add("--length", type=int, metavar="L", help="tokens in a sample (the checkpoint's block)")
     add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="samples at a time (%(default)s)")
@@ -65,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how samples are drawn").add_argument
-    add("--sampler", choices=SAMPLERS, default="analytic", help="step law (%(default)s)")
+    add(
+        "--sampler",
+        choices=(*SAMPLERS, LEFT_TO_RIGHT),
+        help=f"step law (analytic; of an autoregressive model {LEFT_TO_RIGHT}, which has no other)",
+    )
     add(
         "--steps",
         type=int,
@@ -157,8 +168,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def generate_command(arguments: argparse.Namespace) -> None:
     """Draw the samples; the first process writes the report and prints it."""
     from sedd_scale.parallel.layout import shutdown
+    from sedd_scale.sampling.batch import requests_of_shard
     from sedd_scale.sampling.generation import checkpoint_digest, generate
     from sedd_scale.sampling.judge import check_judge
+    from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
     from sedd_scale.sampling.output_shards import refuse_existing_output
     from sedd_scale.sampling.prompts_file import read_prompt_lines
     from sedd_scale.sampling.samples_file import report_path
@@ -166,9 +179,8 @@ def generate_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.sampling.trace_page import write_trace_page
 
     check_arguments(arguments)
-    settings = SamplerSettings(
-        **{key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
-    )
+    options = {key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
+    settings = SamplerSettings(**{**options, "sampler": arguments.sampler or "analytic"})
     is_first = os.environ.get("RANK", "0") == "0"
     refuse_existing_output(arguments.output)
     refuse_existing_output(report_path(arguments.output), "the report")
@@ -183,8 +195,13 @@ def generate_command(arguments: argparse.Namespace) -> None:
         check_judge(arguments.judge)
 
     model = open_model(arguments)
+    if arguments.sampler is None and is_autoregressive(model):
+        settings = replace(settings, sampler=LEFT_TO_RIGHT)
     settings.check_graph(model.graph.name)
+    check_sampler(model, settings.sampler)
     requests = _requests(arguments, model, settings, lines, skipped)
+    if arguments.shard is not None:
+        requests = requests_of_shard(requests, arguments.batch_size, *arguments.shard)
     if is_first:
         for error in skipped:
             print(f"skipped: {error}", file=sys.stderr)
@@ -291,6 +308,13 @@ def _requests(
         on_bad=skipped.append if arguments.on_bad_prompt == "skip" else None,
     )
     return prompt_requests(prompts, arguments.seed)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, whole = text.partition("/")
+    if not (slash and part.isdecimal() and whole.isdecimal() and int(part) < int(whole)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, as 0/4")
+    return int(part), int(whole)
 
 
 def _flag(name: str) -> str:

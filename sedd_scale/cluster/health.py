@@ -185,10 +185,9 @@ def time_all_reduce(store: "Store", rank: int, world_size: int, *, seconds: floa
     import torch
     import torch.distributed as dist
 
-    from sedd_scale.parallel.layout import local_device
-
-    device = local_device()
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

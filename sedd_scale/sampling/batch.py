@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sedd_scale.data.tokenizers import Tokenizer
+from sedd_scale.errors import ConfigError
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.infill import Infill
 from sedd_scale.sampling.prompts_file import Prompt
@@ -89,6 +90,26 @@ def cut_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]
         indices.sort(key=lambda index: len(requests[index].infill.tokens_L))
         batches += [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
     return batches
+
+
+def requests_of_shard(
+    requests: Sequence[Request], batch_size: int, shard: int, num_shards: int
+) -> list[Request]:
+    """Every `num_shards`-th batch, from number `shard` on, for jobs that share the work in advance.
+
+    The batches are those of the whole, so that a sample is the same in a shard.
+
+    Raises:
+        ConfigError: the shard has no batch.
+    """
+    batches = cut_batches(requests, batch_size)
+    if shard >= len(batches):
+        raise ConfigError(
+            f"--shard {shard}/{num_shards} is empty, there are {len(batches)} batches: give fewer "
+            "shards or a smaller --batch-size"
+        )
+    chosen = sorted(index for batch in batches[shard::num_shards] for index in batch)
+    return [requests[index] for index in chosen]
 
 
 def batch_cost(batch: Sequence[Request]) -> int:
