@@ -23,6 +23,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
     """Plan the run on the GPUs given, or on the fewest, and every other legal layout."""
     from sedd_scale.config import load_config
     from sedd_scale.planning.layouts import ASSUMPTIONS, fit_layouts, plan, smallest_fit
+    from sedd_scale.planning.sizes import sizes_for_plan
 
     config = load_config(arguments.config, arguments.overrides)
     gpu = PEAK_FLOPS[arguments.gpu]
@@ -38,7 +39,10 @@ def plan_command(arguments: argparse.Namespace) -> None:
     ):
         if not value > 0:
             raise ConfigError(f"{name} has to be above 0: give another")
-    sizes = dict(zip(("vocab_size", "block_length"), data_sizes(config, arguments)))
+    vocab_size, block_length = sizes_for_plan(
+        config, vocab_size=arguments.vocab_size, block_length=arguments.block_length
+    )
+    sizes = {"vocab_size": vocab_size, "block_length": block_length}
     usable = arguments.usable * memory
 
     if arguments.gpus is not None:
@@ -67,38 +71,6 @@ def plan_command(arguments: argparse.Namespace) -> None:
     print("\nassumptions: " + ";\n  ".join(assumptions))
     if arguments.json:
         print(json.dumps(as_json(planned, fits, seconds=seconds, assumptions=assumptions)))
-
-
-def data_sizes(config: "Config", arguments: argparse.Namespace) -> tuple[int, int]:
-    """N and L: as given, as configured, or as the dataset has them.
-
-    Raises:
-        ConfigError: they are nowhere to be found.
-    """
-    vocab_size, block_length = config.model.vocab_size, config.data.block_length
-    if arguments.vocab_size is not None:
-        vocab_size = arguments.vocab_size
-    if arguments.block_length is not None:
-        block_length = arguments.block_length
-    if vocab_size is None or block_length is None:
-        from sedd_scale.data.corpus import Corpus, locations_of
-        from sedd_scale.data.shards import has_index
-
-        named = config.data.path is not None or config.data.mixture is not None
-        absent = (
-            [path for path in locations_of(config.data) if not has_index(path)] if named else []
-        )
-        if absent or not named:
-            missing = "--vocab-size N" if vocab_size is None else "--block-length L"
-            raise ConfigError(
-                f"there is no dataset at data.path={', '.join(absent) or 'null'} to take sizes "
-                f"from: give {missing} (GPT-2's vocabulary has 50257 tokens, the paper's blocks "
-                "1024)"
-            )
-        corpus = Corpus(config.data)
-        vocab_size = corpus.vocab_size if vocab_size is None else vocab_size
-        block_length = corpus.block_length if block_length is None else block_length
-    return vocab_size, block_length
 
 
 def print_plan(config: "Config", planned: "Plan", *, usable: float, seconds: float) -> None:

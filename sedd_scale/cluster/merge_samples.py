@@ -7,11 +7,11 @@ The last job of the array to end does it: until then some shard is missing, and 
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from sedd_scale.cli import make_parser, run_command
-from sedd_scale.data.atomic import write_atomically
 from sedd_scale.errors import ConfigError, DataError
 
 
@@ -55,7 +55,10 @@ def merge_samples(output: Path, num_shards: int, prompts: Path | None) -> bool:
     if len(order) != len(records):
         unknown = next(iter(records.keys() - set(order)))
         raise DataError(f"a sample's id {unknown!r} is not in {prompts}: was the file changed?")
-    write_atomically(output, b"".join(records[name] for name in order))
+    # Two jobs that end together write the same.
+    temporary = output.with_name(f"{output.name}.{os.environ.get('SLURM_JOB_ID', os.getpid())}.tmp")
+    temporary.write_bytes(b"".join(records[name] for name in order))
+    temporary.replace(output)
     for shard in shards:
         shard.unlink(missing_ok=True)
     return True

@@ -48,10 +48,6 @@ def examine_node(folder: Path, environment: MutableMapping[str, str]) -> dict[st
         write_and_read(folder)
     except OSError as error:
         report["error"] = f"cannot use {folder}: {error.strerror or error}"
-    try:
-        write_and_read(Path(tempfile.gettempdir()))
-    except OSError as error:
-        report["error"] = f"cannot use its temporary directory: {error.strerror or error}"
     return report
 
 
