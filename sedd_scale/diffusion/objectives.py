@@ -32,6 +32,9 @@ from sedd_scale.diffusion.corruption import (
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
 
+# Of a time in steps: k / T times T may come out a little above k.
+_ROUNDING = 1e-9
+
 
 class Objective(ABC):
     """What a network is trained for.
@@ -157,8 +160,8 @@ class D3PMAbsorb(Objective):
         return 0.0
 
     def on_grid(self, t_B: Tensor) -> Tensor:
-        """The end of the step that holds each time."""
-        number_B = (t_B.double() * self.steps).floor().clamp(max=self.steps - 1) + 1
+        """The end of the step that holds each time; an end stays."""
+        number_B = (t_B.double() * self.steps - _ROUNDING).ceil().clamp(1, self.steps)
         return number_B / self.steps
 
     def inner_times(self, u_K: Tensor) -> Tensor:

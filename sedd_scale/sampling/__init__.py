@@ -1,5 +1,6 @@
 """Drawing text from a trained model: samplers, infilling and batch generation."""
 
 SAMPLERS = ("analytic", "euler", "ancestral", "first-hitting", "confidence", "entropy", "margin")
+LEFT_TO_RIGHT = "left-to-right"  # of autoregressive models, which have no other
 TIME_GRIDS = ("uniform", "cosine", "schedule")
 DRAW_DTYPES = ("float64", "float32")

@@ -10,6 +10,7 @@ import torch
 from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     Infill,
@@ -19,6 +20,7 @@ from sedd_scale.sampling.infill import (
     padded,
     unconditional,
 )
+from sedd_scale.sampling.left_to_right import is_autoregressive
 from sedd_scale.sampling.samplers import sample_with
 from sedd_scale.sampling.settings import settings_from_dict
 
@@ -146,6 +148,8 @@ def _completions(
     for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
         if type(count) is not int or count < 1:
             raise ConfigError(f"{name}={count!r} is no count: give an integer from 1 on")
+    if is_autoregressive(model):
+        options = {"sampler": LEFT_TO_RIGHT, **options}
     settings = settings_from_dict(options)
     completions = []
     for start in range(0, num_samples, batch_size):

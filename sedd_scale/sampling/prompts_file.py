@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     Infill,
@@ -19,6 +20,7 @@ from sedd_scale.sampling.infill import (
     infill_from_text,
     infill_from_tokens,
 )
+from sedd_scale.sampling.left_to_right import check_prefix
 from sedd_scale.sampling.settings import SamplerSettings
 
 GIVEN_KEYS = ("text", "prefix", "suffix", "tokens", "positions")
@@ -122,9 +124,16 @@ def prompts_of_lines(
                 raise DataError(
                     f"length={limit} is more than the length {length}: give a longer --length"
                 )
-            own = replace(settings or SamplerSettings(), **options)
+            base = settings or SamplerSettings()
+            own = replace(base, **options)
             own.check_graph(graph)
+            if (own.sampler == LEFT_TO_RIGHT) != (base.sampler == LEFT_TO_RIGHT):
+                raise ConfigError(
+                    f"sampler {own.sampler} does not go with this model: choose {base.sampler}"
+                )
             infill = _infill(record, tokenizer, num_tokens, limit, marker)
+            if own.sampler == LEFT_TO_RIGHT:
+                check_prefix(infill.fixed_L)
         except (ConfigError, DataError) as error:
             _bad(DataError(f"{line.where}: {error}"), on_bad)
             continue

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import DataError
+from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.absorb_steps import run_absorb
 from sedd_scale.sampling.batch_state import BatchState, StepObserver
 from sedd_scale.sampling.head_outputs import HeadOutputs
 from sedd_scale.sampling.keyed_draws import KeyedDraws
+from sedd_scale.sampling.left_to_right import check_prefix, check_sampler, run_left_to_right
 from sedd_scale.sampling.logits import LogitModel
 from sedd_scale.sampling.settings import CALL_SAMPLERS, T_END, SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
@@ -102,7 +104,8 @@ def sample_with(
 
     Raises:
         ConfigError: an option the model's graph does not have.
-        DataError: a fixed token that is not one of the N, or shapes that do not fit.
+        DataError: a fixed token that is not one of the N, or shapes that do not fit; with an
+            autoregressive model, something given after a free position.
         CheckpointError: the network's outputs are not finite.
     """
     batch = start_batch(
@@ -127,7 +130,9 @@ def run_batch(batch: BatchState) -> None:
     """Run the sampler of the batch's settings to its end, in place."""
     if not bool(batch.free_R.any()):
         return
-    if batch.model.graph.mask_id is None:
+    if batch.settings.sampler == LEFT_TO_RIGHT:
+        run_left_to_right(batch)
+    elif batch.model.graph.mask_id is None:
         run_uniform(batch)
     elif batch.settings.sampler == "first-hitting":
         run_first_hitting(batch)
@@ -150,6 +155,7 @@ def start_batch(
 ) -> BatchState:
     """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `sample_with`."""
     settings.check_graph(model.graph.name)
+    check_sampler(model, settings.sampler)
     if tokens_BL.dim() != 2 or tokens_BL.shape != fixed_BL.shape:
         raise DataError(
             f"tokens have shape {tuple(tokens_BL.shape)} and fixed positions "
@@ -173,6 +179,9 @@ def start_batch(
         if not bool(within_BL.all()):
             # What fills the batch up is a document of its own, which no other position attends to.
             documents_BL = (~within_BL).long().to(model.device)
+    if settings.sampler == LEFT_TO_RIGHT:
+        for row in range(batch):
+            check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
     model.graph.check_tokens(given_BL[~free_BL])
     draws = KeyedDraws(
         seeds,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sedd_scale.errors import ConfigError
-from sedd_scale.sampling import DRAW_DTYPES, SAMPLERS, TIME_GRIDS
+from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
 
 DEFAULT_STEPS = 128
 T_END = 1e-5
@@ -22,7 +22,7 @@ class SamplerSettings:
     """Everything about the draw of a sample but what is given of it and its seed.
 
     Attributes:
-        sampler: one of `SAMPLERS`.
+        sampler: one of `SAMPLERS`, or `LEFT_TO_RIGHT`.
         steps: steps from time 1 to `t_end`, each one network call at most (the last, denoising step
             is one more). For `CALL_SAMPLERS` the network calls themselves, over which a sample's
             free positions are spread. None: 128, and for `CALL_SAMPLERS` one call a position.
@@ -49,7 +49,7 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("sampler", self.sampler, SAMPLERS),
+            ("sampler", self.sampler, (*SAMPLERS, LEFT_TO_RIGHT)),
             ("time_grid", self.time_grid, TIME_GRIDS),
             ("draw_dtype", self.draw_dtype, DRAW_DTYPES),
         ):
@@ -77,6 +77,13 @@ class SamplerSettings:
                 f"remask={self.remask} does not go with sampler {self.sampler}: choose ancestral "
                 "or leave remask out"
             )
+        if self.sampler == LEFT_TO_RIGHT:
+            for option, default in (("steps", None), ("time_grid", "uniform"), ("t_end", T_END)):
+                if getattr(self, option) != default:
+                    raise ConfigError(
+                        f"{option}={getattr(self, option)} does not go with {LEFT_TO_RIGHT}, which "
+                        "draws one position after the other: leave it out"
+                    )
         if self.time_grid != "uniform" and self.sampler in CALL_SAMPLERS:
             if self.sampler == "first-hitting":
                 raise ConfigError(
@@ -110,7 +117,7 @@ class SamplerSettings:
     @property
     def resolved_steps(self) -> int | None:
         """`steps`, with None resolved where it does not depend on the sample."""
-        if self.steps is None and self.sampler not in CALL_SAMPLERS:
+        if self.steps is None and self.sampler not in (*CALL_SAMPLERS, LEFT_TO_RIGHT):
             return DEFAULT_STEPS
         return self.steps
 

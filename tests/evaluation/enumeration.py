@@ -21,6 +21,9 @@ def tiny_model(
     block_length: int = 2,
     seed: int = 0,
     tensor: int = 1,
+    time_conditioning: bool = True,
+    objective: str = "score_entropy",
+    **training: object,
 ) -> ScoreModel:
     """A random network over a handful of tokens, in eval mode, with far from equal scores."""
     config = config_from_dict(
@@ -31,11 +34,12 @@ def tiny_model(
                 "num_heads": 2,
                 "cond_dim": 8,
                 "zero_init": False,
+                "time_conditioning": time_conditioning,
                 "vocab_size": num_tokens,
             },
             "graph": {"name": graph},
             "noise": {"name": noise, "sigma_max": 8.0},
-            "training": {"seed": seed},
+            "training": {"seed": seed, "objective": objective, **training},
         }
     )
     layout = initialize_layout(tensor=tensor)

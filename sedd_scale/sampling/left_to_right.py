@@ -1,0 +1,68 @@
+"""Sampling from an autoregressive model: one position after the other, with a key-value cache.
+
+What is given of a sample has to come first. Given positions go through the network together, each
+further one alone: its keys and values are kept, so that L tokens cost L positions of the network
+and not L * L.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sedd_scale.diffusion.objectives import shifted
+from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.sampling.batch_state import BatchState
+from sedd_scale.sampling.logits import LogitModel
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def is_autoregressive(model: LogitModel) -> bool:
+    """Whether samples of the model are drawn from left to right."""
+    return isinstance(model, ScoreModel) and model.objective.causal
+
+
+def check_sampler(model: LogitModel, sampler: str) -> None:
+    """Raise ConfigError for a sampler of the other kind of model."""
+    if is_autoregressive(model) != (sampler == LEFT_TO_RIGHT):
+        kind, fix = "a diffusion model", "analytic"
+        if is_autoregressive(model):
+            kind, fix = "an autoregressive model", LEFT_TO_RIGHT
+        raise ConfigError(f"sampler {sampler} does not go with {kind}: choose {fix}")
+
+
+def check_prefix(fixed_L: BoolArray) -> None:
+    """Raise DataError where a position is given, true, after one that is not."""
+    first = int(np.argmin(np.append(fixed_L, False)))
+    if fixed_L[first:].any():
+        given = first + int(np.argmax(fixed_L[first:]))
+        raise DataError(
+            f"position {given} is given after position {first}, which is free: an autoregressive "
+            "model draws from left to right; give a prefix alone"
+        )
+
+
+def run_left_to_right(batch: BatchState) -> None:
+    """Fill free positions from left to right, in place."""
+    model = batch.model
+    assert isinstance(model, ScoreModel)
+    num, length = batch.state_BL.shape
+    free_BL = batch.free_R.view(num, length)
+    places = free_BL.any(dim=0).nonzero().flatten().tolist()
+    uniform_BL = batch.draws.uniform("token", 0).view(num, length)
+    sigma_B = torch.zeros(num, device=model.device)
+    fed = 0
+    with model.network.caching(length):
+        for place in range(places[0], places[-1] + 1):
+            shown_BL = shifted(batch.state_BL[:, : place + 1], model.graph)
+            hidden_nBH = model.network.hidden(shown_BL[:, fed:], sigma_B)
+            fed = place + 1
+            row_b = free_BL[:, place].nonzero().flatten()
+            logits_bV = model.network.head.logits(hidden_nBH[-1].index_select(0, row_b))
+            drawn_b = batch.law.draw(
+                logits_bV[:, : model.graph.num_tokens], uniform_BL[row_b, place]
+            )
+            batch.state_BL[row_b, place] = drawn_b
+            batch.report(place, 1.0 - (place + 1) / length)
