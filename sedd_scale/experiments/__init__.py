@@ -1,0 +1,1 @@
+"""Comparisons: objectives, graphs and schedules trained alike, evaluated alike, in one report."""

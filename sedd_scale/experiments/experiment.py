@@ -1,0 +1,172 @@
+"""What a comparison trains: one run's configuration, variants of it and seeds, from a YAML file.
+
+    title: ...                  of the report
+    baseline: NAME              the variant that ratios are over
+    seeds: [0, 1]
+    jobs: 2                     runs at a time
+    threads: 1                  of each
+    data: {tokenizer: text8, block_length: 128, valid_fraction: 0.05}
+    evaluation: {max_blocks: 256, draws: 8, batch_size: 64}
+    run: {model: {...}, optimizer: {...}, training: {...}, ...}
+    variants:
+      NAME: {section.key: value, ...}
+
+`run` is a configuration as `tools/train.py` takes it, without a dataset.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.errors import ConfigError
+from sedd_scale.yaml_text import read_yaml, scalar_text
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How text becomes the dataset, as arguments of `prepare`."""
+
+    tokenizer: str = "text8"
+    block_length: int = 128
+    valid_fraction: float = 0.05
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How every run is evaluated, as options of `tools/eval_ppl.py`."""
+
+    max_blocks: int = 256
+    draws: int = 8
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A comparison.
+
+    Attributes:
+        title: of the report.
+        variants: name -> the whole configuration of its runs, but for dataset and seed.
+        changes: name -> what the variant changes of the common run, as `section.key=value`.
+        baseline: the variant that ratios are over.
+        seeds: each variant is trained once for each.
+        jobs: runs at a time.
+        threads: of each run; None: PyTorch's own choice.
+    """
+
+    title: str
+    variants: dict[str, Config]
+    changes: dict[str, list[str]]
+    baseline: str
+    seeds: list[int]
+    data: DataSettings
+    evaluation: EvaluationSettings
+    jobs: int
+    threads: int | None
+
+    @property
+    def tokens_per_run(self) -> int:
+        """Positions that each run trains on."""
+        training = self.variants[self.baseline].training
+        return training.steps * training.global_batch * self.data.block_length
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment and refuse what cannot be run or compared.
+
+    Raises:
+        ConfigError: a key that is unknown, missing or of the wrong kind; a variant that cannot run,
+            or that is trained on other tokens than the others.
+    """
+    tree = read_yaml(path)
+    known = {"title", "baseline", "seeds", "jobs", "threads", "data", "evaluation", "run"}
+    for key in tree:
+        if key not in known | {"variants"}:
+            raise ConfigError(f"{path}: unknown key {key}; the keys are {', '.join(sorted(known))}")
+    common = config_from_dict(_mapping(tree, "run", path))
+    changes = {
+        str(name): [
+            # An override takes text letter by letter.
+            f"{key}={value if isinstance(value, str) else scalar_text(value)}"
+            for key, value in (keys or {}).items()
+        ]
+        for name, keys in _mapping(tree, "variants", path).items()
+    }
+    variants = {name: common.override(*assignments) for name, assignments in changes.items()}
+    baseline = tree.get("baseline")
+    if baseline not in variants:
+        raise ConfigError(
+            f"{path}: baseline={baseline} is none of the variants {', '.join(variants)}"
+        )
+    seeds = tree.get("seeds")
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise ConfigError(f"{path}: seeds={seeds} has to be a list of integers such as [0, 1]")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{path}: seeds={seeds} names a seed twice")
+    experiment = Experiment(
+        title=str(tree.get("title", path.stem)),
+        variants=variants,
+        changes=changes,
+        baseline=str(baseline),
+        seeds=seeds,
+        data=_settings(DataSettings, tree, "data", path),
+        evaluation=_settings(EvaluationSettings, tree, "evaluation", path),
+        jobs=_count(tree.get("jobs", 1), "jobs", path),
+        threads=None if tree.get("threads") is None else _count(tree["threads"], "threads", path),
+    )
+    _check_comparable(experiment, path)
+    return experiment
+
+
+def _check_comparable(experiment: Experiment, path: Path) -> None:
+    base = experiment.variants[experiment.baseline]
+    for name, config in experiment.variants.items():
+        try:
+            config.validate(1)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: variant {name}: {error}") from None
+        if config.data != base.data or config.data.path is not None:
+            raise ConfigError(
+                f"{path}: variant {name} sets its own data.*: all are trained on the dataset that "
+                "--data names; leave the section out"
+            )
+        for key in ("steps", "global_batch", "seed"):
+            here, there = getattr(config.training, key), getattr(base.training, key)
+            if here != there:
+                raise ConfigError(
+                    f"{path}: variant {name} has training.{key}={here} and "
+                    f"{experiment.baseline} {there}: give all the same, for equal tokens and seeds"
+                )
+
+
+def _mapping(tree: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    value = tree.get(key)
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"{path}: {key}: has to be a mapping of keys to values")
+    return value
+
+
+def _settings(kind: type[Any], tree: Mapping[str, Any], key: str, path: Path) -> Any:
+    values = tree.get(key) or {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: {key}: has to be a mapping of keys to values")
+    defaults = {field.name: field.default for field in fields(kind)}
+    for name, value in values.items():
+        if name not in defaults:
+            raise ConfigError(f"{path}: unknown key {key}.{name}: choose {', '.join(defaults)}")
+        default = defaults[name]
+        kinds = {int: (int,), float: (int, float), str: (str,), type(None): (int, type(None))}
+        if isinstance(value, bool) or not isinstance(value, kinds[type(default)]):
+            raise ConfigError(f"{path}: {key}.{name}={value} has another kind than {default}")
+        if isinstance(value, int | float) and value <= 0:
+            raise ConfigError(f"{path}: {key}.{name}={value} has to be above 0")
+    return kind(**values)
+
+
+def _count(value: Any, name: str, path: Path) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{path}: {name}={value} is no count: give an integer from 1 on")
+    return value

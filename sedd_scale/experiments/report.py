@@ -1,0 +1,193 @@
+"""One report of a comparison: a table (Markdown), its numbers (JSON) and a picture (PNG)."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sedd_scale.experiments.experiment import Experiment
+from sedd_scale.training.plots import RunMetrics, read_run
+
+Result = dict[str, Any]
+
+
+def summarise(experiment: Experiment, results: Sequence[Result]) -> dict[str, Any]:
+    """The numbers of a report: a row a variant, with mean and standard error over seeds.
+
+    Ratios are taken seed by seed, over the baseline of the same seed. With one seed the error over
+    seeds is None.
+    """
+    rows = []
+    of_baseline = _by_seed(experiment, results, experiment.baseline)
+    base = [result["evaluation"]["bits_per_char"] for result in of_baseline]
+    for name in experiment.variants:
+        own = _by_seed(experiment, results, name)
+        bits = [result["evaluation"]["bits_per_char"] for result in own]
+        row: dict[str, Any] = {
+            "variant": name,
+            "changes": experiment.changes[name],
+            "objective": experiment.variants[name].training.objective,
+            "graph": experiment.variants[name].graph.name,
+            "schedule": experiment.variants[name].noise.name,
+            "kind": own[0]["evaluation"]["kind"],
+            "bits_per_char": _mean(bits),
+            "ratio": _mean([a / b for a, b in zip(bits, base, strict=True)]),
+            "stderr_draws": max(result["evaluation"]["stderr"] for result in own) / math.log(2),
+            "perplexity": _mean([result["evaluation"]["perplexity"] for result in own]),
+            "train_seconds": _mean([result["train_seconds"] for result in own]),
+            "by_seed": dict(zip(map(str, experiment.seeds), bits, strict=True)),
+        }
+        if "normalised_nats_per_token" in own[0]["evaluation"]:
+            normalised = [_normalised_bits(result["evaluation"]) for result in own]
+            row["normalised_bits_per_char"] = _mean(normalised)
+            row["normalised_ratio"] = _mean([a / b for a, b in zip(normalised, base, strict=True)])
+        rows.append(row)
+    training = experiment.variants[experiment.baseline].training
+    return {
+        "title": experiment.title,
+        "baseline": experiment.baseline,
+        "seeds": experiment.seeds,
+        "steps": training.steps,
+        "tokens_per_run": experiment.tokens_per_run,
+        "evaluation": vars(experiment.evaluation),
+        "evaluated_tokens": results[0]["evaluation"]["tokens"],
+        "variants": rows,
+    }
+
+
+def write_report(
+    experiment: Experiment, results: Sequence[Result], output: Path, *, command: str
+) -> list[Path]:
+    """Write report.json, report.md and report.png into `output`; returns the three."""
+    summary = {**summarise(experiment, results), "command": command}
+    paths = [output / f"report.{kind}" for kind in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(summary, indent=1) + "\n")
+    paths[1].write_text(to_markdown(summary))
+    curves = {
+        name: [
+            read_run(output / "runs" / f"{name}-{seed}" / "run", name=f"{name}-{seed}")
+            for seed in experiment.seeds
+        ]
+        for name in experiment.variants
+    }
+    tokens_per_step = experiment.tokens_per_run / summary["steps"]
+    _draw(summary, curves, tokens_per_step, paths[2])
+    return paths
+
+
+def to_markdown(summary: dict[str, Any]) -> str:
+    """The report for people."""
+    seeds = summary["seeds"]
+    lines = [
+        f"# {summary['title']}",
+        "",
+        f"{summary['tokens_per_run']:,} tokens a run in {summary['steps']:,} steps, "
+        f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
+        f"({', '.join(map(str, seeds))}); evaluated on {summary['evaluated_tokens']:,} tokens with "
+        f"{summary['evaluation']['draws']} draws a block. Ratios are to {summary['baseline']} of "
+        "the same seed; ± is the standard error over seeds.",
+        "",
+        "| variant | bits/char | ratio | normalised: bits/char | ratio | likelihood | s/run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in summary["variants"]:
+        cells = [
+            row["variant"],
+            _plus_minus(row["bits_per_char"]),
+            _plus_minus(row["ratio"]),
+            _plus_minus(row.get("normalised_bits_per_char")),
+            _plus_minus(row.get("normalised_ratio")),
+            "exact" if row["kind"] == "exact" else "upper bound",
+            f"{row['train_seconds']['mean']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    largest = max(row["stderr_draws"] for row in summary["variants"])
+    lines += [
+        "",
+        f"The draws of an evaluation add a standard error of at most {largest:.4f} bits/char.",
+        "",
+        f"What each variant changes: {'; '.join(map(_changes, summary['variants']))}.",
+        "",
+        f"Command: `{summary['command']}`",
+        "",
+        "![validation during training and final bits per character](report.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _changes(row: dict[str, Any]) -> str:
+    changes = ", ".join(f"`{change}`" for change in row["changes"])
+    return f"{row['variant']}: {changes or 'nothing'}"
+
+
+def _by_seed(experiment: Experiment, results: Sequence[Result], name: str) -> list[Result]:
+    """The variant's results in the order of the experiment's seeds."""
+    of_seed = {result["seed"]: result for result in results if result["variant"] == name}
+    return [of_seed[seed] for seed in experiment.seeds]
+
+
+def _normalised_bits(evaluation: dict[str, Any]) -> float:
+    share = evaluation["normalised_nats_per_token"] / evaluation["nats_per_token"]
+    bits: float = evaluation["bits_per_char"] * share
+    return bits
+
+
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    error = None
+    if len(values) > 1:
+        error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return {"mean": float(np.mean(values)), "stderr": error}
+
+
+def _plus_minus(value: dict[str, float | None] | None) -> str:
+    if value is None:
+        return ""
+    error = value["stderr"]
+    return f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _draw(
+    summary: dict[str, Any],
+    curves: dict[str, list[RunMetrics]],
+    tokens_per_step: float,
+    path: Path,
+) -> None:
+    """Validation over tokens, a line a seed, and the final numbers with their errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    colours = {name: f"C{number}" for number, name in enumerate(curves)}
+    for name, runs in curves.items():
+        for number, run in enumerate(runs):
+            left.plot(
+                run.validation["step"] * tokens_per_step,
+                run.validation["valid_nats_per_token"] / math.log(2),
+                color=colours[name],
+                alpha=1.0 if number == 0 else 0.5,
+                label=name if number == 0 else None,
+            )
+    left.set_xlabel("tokens")
+    left.set_ylabel("validation, bits per token")
+    left.legend(frameon=False)
+    for place, row in enumerate(reversed(summary["variants"])):
+        value = row["bits_per_char"]
+        right.barh(place, value["mean"], xerr=value["stderr"] or 0.0, color=colours[row["variant"]])
+        ratio = row["ratio"]["mean"]
+        right.text(value["mean"], place, f"  {value['mean']:.3f} (x {ratio:.3f})", va="center")
+    right.set_yticks(
+        range(len(summary["variants"])), [row["variant"] for row in reversed(summary["variants"])]
+    )
+    right.set_xlim(0, 1.35 * max(row["bits_per_char"]["mean"] for row in summary["variants"]))
+    right.set_xlabel("bits per character (ratio to the baseline)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(summary["title"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

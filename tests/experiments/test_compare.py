@@ -1,0 +1,164 @@
+"""tools/compare.py from text to report, on runs of seconds; what cannot be compared is refused."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sedd_scale.cli import run_command
+from sedd_scale.errors import ConfigError
+from sedd_scale.experiments.experiment import load_experiment
+from sedd_scale.experiments.report import summarise, to_markdown
+from tools.compare import build_parser, compare_command
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
+
+TINY = {
+    "title": "Seconds",
+    "baseline": "autoregressive",
+    "seeds": [0],
+    "jobs": 2,
+    "threads": 1,
+    "data": {"tokenizer": "text8", "block_length": 16, "valid_fraction": 0.3},
+    "evaluation": {"max_blocks": 8, "draws": 4, "batch_size": 32},
+    "run": {
+        "model": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "cond_dim": 8},
+        "optimizer": {"warmup_steps": 2, "ema_decay": 0.5, "lr": 0.01},
+        "training": {
+            "steps": 12, "global_batch": 8, "micro_batch": 8, "precision": "fp32",
+            "valid_every": 6, "valid_blocks": 8,
+        },
+        "logging": {"every": 6},
+    },
+    "variants": {
+        "autoregressive": {"training.objective": "autoregressive"},
+        "score_entropy": {"graph.name": "absorb"},
+    },
+}  # fmt: skip
+
+
+def written(folder: Path, **changes: object) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return path
+
+
+def compare(config: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    given = [str(config), *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", ["tools/compare.py", *given])
+    return run_command(build_parser(), compare_command, given)
+
+
+def test_from_text_to_report_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    texts = tmp_path / "texts.jsonl"
+    with texts.open("w") as stream:
+        for _ in range(40):
+            words = rng.choice(["the", "river", "stone", "walks", "old"], size=60)
+            stream.write(json.dumps({"text": " ".join(words)}) + "\n")
+    output, config = tmp_path / "out", written(tmp_path)
+    arguments = (config, "--data", texts, "--output", output)
+    assert compare(*arguments, monkeypatch=monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("training") == 2
+    report = json.loads((output / "report.json").read_text())
+    first, second = report["variants"]
+    assert (first["variant"], first["kind"]) == ("autoregressive", "exact")
+    assert first["ratio"] == {"mean": 1.0, "stderr": None}
+    assert second["kind"] == "bound"
+    assert report["tokens_per_run"] == 12 * 8 * 16
+    bits = second["bits_per_char"]["mean"]
+    # Twelve steps: better than nothing at all, worse than the entropy of five words.
+    assert 1.0 < first["bits_per_char"]["mean"] < bits < math.log2(27)
+    assert second["ratio"]["mean"] == pytest.approx(bits / first["bits_per_char"]["mean"])
+    assert second["normalised_bits_per_char"]["mean"] <= bits
+    assert f"| score_entropy | {bits:.3f} |" in (output / "report.md").read_text()
+    assert (output / "report.png").read_bytes()[:4] == b"\x89PNG"
+    metrics = [
+        (output / "runs" / f"{name}-0" / "run" / "metrics.jsonl").read_text().count("\n")
+        for name in TINY["variants"]  # type: ignore[attr-defined]
+    ]
+    assert metrics[0] == metrics[1] > 0
+
+    assert compare(*arguments, monkeypatch=monkeypatch) == 0  # nothing is left to do
+    assert "training" not in capsys.readouterr().err
+    assert json.loads((output / "report.json").read_text()) == report
+    other = written(tmp_path, evaluation={"max_blocks": 4, "draws": 4, "batch_size": 32})
+    assert compare(other, "--data", texts, "--output", output, monkeypatch=monkeypatch) == 2
+    assert "run of another configuration" in capsys.readouterr().err
+
+
+def test_errors_are_over_seeds_and_ratios_seed_by_seed(tmp_path: Path) -> None:
+    experiment = load_experiment(written(tmp_path, seeds=[3, 5]))
+    nats = {("autoregressive", 3): 1.0, ("autoregressive", 5): 2.0}
+    nats |= {("score_entropy", 3): 1.2, ("score_entropy", 5): 2.6}
+    results = []
+    for (name, seed), value in reversed(nats.items()):
+        evaluation = {
+            "kind": "exact", "bits_per_char": value / math.log(2), "stderr": 0.01,
+            "perplexity": math.exp(value), "nats_per_token": value, "tokens": 128,
+        }  # fmt: skip
+        if name == "score_entropy":
+            evaluation |= {"kind": "bound", "normalised_nats_per_token": 0.9 * value}
+        results.append(
+            {"variant": name, "seed": seed, "train_seconds": 1.0, "evaluation": evaluation}
+        )
+    summary = summarise(experiment, results)
+    row = summary["variants"][1]
+    assert row["ratio"]["mean"] == pytest.approx(1.25)
+    assert row["ratio"]["stderr"] == pytest.approx(0.05)  # |1.2 - 1.3| / 2
+    assert row["normalised_ratio"]["mean"] == pytest.approx(0.9 * 1.25)
+    assert row["bits_per_char"]["mean"] == pytest.approx(1.9 / math.log(2))
+    assert "| 1.250 ± 0.050 |" in to_markdown({**summary, "command": "x"})
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_shipped_experiments_can_be_compared(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.tokens_per_run > 0
+    assert {"autoregressive", "score_entropy_absorb", "score_entropy_uniform"} <= set(
+        experiment.variants
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"baseline": "gpt"}, "baseline=gpt is none of the variants"),
+        ({"seeds": []}, "seeds="),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"jobs": 0}, "jobs=0 is no count"),
+        ({"runs": 3}, "unknown key runs"),
+        ({"evaluation": {"draw": 3}}, "unknown key evaluation.draw"),
+        ({"evaluation": {"draws": 0}}, "has to be above 0"),
+        ({"data": {"tokenizer": 3}}, "has another kind"),
+        ({"run": None}, "run: has to be a mapping"),
+        ({"variants": {"autoregressive": {"training.steps": 3}, "b": {}}}, "equal tokens"),
+        ({"variants": {"autoregressive": {"data.path": "x"}}}, "sets its own data"),
+        (
+            {"variants": {"autoregressive": {}, "b": {"training.objective": "mdlm"}}},
+            "variant b: training.objective=mdlm is not one of",
+        ),
+        (
+            {
+                "variants": {
+                    "autoregressive": {},
+                    "b": {"training.objective": "d3pm_absorb", "graph.name": "uniform"},
+                }
+            },
+            "needs a mask",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(written(tmp_path, **changes))

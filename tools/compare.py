@@ -1,0 +1,83 @@
+"""Train objectives, graphs and schedules on equal tokens and seeds, and report how they compare."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from sedd_scale.cli import make_parser, run_command
+from sedd_scale.errors import ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "Train every variant of an experiment once for each seed, on the same tokens, evaluate all "
+        "alike and write report.md, report.png and report.json with the ratio to the baseline. "
+        "Killed and started again, the same command goes on.",
+        "python tools/compare.py configs/experiments/text8_style.yaml --data books.jsonl.xz "
+        "--output runs/text8_style",
+    )
+    add = parser.add_argument
+    add("config", type=Path, help="YAML file of the experiment")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a dataset of tools/prepare_data.py, or a file of text that is prepared first",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
+    add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")
+    add("--only", nargs="+", metavar="NAME", help="these variants (and the baseline) alone")
+    add("--jobs", type=int, metavar="K", help="runs at a time (the experiment's)")
+    return parser
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """Run what is missing of the experiment and write its report."""
+    from dataclasses import replace
+
+    from sedd_scale.experiments.experiment import load_experiment
+
+    experiment = load_experiment(arguments.config)
+    if arguments.seeds is not None:
+        if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
+            raise ConfigError(f"--seeds {arguments.seeds}: give different seeds from 0 on")
+        experiment = replace(experiment, seeds=arguments.seeds)
+    if arguments.jobs is not None:
+        if arguments.jobs < 1:
+            raise ConfigError(f"--jobs {arguments.jobs} is too small: give at least 1")
+        experiment = replace(experiment, jobs=arguments.jobs)
+    if arguments.only is not None:
+        for name in arguments.only:
+            if name not in experiment.variants:
+                known = ", ".join(experiment.variants)
+                raise ConfigError(f"--only {name} is none of the variants {known}")
+        kept = {experiment.baseline, *arguments.only}
+        experiment = replace(
+            experiment,
+            variants={name: config for name, config in experiment.variants.items() if name in kept},
+        )
+
+    from sedd_scale.experiments.comparison import Comparison, find_dataset
+    from sedd_scale.experiments.report import write_report
+
+    dataset = find_dataset(experiment, arguments.data, arguments.output)
+    comparison = Comparison(
+        experiment,
+        dataset,
+        arguments.output,
+        Path(__file__).resolve().parent,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    results = comparison.results()
+    command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
+    paths = write_report(experiment, results, arguments.output, command=command)
+    print(paths[1].read_text(), end="")
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), compare_command))
