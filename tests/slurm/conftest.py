@@ -1,0 +1,30 @@
+"""One cluster of three nodes for all tests of this folder."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, NoCluster, Settings
+from tests.slurm.jobs import Desk
+
+
+@pytest.fixture(scope="session")
+def desk() -> Iterator[Desk]:
+    """Where jobs are submitted; skips the tests where no cluster can be brought up."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = Cluster(folder / "cluster", Settings(nodes=3))
+    try:
+        cluster.up()
+    except NoCluster as reason:
+        cluster.down()
+        shutil.rmtree(folder)
+        pytest.skip(f"no Slurm cluster: {reason}")
+    (folder / "jobs").mkdir()
+    try:
+        yield Desk(cluster, folder / "jobs")
+    finally:
+        cluster.down()
+        shutil.rmtree(folder)
