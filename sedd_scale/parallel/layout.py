@@ -109,7 +109,13 @@ def initialize_layout(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun keeps its store when it restarts the ranks, with the addresses of the former.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt-{attempt}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
         else:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
