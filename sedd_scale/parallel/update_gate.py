@@ -135,7 +135,8 @@ class UpdateGate:
         loss, square_sum, wishes = parts.tolist()
         grad_norm = math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf
         self.numbers = StepNumbers(loss, grad_norm, wishes > 0)
-        self.accepted = are_finite(self.numbers) and self.accept(self.numbers)
+        # Asked in any case: who judges has to know of every step.
+        self.accepted = self.accept(self.numbers) and are_finite(self.numbers)
         return self.accepted
 
 
