@@ -19,10 +19,9 @@ from tests.evaluation.enumeration import (
 T_MIN = 1e-2
 LENGTH = 2
 CASES = [
-    ("absorb", "loglinear"),
-    ("absorb", "geometric"),
-    ("uniform", "loglinear"),
-    ("uniform", "geometric"),
+    (graph, noise)
+    for graph in ("absorb", "uniform")
+    for noise in ("loglinear", "geometric", "cosine", "linear")
 ]
 
 
@@ -47,6 +46,28 @@ def test_estimate_is_the_exact_bound_and_above_the_likelihood(graph: str, noise:
     assert terms["prior"] == pytest.approx(prior / LENGTH)
     assert terms["diffusion"] == pytest.approx(diffusion.mean() / LENGTH, rel=0.2)
     assert sum(value or 0.0 for value in terms.values()) == pytest.approx(result.nats_per_token)
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_four_tokens_at_four_places(graph: str) -> None:
+    """The largest that is enumerated: 625 and 256 states; a few of the 256 sequences."""
+    model = tiny_model(graph, "loglinear", num_tokens=4, block_length=4)
+    likelihood_n = exact_log_likelihoods(model, T_MIN, 4)
+    assert torch.logsumexp(likelihood_n, 0).item() == pytest.approx(0.0, abs=1e-4)
+    chosen = [0, 27, 201]
+    blocks_nL = all_states(4, 4)[chosen]
+    last = model.schedule.sigma(torch.ones((), dtype=torch.float64))
+    exact_n = np.array(
+        [
+            exact_diffusion_nats(model, block, T_MIN, nodes=40)
+            + exact_reconstruction_nats(model, block, T_MIN)
+            + 4 * float(model.graph.prior_kl_per_token(last))
+            for block in blocks_nL
+        ]
+    )
+    assert (exact_n >= -likelihood_n[chosen].numpy() - 1e-4).all()
+    result = evaluate_bound(model, blocks_nL, draws=256, t_min=T_MIN, batch_size=256, seed=1)
+    assert abs(result.nats_per_token - exact_n.mean() / 4) < 3 * result.stderr
 
 
 def test_reconstruction_is_the_exact_one_with_many_draws() -> None:
