@@ -1,4 +1,4 @@
-"""The long proof of slurm/: runs through limits, preemption, kills and dead nodes on a real cluster.
+"""The long proof of slurm/: limits, preemption, kills and dead nodes on a real cluster.
 
     sudo .venv/bin/python tests/slurm/campaign.py               # all
     sudo .venv/bin/python tests/slurm/campaign.py limit rank    # some
@@ -22,8 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.slurm.cluster import Cluster, Settings  # noqa: E402
-from tests.slurm.jobs import PREPARE, TINY, Desk, Job, ledger, losses  # noqa: E402
-from tests.slurm.jobs import small_corpus, small_dataset  # noqa: E402
+from tests.slurm.jobs import (  # noqa: E402
+    PREPARE,
+    TINY,
+    Desk,
+    Job,
+    ledger,
+    losses,
+    small_corpus,
+    small_dataset,
+)
 
 EVERY = 20
 TWO_BY_TWO = "--nodes=2 --ntasks-per-node=2"

@@ -1,4 +1,4 @@
-"""One cluster of three nodes for all tests of this folder."""
+"""One cluster of four nodes for all tests of this folder."""
 
 import shutil
 import tempfile
@@ -15,7 +15,7 @@ from tests.slurm.jobs import Desk
 def desk() -> Iterator[Desk]:
     """Where jobs are submitted; skips the tests where no cluster can be brought up."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    cluster = Cluster(folder / "cluster", Settings(nodes=3))
+    cluster = Cluster(folder / "cluster", Settings(nodes=4))
     try:
         cluster.up()
     except NoCluster as reason:

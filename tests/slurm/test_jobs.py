@@ -1,0 +1,261 @@
+"""The job scripts on a real cluster: a chain of jobs through a requeue, a bad node and a failure.
+
+The longer proof is campaign.py.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sedd_scale.cluster.run_status import format_status, run_status
+from tests.slurm.jobs import (
+    PREPARE,
+    REPOSITORY,
+    TINY,
+    Desk,
+    Job,
+    ledger,
+    losses,
+    small_corpus,
+)
+from tools import submit
+
+STEPS, STOP_AFTER = 12, 4
+AFTER = "--kill-on-invalid-dep=yes --dependency=afterok:"
+TRAIN = (*TINY, "parallel.tensor=2", "parallel.pipeline=2", f"training.steps={STEPS}")
+EVAL = ("--draws", "4", "--max-blocks", "8", "--batch-size", "4")
+GENERATE = ("--steps", "6", "--batch-size", "2", "--seed", "3")
+PROMPTS = [
+    {"prefix": "river"},
+    {"prefix": "stone", "num_samples": 3},
+    {"text": "mask [blank:4] river", "id": "blank"},
+    {"suffix": "mask", "seed": 7},
+]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All jobs, ended, and where their results are."""
+
+    folder: Path
+    jobs: dict[str, Job]
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the training run."""
+        return self.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def chain(desk: Desk) -> Chain:
+    """Prepare, then train through a requeue, then evaluate and generate; beside it, failures."""
+    folder = desk.folder / "chain"
+    data, run_dir = folder / "data", folder / "run"
+    texts = small_corpus(folder / "text")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    jobs: dict[str, Job] = {}
+    jobs["no text"] = desk.submit(
+        *("prepare_data.sh", "--input", str(folder / "none/*.txt"), *PREPARE),
+        SEDD_OUTPUT=folder / "nothing",
+    )
+    jobs["after no text"] = desk.submit(
+        *("eval_ppl.sh", "--data", str(folder / "nothing")),
+        flags=f"--ntasks-per-node=1 {AFTER}{jobs['no text'].number}",
+        SEDD_OUTPUT=folder / "never.json",
+    )
+    jobs["prepare"] = desk.submit(
+        *("prepare_data.sh", "--input", texts, *PREPARE), SEDD_OUTPUT=data
+    )
+    jobs["train"] = desk.submit(
+        *("train_large.sh", *TRAIN, f"data.path={data}", "checkpoint.every=5"),
+        flags=f"--nodes=2 --ntasks-per-node=2 {AFTER}{jobs['prepare'].number}",
+        SEDD_RUN_DIR=run_dir,
+    )
+    after = f"{AFTER}{jobs['train'].number}"
+    jobs["evaluate"] = desk.submit(
+        *("eval_ppl.sh", "--data", str(data), *EVAL),
+        flags=f"--nodes=2 --ntasks-per-node=1 {after}",
+        SEDD_CHECKPOINT=run_dir,
+        SEDD_OUTPUT=folder / "two nodes.json",
+    )
+    if desk.cluster.namespaces:  # a file system that is gone on one node
+        (folder / "mounted").mkdir()
+        mount = ("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder / "mounted"))
+        desk.cluster.on_node("node1", *mount)
+    jobs["generate"] = desk.submit(
+        *("generate.sh", "--prompts", str(prompts), *GENERATE),
+        flags=f"--nodes=2 --ntasks-per-node=1 --exclude=node0 {after}",
+        SEDD_CHECKPOINT=run_dir,
+        SEDD_OUTPUT=folder / "mounted/samples.jsonl",
+        SEDD_HEALTH=1,
+    )
+    array = desk.submit(
+        *("generate.sh", "--prompts", str(prompts), *GENERATE),
+        flags=f"--array=0-1 --ntasks-per-node=1 {after}",
+        SEDD_CHECKPOINT=run_dir,
+        SEDD_OUTPUT=folder / "array.jsonl",
+    )
+    jobs["no network"] = desk.submit(
+        "eval_ppl.sh",
+        *("--data", str(data)),
+        flags="--nodes=2 --ntasks-per-node=1",
+        SEDD_OUTPUT=folder / "no network.json",
+        SEDD_HEALTH=1,
+        SEDD_INTERFACE="nosuch0",
+        SEDD_MAX_STALLED=2,
+    )
+
+    jobs["train"].wait_for_text(f"step {STOP_AFTER}/{STEPS}")
+    jobs["train"].signal("USR1")
+    desk.local(
+        *("tools/train.py", "configs/runs/tiny.yaml", "--run-dir", str(folder / "one machine")),
+        *(*TRAIN, f"data.path={data}"),
+        num_processes=4,
+    )
+    jobs["train"].wait()
+    one_process = [
+        ["tools.generate", "generate", "--checkpoint", str(run_dir), "--prompts", str(prompts)],
+        ["tools.eval_ppl", "eval", "--checkpoint", str(run_dir), "--data", str(data), "--json"],
+    ]
+    one_process[0] += [*GENERATE, "--output", str(folder / "one.jsonl")]
+    one_process[1] += EVAL
+    said = desk.local("-c", ONE_PROCESS, json.dumps(one_process))
+    (folder / "one.json").write_text(said.splitlines()[-1])
+    for job in jobs.values():
+        job.wait()
+    words = desk.cluster.command("squeue", "-h", "-r", "-j", array.number, "-t", "all", "-o", "%A")
+    for number in words.split():
+        desk.job(number).wait()
+    return Chain(folder, jobs)
+
+
+# The imports of two commands, once.
+ONE_PROCESS = """
+import importlib, json, sys
+from sedd_scale.cli import run_command
+for module, name, *words in json.loads(sys.argv[1]):
+    tool = importlib.import_module(module)
+    code = run_command(tool.build_parser(), getattr(tool, f"{name}_command"), words)
+    assert code == 0, code
+"""
+
+
+def samples(path: Path) -> list[dict[str, Any]]:
+    """The records without their times."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: record[key] for key in record if key != "seconds"} for record in records]
+
+
+def test_two_nodes_and_a_requeue_train_as_one_machine_does(chain: Chain) -> None:
+    assert chain.jobs["train"].state == "COMPLETED", chain.jobs["train"].text()
+    assert losses(chain.run_dir) == losses(chain.folder / "one machine")
+    assert sorted(losses(chain.run_dir)) == list(range(1, STEPS + 1))
+
+
+def test_a_signal_saves_and_requeues(chain: Chain) -> None:
+    job = chain.jobs["train"]
+    first, end, second, last = ledger(chain.run_dir, job)
+    assert (first["event"], first["restart"], first["progress"]) == ("begin", 0, 0)
+    assert (end["code"], end["requeued"]) == (75, True)
+    assert STOP_AFTER <= end["progress"] < STEPS
+    assert (second["restart"], second["progress"]) == (1, end["progress"])
+    assert (last["code"], last["requeued"], last["progress"]) == (0, False, STEPS)
+    assert f"resumed {chain.run_dir}/checkpoints/step-{end['progress']}" in job.text()
+
+
+def test_the_environment_is_printed_once_and_fits_the_allocation(chain: Chain) -> None:
+    text = chain.jobs["train"].text()
+    assert len(re.findall(r"  MASTER_ADDR=node\d\n", text)) == 1
+    assert "  SEDD_TASKS_PER_NODE=2\n" in text and "  OMP_NUM_THREADS=1\n" in text
+
+
+def test_status_tells_how_the_run_stands(
+    chain: Chain, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", desk.cluster.environment["SLURM_CONF"])
+    status = run_status(chain.run_dir)
+    assert (status["job"], status["state"]) == (chain.jobs["train"].number, "COMPLETED")
+    assert (status["restarts"], status["step"], status["steps"]) == (1, STEPS, STEPS)
+    assert status["seconds_left"] == 0
+    assert f"{STEPS} of {STEPS}" in format_status(status)
+
+
+def test_evaluation_on_two_nodes_is_that_of_one_process(chain: Chain) -> None:
+    assert chain.jobs["evaluate"].state == "COMPLETED", chain.jobs["evaluate"].text()
+    two, one = (
+        json.loads((chain.folder / name).read_text()) for name in ("two nodes.json", "one.json")
+    )
+    for report in (two, one):
+        del report["seconds"]
+    assert two == one
+
+
+def test_generation_on_two_nodes_is_that_of_one_process(chain: Chain) -> None:
+    assert chain.jobs["generate"].state == "COMPLETED", chain.jobs["generate"].text()
+    assert samples(chain.folder / "mounted/samples.jsonl") == samples(chain.folder / "one.jsonl")
+
+
+def test_an_array_draws_what_one_process_does(chain: Chain) -> None:
+    assert samples(chain.folder / "array.jsonl") == samples(chain.folder / "one.jsonl")
+    assert not list(chain.folder.glob("array.shard-*.jsonl"))
+
+
+def test_a_bad_node_is_named_and_left_out(chain: Chain, desk: Desk) -> None:
+    if not desk.cluster.namespaces:
+        pytest.skip("nodes share this machine's mounts: none can be made bad")
+    job = chain.jobs["generate"]
+    assert "health: node1: " in job.text() and "BAD: cannot use" in job.text()
+    assert "requeued, without node1" in job.text()
+    assert job.field("ExcNodeList") == "node[0-1]"
+    assert job.field("NodeList") == "node[2-3]"
+    assert "health: all-reduce of 64 MiB over 2 tasks" in job.text()
+
+
+def test_a_chain_stops_at_its_first_failure(chain: Chain) -> None:
+    assert chain.jobs["no text"].state == "FAILED"
+    assert chain.jobs["no text"].field("Restarts") == "0"
+    assert "not requeued: an error to mend" in chain.jobs["no text"].text()
+    assert chain.jobs["after no text"].state == "CANCELLED"
+
+
+def test_a_job_without_progress_stops_and_says_why(chain: Chain) -> None:
+    job = chain.jobs["no network"]
+    assert job.state == "FAILED" and job.field("Restarts") == "1"
+    assert "nosuch0" in job.text()
+    assert "not requeued: no progress in 2 starts in a row" in job.text()
+
+
+def test_slurm_accepts_a_rendered_job_file(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["configs/runs/openwebtext_xl.yaml", "--run-dir", str(tmp_path / "xl"), "--dry-run"]
+    words += ["--vocab-size=50257", "--gpus=32", "--cpu", "--gpus-per-node=8"]
+    assert submit.main(words) == 0
+    job_file = tmp_path / "job.sbatch"
+    job_file.write_text(capsys.readouterr().out)
+    assert not (tmp_path / "xl").exists()
+    done = subprocess.run(
+        ["sbatch", "--test-only", str(job_file)],
+        env=desk.cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "using 256 processors on nodes" in done.stderr
+
+
+def test_job_scripts_pass_shellcheck() -> None:
+    program = Path(sys.executable).with_name("shellcheck")
+    if not program.exists():
+        pytest.skip("shellcheck is not installed: pip install -e '.[dev]'")
+    scripts = sorted((REPOSITORY / "slurm").glob("*.sh"))
+    assert len(scripts) == 8
+    done = subprocess.run([program, *scripts], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
