@@ -16,6 +16,7 @@ from sedd_scale.config_reference import reference
 from sedd_scale.errors import ConfigError
 from tools import (
     benchmark,
+    compare,
     convert_ckpt,
     eval_ppl,
     generate,
@@ -33,6 +34,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     f"tools/{module.__name__.rpartition('.')[2]}.py": module.build_parser
     for module in (
         benchmark,
+        compare,
         convert_ckpt,
         eval_ppl,
         generate,
@@ -140,7 +142,7 @@ def test_every_step_from_text_to_export_is_shown_in_the_readme():
         for word in shlex.split(line)
         if word.startswith("tools/")
     }
-    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py"} <= shown
+    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py", "tools/compare.py"} <= shown
     assert {"make quickstart", "make test"} <= {line for _, line in commands()}
 
 
