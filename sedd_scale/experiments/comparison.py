@@ -86,7 +86,8 @@ class Comparison:
             ConfigError: the output holds a run of another configuration.
             TrainingError: a run failed; names its log.
         """
-        runs = [(name, seed) for name in self.experiment.variants for seed in self.experiment.seeds]
+        # Seed after seed: stopped early, the first seeds can be reported with --seeds.
+        runs = [(name, seed) for seed in self.experiment.seeds for name in self.experiment.variants]
         for name, seed in runs:  # refused before any of them starts
             self._finished(name, seed)
         with ThreadPoolExecutor(max_workers=self.experiment.jobs) as pool:
