@@ -1,7 +1,7 @@
 """Sampling steps of the absorbing graph, beside the textbook sampler with the same network and law.
 
-The textbook side computes the probability of every state at every position in float64 and draws
-each position from its row. A step's cost depends on how many masks are left, so the timed steps are
+The textbook side makes the head's product for every position with a plain linear map, computes the
+probability of every state in float64 and draws each position from its row. A step's cost depends on how many masks are left, so the timed steps are
 spread evenly over the trajectory, each from tokens noised to its own time; `--timed-steps` equal to
 `--steps` times them all.
 """
@@ -153,9 +153,16 @@ def textbook_step(
     """
     import torch
 
+    from sedd_scale.diffusion.score_entropy import log_scores_from_logits
+
     mask = model.graph.num_tokens
     sigma_B = step.sigma_t.to(model.device).expand(len(state_BL))
-    chance_BLV = model.log_score(state_BL, sigma_B).double()
+    hidden_LBH = model.network.hidden(state_BL, sigma_B)
+    head = model.network.head.linear
+    logits_BLV = torch.nn.functional.linear(hidden_LBH.transpose(0, 1), head.weight, head.bias)
+    chance_BLV = log_scores_from_logits(
+        logits_BLV[..., : mask + 1], state_BL, sigma_B, graph=model.graph, scaled=model.scaled
+    ).double()
     if sampler == "ancestral" or step.is_last:
         chance_BLV[..., mask] = -torch.inf
         leave = 1.0 - float(step.move_s / step.move_t)

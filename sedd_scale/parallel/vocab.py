@@ -238,14 +238,11 @@ def _losses(
         gradients.weight[shard.length if num_rows else 0 :].zero_()
     num_chunks = -(-num_rows // shard.chunk_rows(len(weight), weight.device.type))
     chunk_rows = -(-num_rows // max(1, num_chunks))  # even chunks: a small rest is a slow product
-    # One buffer for all chunks. Rows that start on whole cache lines make the product that writes
-    # them up to 1.4 times faster than rows of an odd length do.
-    aligned = -(-shard.length // 16) * 16
-    buffer = torch.empty(chunk_rows, aligned, dtype=weight.dtype, device=weight.device)
+    buffer = _aligned_rows(chunk_rows, shard.length, weight)  # one for all chunks
     for start in range(0, num_rows, max(1, chunk_rows)):
         chunk = slice(start, min(start + chunk_rows, num_rows))
         hidden_mH = hidden.index_select(0, targets.rows_M[chunk])
-        logits_mW = buffer[: len(hidden_mH), : shard.length]
+        logits_mW = buffer[: len(hidden_mH)]
         torch.addmm(column_bias, hidden_mH, columns.t(), out=logits_mW)
         losses_M[chunk], grad_mW = _chunk_loss(
             logits_mW,
@@ -274,6 +271,15 @@ def _losses(
             gradients.hidden, gradients.weight.to(weight.dtype), gradients.bias.to(bias.dtype)
         )
     return losses_M, gradients
+
+
+def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An empty matrix whose rows start on whole cache lines.
+
+    The product that writes it is up to 1.4 times faster than with rows of an odd length.
+    """
+    aligned = -(-columns // 16) * 16
+    return torch.empty(rows, aligned, dtype=like.dtype, device=like.device)[:, :columns]
 
 
 def _of_inputs(
@@ -383,7 +389,8 @@ def gathered_logits(
 
     For inference: no gradient crosses ranks.
     """
-    logits = torch.addmm(bias, rows_MH, weight.t())
+    logits = _aligned_rows(len(rows_MH), len(weight), weight)
+    torch.addmm(bias, rows_MH, weight.t(), out=logits)
     if tensor_group is not None and tensor_group.size() > 1:
         parts = [torch.empty_like(logits) for _ in range(tensor_group.size())]
         dist.all_gather(parts, logits.contiguous(), group=tensor_group)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.logits import LogitModel
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 48 * 2**20
 _SMALLEST_CHUNK_ROWS = 16
 
 
