@@ -22,14 +22,14 @@ def train_command(arguments: argparse.Namespace) -> int:
     from sedd_scale.training.loop import train
     from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 
-    if arguments.replay is not None:
-        from sedd_scale.training.replay import replay
-
-        for line in replay(config, arguments.run_dir, arguments.replay):
-            print(line, flush=True)
-        shutdown()
-        return 0
     with lost_ranks_in_one_line(lambda: "before the first step or after the last"):
+        if arguments.replay is not None:
+            from sedd_scale.training.replay import replay
+
+            for line in replay(config, arguments.run_dir, arguments.replay):
+                print(line, flush=True)
+            shutdown()
+            return 0
         finished = train(config, arguments.run_dir, stop)
         stop.disarm()
         shutdown()

@@ -33,9 +33,10 @@ def lost_ranks_in_one_line(where: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if not is_broken_connection(error):
             raise
-        reason = _REASON.search(str(error))
+        known = _REASON.search(str(error))
+        reason = known[0] if known else " ".join(str(error).split())[:200]
         raise LostRankError(
-            f"a rank was lost {where()} ({reason[0] if reason else type(error).__name__}): the "
+            f"a rank was lost {where()} ({reason}): the "
             f"messages of the rank that ended first say why; exit code {LostRankError.exit_code}; "
             "start the same command again to go on from the last checkpoint"
         ) from error

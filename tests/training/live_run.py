@@ -12,6 +12,17 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = ("tools/train.py", "configs/runs/tiny.yaml")
+STEPS, EVERY = 120, 20
+SMALL = (
+    f"training.steps={STEPS}",
+    f"checkpoint.every={EVERY}",
+    "training.valid_every=0",
+    "logging.every=1",
+    "model.hidden_size=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+)
+"""Of a run of steps that take some milliseconds."""
 
 
 def free_port() -> int:
@@ -51,7 +62,6 @@ class Torchrun:
                 env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def __enter__(self) -> "Torchrun":
@@ -59,7 +69,8 @@ class Torchrun:
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            for process in [*self.workers(), self._process.pid]:
+                os.kill(process, signal.SIGKILL)
         self._process.wait()
 
     def workers(self) -> list[int]:
@@ -69,8 +80,9 @@ class Torchrun:
         return [int(child) for child in children if _is_rank(child)]
 
     def send_to_all(self, number: signal.Signals) -> None:
-        """Signal the launcher and its ranks, as a scheduler does."""
-        os.killpg(self._process.pid, number)
+        """Signal the ranks, then the launcher, as a scheduler does."""
+        for process in [*self.workers(), self._process.pid]:
+            os.kill(process, number)
 
     def until(self, holds: Callable[[], bool], seconds: float = 120.0) -> None:
         """Wait until something holds, while the launcher runs."""
