@@ -6,6 +6,7 @@ tensors whole, one after the other.
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 import warnings
@@ -47,8 +48,10 @@ from sedd_scale.training.checkpoint_directory import (
     publish_checkpoint,
     read_meta,
 )
+from sedd_scale.training.checkpoint_files import HashingWriter
 from sedd_scale.training.checkpoint_manifest import (
     MANIFEST,
+    FileRecord,
     read_manifest,
     write_manifest,
     wrong_hash,
@@ -160,11 +163,16 @@ class NativeSource(CheckpointSource):
 
 
 class _LazyTensor:
-    """A whole logical tensor that is read when torch.distributed.checkpoint writes it."""
+    """A whole logical tensor that is read when torch.distributed.checkpoint writes it.
 
-    def __init__(self, source: CheckpointSource, name: str, key: str) -> None:
+    Args:
+        buffer: float32, large enough; the tensor is in it until the next one is. torch.save leaves
+            what it wrote to the garbage collector, which may come late.
+    """
+
+    def __init__(self, source: CheckpointSource, name: str, key: str, buffer: Tensor) -> None:
         self._source, self._name, self._key = source, name, key
-        self._size = torch.Size(source.shapes[name])
+        self._size, self._buffer = torch.Size(source.shapes[name]), buffer
 
     def size(self) -> torch.Size:
         """The tensor's shape."""
@@ -172,7 +180,8 @@ class _LazyTensor:
 
     def part(self, _: MetadataIndex) -> Tensor:
         """The tensor."""
-        return self._source.read(self._name, self._key).contiguous()
+        whole = self._buffer.narrow(0, 0, self._size.numel()).view(self._size)
+        return whole.copy_(self._source.read(self._name, self._key))
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         offset = torch.Size([0] * len(self._size))
@@ -201,7 +210,7 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     step = described.step
     directory.mkdir()
     temporary = begin_checkpoint(directory / "checkpoints", step)
-    _write_tensors(source, temporary)
+    records = _write_tensors(source, temporary)
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
     about = {
@@ -221,7 +230,7 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
         DETAILS_KEY: dict(described.details),
     }
     (temporary / "meta.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    write_manifest(temporary, {})
+    write_manifest(temporary, records)
     publish_checkpoint(temporary, keep=0)
     (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")
 
@@ -232,24 +241,23 @@ def _tokenizer_fingerprint(described: Described) -> str | None:
     return load_tokenizer(described.tokenizer_directory).fingerprint
 
 
-def _write_tensors(source: CheckpointSource, directory: Path) -> None:
+def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileRecord]:
+    """Write all tensors, one after the other; size and hash of the files that hold them."""
+    buffer = torch.empty(max(math.prod(shape) for shape in source.shapes.values()))
     tensors = {
-        f"{name}/{key}": _LazyTensor(source, name, key)
+        f"{name}/{key}": _LazyTensor(source, name, key, buffer)
         for name in source.shapes
         for key in STATE_KEYS
     }
+    writer = HashingWriter(directory)  # which asks for a tensor when the one before is written
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(
-                tensors,
-                storage_writer=dcp.FileSystemWriter(directory),
-                planner=BoxSavePlanner(),
-                no_dist=True,
-            )
+            dcp.save(tensors, storage_writer=writer, planner=BoxSavePlanner(), no_dist=True)
     except CheckpointException as error:
         _, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"cannot write {directory}: {cause}") from error
+        raise CheckpointError(f"cannot write {directory}: {writer.failure or cause}") from error
+    return writer.records
 
 
 @contextlib.contextmanager
