@@ -48,7 +48,8 @@ def write(path: Path, text: str) -> Path:
 
 def test_every_shipped_file_is_in_the_table():
     shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert shipped == set(WORLD_SIZES)
+    experiments = {name for name in shipped if name.startswith("experiments/")}
+    assert shipped - experiments == set(WORLD_SIZES)  # tests/experiments has a test for those
 
 
 @pytest.mark.parametrize(
