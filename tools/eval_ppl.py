@@ -179,7 +179,8 @@ def eval_command(arguments: argparse.Namespace) -> None:
 
     if arguments.dataset is not None:
         raise refuse_dataset_by_name(arguments.dataset)
-    from sedd_scale.evaluation.bound import DEFAULT_MAX_BLOCKS, evaluate_bound
+    from sedd_scale.evaluation.bound import evaluate_bound
+    from sedd_scale.evaluation.plan import DEFAULT_MAX_BLOCKS
     from sedd_scale.parallel.layout import shutdown
 
     model = open_model(arguments)

@@ -37,7 +37,6 @@ equal --tensor, batch size and threads a process).
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,22 +44,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
-from sedd_scale.evaluation import PROTOCOLS
 from sedd_scale.evaluation.chain_rule import evaluate_any_order, evaluate_left_to_right
-from sedd_scale.evaluation.draws import moves_with_an_event, uniform_times, weighted_times
+from sedd_scale.evaluation.draws import moves_with_an_event
+from sedd_scale.evaluation.plan import DEFAULT_DRAWS, Plan, make_plan
 from sedd_scale.evaluation.result import BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.logits import logit_chunks
-
-DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000, "any-order": 8}
-DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024, "any-order": 64}
-# Degrees of freedom below which an interval is too wide to be of use.
-_ENOUGH_FREEDOM = 30
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -142,7 +135,7 @@ def evaluate_bound(
         if t_min is not None:
             raise ConfigError(f"t_min={t_min}: the steps of d3pm_absorb are given; leave t_min out")
         t_min = 1.0 / objective.steps
-    plan = _plan(
+    plan = make_plan(
         len(blocks),
         draws=draws,
         replicates=replicates,
@@ -162,39 +155,6 @@ def evaluate_bound(
     return _combine(model, found, text_n, plan, start)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    draws: int
-    replicates: int
-    seed: int
-    batch_size: int
-    protocol: str
-    t_min: float
-
-    @property
-    def has_ends(self) -> bool:
-        return self.protocol == "low-variance"
-
-    def times(self, model: ScoreModel, block_id: int) -> tuple[Tensor, Tensor]:
-        """Times of a block's draws, replicate after replicate, and the weight of each."""
-        strata = self.draws // self.replicates
-        uniform = self.uniforms("time", self.draws, block_id, 0)
-        place = np.tile(np.arange(strata), self.replicates)
-        u_K = torch.from_numpy((place + uniform) / strata)
-        if isinstance(model.objective, D3PMAbsorb):
-            # A mean over all steps but the last, which is the decoder.
-            t_K = model.objective.inner_times(u_K)
-            return t_K, torch.full_like(t_K, 1.0 - self.t_min if self.has_ends else 1.0)
-        if self.has_ends:
-            return weighted_times(u_K, model.schedule, t_min=self.t_min, bounded=model.scaled)
-        return uniform_times(u_K, t_min=self.t_min)
-
-    def uniforms(self, purpose: str, count: int, block_id: int, draw: int) -> FloatArray:
-        return keyed_uniforms(
-            count, seed=self.seed, stream=f"bound/{purpose}", step=draw, sample=block_id
-        )
-
-
 class _GroupNats(NamedTuple):
     """Nats of whole blocks: the integral by each draw [g, K, C], and decoding at t_min [g, R].
 
@@ -206,47 +166,8 @@ class _GroupNats(NamedTuple):
     network_calls: int
 
 
-def _plan(
-    num_blocks: int,
-    *,
-    draws: int | None,
-    replicates: int | None,
-    seed: int,
-    batch_size: int,
-    protocol: str,
-    t_min: float,
-) -> _Plan:
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol {protocol!r} is unknown: choose {' or '.join(PROTOCOLS)}")
-    if batch_size < 1:
-        raise ConfigError(f"batch size {batch_size} is too small: give at least 1")
-    if not 0.0 < t_min < 1.0:
-        raise ConfigError(f"t_min={t_min} is not between 0 and 1: give such as 1e-3")
-    draws = DEFAULT_DRAWS[protocol] if draws is None else draws
-    if draws < 2:
-        raise ConfigError(
-            f"{draws} draws a block leave no way to tell a standard error: give at least 2"
-        )
-    if protocol == "paper":
-        if replicates not in (None, draws):
-            raise ConfigError(
-                f"replicates={replicates}: the draws of protocol paper are all independent; leave "
-                "replicates out"
-            )
-        replicates = draws
-    elif replicates is None:
-        divisors = [count for count in range(2, draws + 1) if draws % count == 0]
-        enough = [count for count in divisors if num_blocks * (count - 1) >= _ENOUGH_FREEDOM]
-        replicates = enough[0] if enough else draws
-    if replicates < 2 or draws % replicates:
-        raise ConfigError(
-            f"replicates={replicates} does not split {draws} draws: give a divisor of at least 2"
-        )
-    return _Plan(draws, replicates, seed, batch_size, protocol, t_min)
-
-
 def _group_nats(
-    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, text_g: IntArray, plan: _Plan
+    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, text_g: IntArray, plan: Plan
 ) -> _GroupNats:
     timed = [plan.times(model, int(block)) for block in ids_g]
     times_gK = torch.stack([times for times, _ in timed])
@@ -285,7 +206,7 @@ def _in_batches(
     blocks_gL: Tensor,
     ids_g: IntArray,
     count: int,
-    plan: _Plan,
+    plan: Plan,
     nats: Callable[[Tensor, IntArray, IntArray], tuple[Tensor, int]],
 ) -> tuple[FloatArray, int]:
     """`count` draws of each block of a group, [g, count, C] nats, and the network calls made."""
@@ -313,7 +234,7 @@ def _diffusion_nats(
     ids_B: IntArray,
     text_B: IntArray,
     draw_B: IntArray,
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[Tensor, int]:
     noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "noise")
     is_text_BL = _is_text(clean_BL, text_B)
@@ -334,7 +255,7 @@ def _reconstruction_nats(
     ids_B: IntArray,
     text_B: IntArray,
     draw_B: IntArray,
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
     t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
@@ -379,7 +300,7 @@ def _corrupted(
     ids_B: IntArray,
     text_B: IntArray,
     draw_B: IntArray,
-    plan: _Plan,
+    plan: Plan,
     purpose: str,
 ) -> tuple[Tensor, Tensor]:
     """Noisy tokens [B, L] and the weight of each draw [B], on the host."""
@@ -410,7 +331,7 @@ def _corrupted(
 
 
 def _combine(
-    model: ScoreModel, groups: Sequence[_GroupNats], text_n: IntArray, plan: _Plan, start: float
+    model: ScoreModel, groups: Sequence[_GroupNats], text_n: IntArray, plan: Plan, start: float
 ) -> BoundResult:
     """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
     num_blocks, length = len(text_n), float(text_n.mean())
