@@ -190,7 +190,8 @@ sedd_end() {
   if [[ $verdict == requeue* ]]; then
     # From here on Slurm ends this job's processes; what follows has KillWait to be done.
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" || sedd_exit "$code" "Slurm refuses to requeue the job"
+    scontrol requeue "$SLURM_JOB_ID" || { sleep 30 && scontrol requeue "$SLURM_JOB_ID"; } ||
+      sedd_exit "$code" "Slurm refuses to requeue the job"
     nodes=${verdict#requeue}
     if [[ -n ${nodes// /} ]]; then
       scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${nodes// /}" ||

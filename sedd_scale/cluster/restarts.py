@@ -25,6 +25,9 @@ from sedd_scale.errors import ConfigError
 EXIT_BAD_NODES = 3
 """Exit code of the health check where it can name a bad node."""
 
+# Seconds that Slurm's controller may be away for when a job asks how it stands.
+PATIENCE = 300.0
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -136,7 +139,7 @@ def end_command(arguments: argparse.Namespace) -> None:
     bad_nodes = arguments.bad_nodes.split() if code == EXIT_BAD_NODES else []
     note = {"progress": progress, "code": code, "bad_nodes": bad_nodes}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    job = job_fields(os.environ["SLURM_JOB_ID"])
+    job = job_fields(os.environ["SLURM_JOB_ID"], patience=PATIENCE)
     state = job.get("JobState", "unknown")
     if code == 0:
         verdict = Verdict(False, "finished")
@@ -168,15 +171,33 @@ def end_command(arguments: argparse.Namespace) -> None:
     print(" ".join(["requeue", ",".join(exclude)]).strip())
 
 
-def job_fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says of a job, by field; nothing where Slurm does not know it."""
-    asked = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, timeout=60
-    )
-    if asked.returncode:
-        return {}
-    pairs = (word.partition("=") for word in asked.stdout.split())
-    return {name: value for name, equals, value in pairs if equals}
+def job_fields(job: str, *, patience: float = 0.0) -> dict[str, str]:
+    """What `scontrol show job` says of a job, by field; nothing where Slurm does not know it.
+
+    Args:
+        patience: seconds to ask again for, while Slurm does not answer.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            asked = subprocess.run(
+                ["scontrol", "show", "job", "--oneliner", job],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+        except FileNotFoundError:
+            return {}
+        except subprocess.TimeoutExpired:
+            asked = None
+        if asked is not None and asked.returncode == 0:
+            pairs = (word.partition("=") for word in asked.stdout.split())
+            return {name: value for name, equals, value in pairs if equals}
+        if asked is not None and "Invalid job id" in asked.stderr:
+            return {}
+        if time.monotonic() >= deadline:
+            return {}
+        time.sleep(5.0)
 
 
 def _say(line: str) -> None:
