@@ -1,9 +1,13 @@
 """Checkpoints of MDLM (arXiv 2406.07524) and Duo (arXiv 2506.10892): the SEDD names, prefixed.
 
 Their networks are SEDD's, under `backbone.`, in a Lightning checkpoint (`state_dict`, maybe `ema`)
-or in safetensors. MDLM's outputs are logits of a distribution over clean tokens and are read as
-scaled log-scores: the same up to the constant that MDLM's softmax divides out. What they were
-trained for, their bound, is not what the score entropy measures before fine-tuning.
+or in safetensors. Their outputs are logits of a distribution over clean tokens.
+
+Of absorb (MDLM) these are scaled log-scores, up to the constant that MDLM's softmax divides out.
+What they were trained for, their bound, is not what the score entropy measures before fine-tuning.
+
+Of uniform (Duo) the score is a sum over clean tokens, which no shift of logits gives: such weights
+are a place to start training from, and no scores until then.
 """
 
 import json
@@ -27,9 +31,23 @@ from sedd_scale.interop.published_files import (
 )
 from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
 from sedd_scale.interop.safetensors_files import SafetensorsFiles
-from sedd_scale.interop.source import CheckpointSource, Described, Shape, check_tensors
+from sedd_scale.interop.source import (
+    CLEAN_LOGITS,
+    OUTPUTS,
+    CheckpointSource,
+    Described,
+    Shape,
+    check_tensors,
+)
 
 PREFIX = "backbone."
+
+# Networks under the same names that compute something else, by the keys of their config.json.
+_OTHER_NETWORKS = {
+    "cross_attn": "whose blocks attend to a clean copy of the text before them",
+    "causal": "which attends to the left alone",
+    "causal_attention": "which attends to the left alone",
+}
 
 
 class MdlmSource(CheckpointSource):
@@ -66,7 +84,7 @@ class MdlmSource(CheckpointSource):
         graph = assumptions.graph or "absorb"
         told: dict[str, dict[str, Any]] = {"model": {"time_conditioning": graph != "absorb"}}
         if path.is_dir():
-            _add_told(path, told)
+            _add_told(path, told, assumptions)
         config = config_of_shapes(path, shapes, assumptions, told=told)
         expected = published_shapes(config)
         check_tensors(
@@ -87,7 +105,11 @@ class MdlmSource(CheckpointSource):
             )
             self._averages = dict(zip(order, averages, strict=True))
             self.holds = frozenset({"ema", "master"})
-        self.described = Described(config=config, block_length=config.data.block_length)
+        self.described = Described(
+            config=config,
+            block_length=config.data.block_length,
+            details={} if graph == "absorb" else {OUTPUTS: CLEAN_LOGITS},
+        )
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
 
@@ -107,8 +129,12 @@ class MdlmSource(CheckpointSource):
         return self._weights.contents() + averages
 
 
-def _add_told(directory: Path, told: dict[str, dict[str, Any]]) -> None:
-    """What the config.json of a published MDLM or Duo says, as sections of ours."""
+def _add_told(directory: Path, told: dict[str, dict[str, Any]], assumptions: Assumptions) -> None:
+    """What the config.json of a published MDLM or Duo says, as sections of ours.
+
+    Raises:
+        CheckpointError: it is of another kind of network, or contradicts an assumption.
+    """
     file = directory / CONFIG_FILE
     if not file.is_file():
         return
@@ -118,11 +144,23 @@ def _add_told(directory: Path, told: dict[str, dict[str, Any]]) -> None:
         raise CheckpointError(f"{file} is not JSON ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         return
+    for key, what in _OTHER_NETWORKS.items():
+        if raw.get(key):
+            raise CheckpointError(
+                f"{directory} cannot be read: {CONFIG_FILE} says {key}={str(raw[key]).lower()}, a "
+                f"network {what}; give an MDLM or Duo checkpoint without it"
+            )
     for section, key, theirs in (
         ("model", "num_heads", "n_heads"),
         ("model", "dropout", "dropout"),
         ("model", "time_conditioning", "time_conditioning"),
         ("data", "block_length", "model_length"),
     ):
-        if raw.get(theirs) is not None:
-            told.setdefault(section, {})[key] = raw[theirs]
+        says, assumed = raw.get(theirs), getattr(assumptions, key, None)
+        if says is None:
+            continue
+        if assumed not in (None, says):
+            raise CheckpointError(
+                f"{file} says {theirs}={str(says).lower()}, not {str(assumed).lower()}: use that"
+            )
+        told.setdefault(section, {})[key] = says

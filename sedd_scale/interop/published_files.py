@@ -31,6 +31,7 @@ from sedd_scale.interop.safetensors_files import (
     write_safetensors,
 )
 from sedd_scale.interop.source import (
+    OUTPUTS,
     CheckpointSource,
     Described,
     Shape,
@@ -174,6 +175,11 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
         raise CheckpointError(
             "model.time_conditioning=false cannot be written in the published format, whose models "
             "are all conditioned on sigma"
+        )
+    if described.details.get(OUTPUTS) is not None:
+        raise CheckpointError(
+            f"the network's outputs are {described.details[OUTPUTS]}, and the format would call "
+            "them log-scores: train from the checkpoint first, with model.init_from"
         )
     if described.block_length is None:
         raise CheckpointError("the checkpoint does not name its block length")

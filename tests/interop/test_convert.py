@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sedd_scale import load_pretrained
 from sedd_scale.cli import run_command
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
@@ -56,6 +57,15 @@ def test_published_to_native_and_back_is_the_same_file(
         for folder in (source, tmp_path / "native", tmp_path / "back")
     ]
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+    # What the reference computes from its own file, through each of our conversions.
+    convert("native", "sedd-train", tmp_path / "native", tmp_path / "theirs.pth")
+    graph, noise = case.split("-")
+    said = Assumptions(graph=graph, noise=noise, block_length=16, sigma_max=20.0)
+    model = load_pretrained(tmp_path / "theirs.pth", assumptions=said)
+    scores.append(model.log_score(golden["xt"], golden["sigma"]))
+    expected = golden["log_score"]
+    for found in scores:
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("graph, noise", [("absorb", "cosine"), ("uniform", "linear")])
@@ -188,6 +198,17 @@ def test_an_incomplete_source_leaves_nothing(shared: Path, tmp_path: Path) -> No
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing output_layer\.linear\.bias \[51\]"):
         convert("sedd-hf", "native", source, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    tensors["output_layer.linear.bias"] = torch.zeros(52)
+    tensors["blocks.1.attn_out.weight"] = torch.zeros(64, 60)
+    save_file(tensors, source / "model.safetensors")
+    for target in ("native", "sedd-train"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"misshapen: blocks\.1\.attn_out\.weight is \[64, 60\] and should be "
+            r"\[64, 64\], output_layer\.linear\.bias is \[52\] and should be \[51\]",
+        ):
+            convert("sedd-hf", target, source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -214,3 +214,63 @@ def test_mdlm_checkpoints_become_native(tmp_path: Path) -> None:
         convert("mdlm", "native", tmp_path / "hf", tmp_path / "b")
     assert not list(tmp_path.glob("b*"))
     assert load_file(tmp_path / "hf" / "model.safetensors")
+
+
+def test_variants_of_mdlm_are_read_as_what_they_are_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = plain_network(3)
+    state = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    tokens, sigma, rows = torch.randint(VOCAB + 1, (2, 6)), torch.tensor([0.3, 2.0]), range(12)
+    theirs = network(tokens, sigma).reshape(12, -1)
+    timed, heads = {"time_conditioning": True}, {"num_heads": HEADS}
+
+    def folder(said: str, tensors: dict[str, torch.Tensor] = state) -> Path:
+        made = tmp_path / f"hf-{len(list(tmp_path.glob('hf-*')))}"
+        made.mkdir()
+        save_file(tensors, made / "model.safetensors")
+        (made / "config.json").write_text(said)
+        return made
+
+    def refused(match: str, path: Path, **assumptions: Any) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            convert("mdlm", "native", path, tmp_path / "no", assumptions=Assumptions(**assumptions))
+        assert not list(tmp_path.glob("no*"))
+
+    # Conditioned on time, said by the file or by the user; and Duo's graph, all of whose states
+    # are tokens.
+    told = folder('{"model_length": 6, "n_heads": 2, "time_conditioning": true}')
+    for number, (path, said) in enumerate(
+        [
+            (told, Assumptions()),
+            (folder("{}"), Assumptions(block_length=6, **timed, **heads)),
+            (folder('{"n_heads": 2}'), Assumptions(graph="uniform")),
+        ]
+    ):
+        target = tmp_path / f"native-{number}"
+        convert("mdlm", "native", path, target, assumptions=said)
+        capsys.readouterr()
+        model = load_pretrained(target)
+        assert model.time_conditioned
+        assert ("not the log-scores" in capsys.readouterr().err) == (said.graph == "uniform")
+        assert model.graph.num_tokens == VOCAB + (said.graph == "uniform")
+        ours = model.logits(tokens, sigma, torch.tensor(rows))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    # Which no other format can say.
+    for weights in (None, "ema"):
+        with pytest.raises(CheckpointError, match=r"logits of clean tokens.* train from"):
+            convert("native", "sedd-hf", tmp_path / "native-2", tmp_path / "no", weights=weights)
+
+    for key in ("cross_attn", "causal"):
+        refused(f"config.json says {key}=true, a network", folder(f'{{"{key}": true}}'))
+    refused("says n_heads=2, not 3: use that", folder('{"n_heads": 2}'), num_heads=3)
+    refused("says time_conditioning=false", folder('{"time_conditioning": false}'), **timed)
+    unconditioned = {name: value for name, value in state.items() if "sigma_map" not in name}
+    refused(r"missing sigma_map\.mlp\.0\.weight \[C, 256\]", folder("{}", unconditioned))
+    others = {"backbone.model.layers.0.mixer.A_log": torch.zeros(3)}
+    refused(r"missing vocab_embed\.embedding \[V, H\]", folder("{}", others))
+    wrong = state | {"backbone.blocks.1.attn_out.weight": torch.zeros(WIDTH, WIDTH + 1)}
+    refused(
+        r"misshapen: backbone\.blocks\.1\.attn_out\.weight is \[24, 25\] and should be \[24, 24\]",
+        folder('{"n_heads": 2}', wrong),
+    )
