@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 
 from sedd_scale.errors import LostRankError
 
-# gloo raises bare RuntimeErrors, which begin with the place in its source.
-_OF_GLOO = re.compile(r"gloo/|Connection (closed|reset) by peer|Broken pipe")
-_REASON = re.compile(
-    r"Connection (?:closed|reset) by peer|Broken pipe|Timed out[^.\n\[]*|remote process exited"
+# What torch's stores, gloo and NCCL say when there is nobody at the other end any more.
+_BROKEN = re.compile(
+    r"Connection (?:closed by peer|reset by peer|refused|was likely closed)|Broken pipe"
+    r"|[Tt]imed out(?: [a-z ]+)?|[Tt]imeout(?: [a-z ]+)?|remote process exited"
+    r"|communicator was aborted"
 )
 
 
@@ -31,10 +32,9 @@ def lost_ranks_in_one_line(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_broken_connection(error):
+        reason = broken_connection(error)
+        if reason is None:
             raise
-        known = _REASON.search(str(error))
-        reason = known[0] if known else " ".join(str(error).split())[:200]
         raise LostRankError(
             f"a rank was lost {where()} ({reason}): the "
             f"messages of the rank that ended first say why; exit code {LostRankError.exit_code}; "
@@ -42,8 +42,11 @@ def lost_ranks_in_one_line(where: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def is_broken_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed for want of another process, not for its arguments."""
+def broken_connection(error: RuntimeError) -> str | None:
+    """Why a collective failed for want of another process; None: for another reason."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or _OF_GLOO.search(str(error)) is not None
+    text = str(error)
+    # gloo raises bare RuntimeErrors, which name the place in its source.
+    found = _BROKEN.search(text) if isinstance(error, DistError) or "gloo" in text.lower() else None
+    return found[0].strip() if found else None
