@@ -1,6 +1,7 @@
 """One transformer block: Megatron-core attention and MLP under adaLN-zero."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -161,30 +162,55 @@ class Block(nn.Module):
             context_fn=contexts,
         )
 
+    def of_rows(self, stream: Stream, rows_M: Tensor) -> Stream:
+        """`forward` at some positions only, in eval mode: the MLP runs for no others.
+
+        Args:
+            stream: whole sequences, without sequence parallelism.
+            rows_M: indices into the flattened [L * B] positions.
+
+        Returns:
+            The rows as M sequences of one position: [1, M, H], with the condition of each.
+        """
+        hidden_LBH, cond_BC, context_BK = stream
+        vectors = self.modulation(cond_BC)
+        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context_BK)
+        sequence_M = rows_M % hidden_LBH.shape[1]
+        hidden_1MH = hidden_LBH.flatten(0, 1).index_select(0, rows_M)[None]
+        cond_MC, context_MK, *of_row = (
+            part.index_select(0, sequence_M) for part in (cond_BC, context_BK, *vectors[3:])
+        )
+        return self._feed(hidden_1MH, of_row, context_MK), cond_MC, context_MK
+
     def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor) -> Stream:
+        vectors = self.modulation(cond_BC)
+        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context_BK)
+        return self._feed(hidden_LBH, vectors[3:], context_BK), cond_BC, context_BK
+
+    def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
+        shift_BH, scale_BH, gate_BH = vectors
         keys_B, documents_BL = context_BK[:, 0], context_BK[:, 1:]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BC)
-        normed = self.norm1(hidden_LBH, shift1, scale1)
+        normed = self.norm1(hidden_LBH, shift_BH, scale_BH)
         update, _ = self.attention(
             normed, attention_mask=documents_BL if documents_BL.numel() else None
         )
         keep = self._keep(hidden_LBH, keys_B, site=2 * self.index)
-        hidden_LBH = gated_residual(
-            hidden_LBH, update, gate1, keep_LBH=keep, keep_rate=1 - self.dropout
+        return gated_residual(
+            hidden_LBH, update, gate_BH, keep_LBH=keep, keep_rate=1 - self.dropout
         )
 
-        normed = self.norm2(hidden_LBH, shift2, scale2)
-        update, bias = self.mlp(normed)
-        keep = self._keep(hidden_LBH, keys_B, site=2 * self.index + 1)
-        hidden_LBH = gated_residual(
+    def _feed(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
+        shift_BH, scale_BH, gate_BH = vectors
+        update, bias = self.mlp(self.norm2(hidden_LBH, shift_BH, scale_BH))
+        keep = self._keep(hidden_LBH, context_BK[:, 0], site=2 * self.index + 1)
+        return gated_residual(
             hidden_LBH,
             update,
-            gate2,
+            gate_BH,
             bias_H=sum_gradient_over_sequence(bias, self.layout),
             keep_LBH=keep,
             keep_rate=1 - self.dropout,
         )
-        return hidden_LBH, cond_BC, context_BK
 
     def _keep(self, hidden_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor | None:
         if not (self.training and self.dropout > 0):

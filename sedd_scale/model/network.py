@@ -192,6 +192,30 @@ class ScoreNetwork(nn.Module):
         no_keys_B = torch.zeros_like(noisy_BL[:, 0])
         return self.head_input((noisy_BL, sigma_B, context_of(no_keys_B, documents_BL)))
 
+    def hidden_of_rows(
+        self,
+        noisy_BL: Tensor,
+        sigma_B: Tensor,
+        rows_M: Tensor,
+        documents_BL: Tensor | None = None,
+    ) -> Tensor:
+        """`hidden` at chosen positions only, [M, H], in eval mode.
+
+        Args:
+            rows_M: indices into the flattened [B * L] positions.
+        """
+        batch, length = noisy_BL.shape
+        rows_M = rows_M % length * batch + rows_M // length
+        last = self.layers[-2]
+        if not isinstance(last, Block) or self.head.layout.sequence_parallel:
+            hidden_LBH = self.hidden(noisy_BL, sigma_B, documents_BL)
+            return hidden_LBH.flatten(0, 1).index_select(0, rows_M)
+        stream = (noisy_BL, sigma_B, context_of(torch.zeros_like(noisy_BL[:, 0]), documents_BL))
+        for layer in self.layers[:-2]:
+            stream = layer(stream)
+        hidden_1MH: Tensor = self.head(last.of_rows(stream, rows_M))
+        return hidden_1MH[0]
+
     def head_input(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The same of all that `Embedding` takes."""
         noisy_BL, sigma_B, context = inputs

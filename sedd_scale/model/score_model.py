@@ -116,12 +116,10 @@ class ScoreModel(nn.Module):
         """
         if documents_BL is not None:
             documents_BL = documents_BL.to(self.device)
-        hidden_LBH = self.network.hidden(
-            tokens_BL.to(self.device), sigma_B.to(self.device), documents_BL
+        hidden_MH = self.network.hidden_of_rows(
+            tokens_BL.to(self.device), sigma_B.to(self.device), rows_M.to(self.device), documents_BL
         )
-        length, batch, width = hidden_LBH.shape
-        rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
-        return self.network.head.logits(rows.index_select(0, rows_M.to(self.device)))
+        return self.network.head.logits(hidden_MH)
 
     def loss(
         self,

@@ -42,7 +42,8 @@ class HeadOutputs:
         self.chunk_rows = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
         self._tokens_BL = torch.full(shape, -1, dtype=torch.int64, device=model.device)
         self._sigma_B = torch.full(shape[:1], -1.0, dtype=torch.float64, device=model.device)
-        self._kept_BLW: Tensor | None = None
+        self._kept_RW: Tensor | None = None
+        self._is_kept_R = torch.zeros(shape.numel(), dtype=torch.bool, device=model.device)
 
     def stale(self, state_BL: Tensor, sigma_B: Tensor) -> Tensor:
         """Bool [B]: sequences whose input is not that of their last run.
@@ -67,46 +68,52 @@ class HeadOutputs:
         if not len(rows_M):
             return
         self._run(state_BL, sigma_B, rows_M)
-        assert self._kept_BLW is not None
-        kept_RW = self._kept_BLW.flatten(0, 1)
+        assert self._kept_RW is not None
         num_chunks = -(-len(rows_M) // self.chunk_rows)
         size = -(-len(rows_M) // num_chunks)  # even chunks: a small rest is a slow product
         self.rows += len(rows_M)
         for start in range(0, len(rows_M), size):
             chunk = slice(start, start + size)
-            logits_mV = kept_RW.index_select(0, rows_M[chunk])
+            logits_mV = self._kept_RW.index_select(0, rows_M[chunk])
             if isinstance(self.model, ScoreModel):
                 logits_mV = self.model.network.head.logits(logits_mV)
             yield chunk, logits_mV[:, : self.model.graph.num_tokens]
 
     def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
-        """Run the network for the stale ones among the sequences of `rows_M`."""
+        """Run the network for those sequences of `rows_M` whose outputs there are not kept."""
         batch, length = state_BL.shape
-        wanted_B = torch.zeros(batch, dtype=torch.bool, device=state_BL.device)
-        wanted_B[rows_M // length] = True
-        which_b = (wanted_B & self.stale(state_BL, sigma_B)).nonzero().squeeze(1)
+        sequence_M = rows_M // length
+        lacking_B = torch.zeros(batch, dtype=torch.bool, device=state_BL.device)
+        lacking_B[sequence_M[~self._is_kept_R[rows_M]]] = True
+        wanted_B = torch.zeros_like(lacking_B)
+        wanted_B[sequence_M] = True
+        run_B = wanted_B & (lacking_B | self.stale(state_BL, sigma_B))
+        which_b = run_B.nonzero().squeeze(1)
         if not len(which_b):
             return
         self.calls += 1
         self.sequences += len(which_b)
+        run_M = run_B[sequence_M]
+        rows_n = rows_M[run_M]
+        place_b = torch.cumsum(run_B, dim=0) - 1
+        within_n = place_b[sequence_M[run_M]] * length + rows_n % length
         documents_bL = None if self.documents_BL is None else self.documents_BL[which_b]
-        outputs_bLW = self._outputs(state_BL[which_b], sigma_B[which_b], documents_bL)
-        if len(which_b) == batch:
-            self._kept_BLW = outputs_bLW
-        else:
-            if self._kept_BLW is None:
-                self._kept_BLW = outputs_bLW.new_empty(batch, *outputs_bLW.shape[1:])
-            self._kept_BLW[which_b] = outputs_bLW
+        rows_nW = self._outputs(state_BL[which_b], sigma_B[which_b], within_n, documents_bL)
+        if self._kept_RW is None:
+            self._kept_RW = rows_nW.new_empty(batch * length, rows_nW.shape[1])
+        self._is_kept_R.view(batch, length)[which_b] = False
+        self._is_kept_R[rows_n] = True
+        self._kept_RW[rows_n] = rows_nW
         self._tokens_BL[which_b] = state_BL[which_b]
         self._sigma_B[which_b] = sigma_B[which_b]
 
-    def _outputs(self, tokens_bL: Tensor, sigma_b: Tensor, documents_bL: Tensor | None) -> Tensor:
-        if isinstance(self.model, ScoreModel):
-            hidden_LbH = self.model.network.hidden(tokens_bL, sigma_b, documents_bL)
-            return hidden_LbH.transpose(0, 1).contiguous()
-        every_row = torch.arange(tokens_bL.numel(), device=tokens_bL.device)
-        logits = self.model.logits(tokens_bL, sigma_b, every_row, documents_bL)
-        return logits.view(*tokens_bL.shape, -1)
+    def _outputs(
+        self, tokens_bL: Tensor, sigma_b: Tensor, rows_n: Tensor, documents_bL: Tensor | None
+    ) -> Tensor:
+        model = self.model
+        if isinstance(model, ScoreModel):
+            return model.network.hidden_of_rows(tokens_bL, sigma_b, rows_n, documents_bL)
+        return model.logits(tokens_bL, sigma_b, rows_n, documents_bL)
 
 
 def row_log_sum(logits_MN: Tensor) -> Tensor:

@@ -73,11 +73,9 @@ def logit_chunks(
     step = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
     chunks = [slice(start, start + step) for start in range(0, len(rows_M), step)]
     if isinstance(model, ScoreModel):
-        hidden_LBH = model.network.hidden(tokens_BL, sigma_B, documents_BL)
-        hidden_RH = hidden_LBH.transpose(0, 1).reshape(-1, hidden_LBH.shape[-1])
+        hidden_MH = model.network.hidden_of_rows(tokens_BL, sigma_B, rows_M, documents_BL)
         for chunk in chunks:
-            logits_mV = model.network.head.logits(hidden_RH.index_select(0, rows_M[chunk]))
-            yield chunk, _finite(logits_mV)
+            yield chunk, _finite(model.network.head.logits(hidden_MH[chunk]))
     else:
         logits_MV = _finite(model.logits(tokens_BL, sigma_B, rows_M))
         for chunk in chunks:
