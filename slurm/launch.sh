@@ -32,9 +32,10 @@ sedd_job() {
   local state=$1 progress=$2 program=$3
   shift 3
   sedd_environment
-  mkdir -p "$state" || sedd_exit 2 "cannot make the folder $state: give another output"
-  state=$(cd "$state" && pwd)
   SEDD_LEDGER=$state/attempts-$SLURM_JOB_ID.jsonl SEDD_PROGRESS=$progress
+  if ! { mkdir -p "$state" && : >>"$SEDD_LEDGER"; }; then
+    sedd_no_folder "$state"
+  fi
   "$SEDD_PYTHON" -m sedd_scale.cluster.restarts begin "$SEDD_LEDGER" --progress "$progress" \
     --max-restarts "$SEDD_MAX_RESTARTS" --max-stalled "$SEDD_MAX_STALLED" || exit
   trap 'sedd_forward USR1' USR1
@@ -183,22 +184,42 @@ sedd_health() {
 
 # Requeue this job or let it end: sedd_end EXIT_CODE BAD_NODES
 sedd_end() {
-  local code=$1 verdict nodes
+  local code=$1 verdict
   verdict=$("$SEDD_PYTHON" -m sedd_scale.cluster.restarts end "$SEDD_LEDGER" --code "$code" \
     --progress "$SEDD_PROGRESS" --bad-nodes "$2" \
     --max-restarts "$SEDD_MAX_RESTARTS" --max-stalled "$SEDD_MAX_STALLED") || verdict=stop
   if [[ $verdict == requeue* ]]; then
-    # From here on Slurm ends this job's processes; what follows has KillWait to be done.
-    trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" || { sleep 30 && scontrol requeue "$SLURM_JOB_ID"; } ||
-      sedd_exit "$code" "Slurm refuses to requeue the job"
-    nodes=${verdict#requeue}
-    if [[ -n ${nodes// /} ]]; then
-      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${nodes// /}" ||
-        sedd_say "cannot exclude ${nodes// /} from the next start"
-    fi
+    verdict=${verdict#requeue}
+    sedd_requeue "$code" "${verdict// /}"
   fi
   exit "$code"
+}
+
+# The folder of the job's attempts cannot be written. On a later start that is this node's fault.
+sedd_no_folder() {
+  local node=${SLURMD_NODENAME:-$(hostname)} restarts=${SLURM_RESTART_COUNT:-0} before
+  if ((restarts > 0 && restarts < SEDD_MAX_RESTARTS)); then
+    sedd_say "$node cannot write $1, which could be written before: requeued without it"
+    before=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    [[ $before =~ ExcNodeList=([^ ]*) ]] || :
+    before=${BASH_REMATCH[1]:-(null)}
+    [[ $before == '(null)' ]] && before='' || before=,$before
+    sedd_requeue 3 "$node$before"
+  fi
+  sedd_exit 2 "$node cannot write $1: give another output, or sbatch --exclude=$node"
+}
+
+# Requeue this job, without some nodes, and end: sedd_requeue EXIT_CODE NODES
+sedd_requeue() {
+  # From here on Slurm ends this job's processes; what follows has KillWait to be done.
+  trap '' TERM USR1
+  scontrol requeue "$SLURM_JOB_ID" || { sleep 30 && scontrol requeue "$SLURM_JOB_ID"; } ||
+    sedd_exit "$1" "Slurm refuses to requeue the job"
+  if [[ -n $2 ]]; then
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$2" ||
+      sedd_say "cannot exclude $2 from the next start"
+  fi
+  exit "$1"
 }
 
 sedd_exit() {

@@ -91,7 +91,7 @@ def chain(desk: Desk) -> Chain:
         desk.cluster.on_node("node1", *mount)
     jobs["generate"] = desk.submit(
         *("generate.sh", "--prompts", str(prompts), *GENERATE),
-        flags=f"--nodes=2 --ntasks-per-node=1 --exclude=node0 {after}",
+        flags=f"--nodes=2 --ntasks-per-node=1 --exclude=node3 {after}",
         SEDD_CHECKPOINT=run_dir,
         SEDD_OUTPUT=folder / "mounted/samples.jsonl",
         SEDD_HEALTH=1,
@@ -213,8 +213,8 @@ def test_a_bad_node_is_named_and_left_out(chain: Chain, desk: Desk) -> None:
     job = chain.jobs["generate"]
     assert "health: node1: " in job.text() and "BAD: cannot use" in job.text()
     assert "requeued, without node1" in job.text()
-    assert job.field("ExcNodeList") == "node[0-1]"
-    assert job.field("NodeList") == "node[2-3]"
+    assert job.field("ExcNodeList") == "node[1,3]"
+    assert job.field("NodeList") == "node[0,2]"
     assert "health: all-reduce of 64 MiB over 2 tasks" in job.text()
 
 
