@@ -9,7 +9,7 @@ scaled parametrisation log s_y = z_y - ln(e^sigma - 1) - ln N, so that the same 
 scores smaller by the factor N / N'. The true score of a token, p(y | what is unmasked) /
 (e^sigma - 1), does not depend on how many others there are: the biases of old tokens take up
 ln(N' / N), and their scores stay what they were. Unscaled outputs are log-scores and stay as they
-are.
+are. (Objectives of normalised scores share their unit out among old and new tokens.)
 """
 
 import math
@@ -24,6 +24,7 @@ from torch import Tensor
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
@@ -190,6 +191,12 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
                 f"{key}={_text(wanted)} does not fit {what}, which was trained with {_text(has)}: "
                 f"set {key}={_text(has)}"
             )
+    if make_objective(config).causal != make_objective(found).causal:
+        wanted, has = config.training.objective, found.training.objective
+        raise ConfigError(
+            f"training.objective={wanted} does not fit {what}, a network of {has}: its attention "
+            f"is another; set training.objective={has}"
+        )
 
 
 def _text(value: Any) -> str:

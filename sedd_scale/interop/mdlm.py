@@ -3,8 +3,8 @@
 Their networks are SEDD's, under `backbone.`, in a Lightning checkpoint (`state_dict`, maybe `ema`)
 or in safetensors. Their outputs are logits of a distribution over clean tokens.
 
-Of absorb (MDLM) these are scaled log-scores, up to the constant that MDLM's softmax divides out.
-What they were trained for, their bound, is not what the score entropy measures before fine-tuning.
+Of absorb (MDLM) these are scaled log-scores up to the constant that a softmax divides out: a
+network of `training.objective=masked_cross_entropy`, whose bound is the one that MDLM reports.
 
 Of uniform (Duo) the score is a sum over clean tokens, which no shift of logits gives: such weights
 are a place to start training from, and no scores until then.
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sedd_scale.diffusion.objectives import MaskedCrossEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.foreign_shapes import config_of_shapes
@@ -83,6 +84,8 @@ class MdlmSource(CheckpointSource):
             raise CheckpointError(f"{path} has no tensors whose names begin with {PREFIX}")
         graph = assumptions.graph or "absorb"
         told: dict[str, dict[str, Any]] = {"model": {"time_conditioning": graph != "absorb"}}
+        if graph == "absorb":
+            told["training"] = {"objective": MaskedCrossEntropy.name}
         if path.is_dir():
             _add_told(path, told, assumptions)
         config = config_of_shapes(path, shapes, assumptions, told=told)

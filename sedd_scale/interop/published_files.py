@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sedd_scale.config import Config
+from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
 from sedd_scale.interop.published import (
@@ -175,6 +176,12 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
         raise CheckpointError(
             "model.time_conditioning=false cannot be written in the published format, whose models "
             "are all conditioned on sigma"
+        )
+    if config.training.objective != ScoreEntropy.name:
+        raise CheckpointError(
+            f"training.objective={config.training.objective} cannot be written in the published "
+            "format, whose readers take a network's outputs for scores as they are: train on with "
+            "training.objective=score_entropy, from model.init_from"
         )
     if described.details.get(OUTPUTS) is not None:
         raise CheckpointError(

@@ -123,6 +123,7 @@ def single(
             *BASE,
             f"model.init_from={sources['mdlm']}",
             "model.time_conditioning=false",
+            "training.objective=masked_cross_entropy",
         ),
     )
     made["grown"] = Run(folder / "grown", grown(dataset, sources["few"]))
@@ -243,6 +244,9 @@ REFUSED = {
     "tokens (embedding.tokens.weight is [201, 32] there and [258, 32] here): prepare the data with "
     "the tokenizer it was trained with, or set model.grow_vocab=true to add 57 tokens behind its "
     "own",
+    "native training.objective=autoregressive": "training.objective=autoregressive does not fit "
+    "model.init_from={native}, a network of score_entropy: its attention is another; set "
+    "training.objective=score_entropy",
     "native training.resume={native}": "starts a new run and training.resume=",
 }
 

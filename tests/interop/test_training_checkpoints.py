@@ -1,6 +1,7 @@
 """checkpoint.pth and MDLM files: positions become names, nothing is lost, nothing is executed."""
 
 import contextlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,11 @@ class HyperParameters:
         self.content = {"length": 6}
 
 
+def scores_of(logits: torch.Tensor) -> torch.Tensor:
+    """Log of N times MDLM's probabilities, which leave the mask out."""
+    return logits[:, :VOCAB].log_softmax(dim=1) + math.log(VOCAB)
+
+
 def test_mdlm_checkpoints_become_native(tmp_path: Path) -> None:
     network, average = plain_network(1), plain_network(2)
     state = {f"backbone.{name}": value for name, value in network.state_dict().items()}
@@ -206,7 +212,7 @@ def test_mdlm_checkpoints_become_native(tmp_path: Path) -> None:
         # Without time conditioning MDLM's networks see sigma 0, whatever it is.
         theirs = expected(tokens, torch.zeros(2)).reshape(12, -1)
         ours = model.logits(tokens, torch.tensor([0.3, 2.0]), rows)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[:, :VOCAB], scores_of(theirs), rtol=1e-4, atol=1e-5)
     del state["backbone.output_layer.linear.bias"]
     shutil.rmtree(tmp_path / "b")
     save_file(state, tmp_path / "hf" / "model.safetensors")
@@ -255,11 +261,14 @@ def test_variants_of_mdlm_are_read_as_what_they_are_or_refused(
         assert ("not the log-scores" in capsys.readouterr().err) == (said.graph == "uniform")
         assert model.graph.num_tokens == VOCAB + (said.graph == "uniform")
         ours = model.logits(tokens, sigma, torch.tensor(rows))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        expected = theirs if said.graph == "uniform" else scores_of(theirs)
+        torch.testing.assert_close(ours[:, : expected.shape[1]], expected, rtol=1e-4, atol=1e-5)
     # Which no other format can say.
     for weights in (None, "ema"):
         with pytest.raises(CheckpointError, match=r"logits of clean tokens.* train from"):
             convert("native", "sedd-hf", tmp_path / "native-2", tmp_path / "no", weights=weights)
+    with pytest.raises(CheckpointError, match=r"training\.objective=masked_cross_entropy cannot"):
+        convert("native", "sedd-hf", tmp_path / "native-0", tmp_path / "no")
 
     for key in ("cross_attn", "causal"):
         refused(f"config.json says {key}=true, a network", folder(f'{{"{key}": true}}'))
