@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def desk() -> Iterator[Desk]:
     except NoCluster as reason:
         cluster.down()
         shutil.rmtree(folder)
+        # Shown at the end of any run of pytest, which a skip's reason is not.
+        warnings.warn(pytest.PytestWarning(f"tests/slurm left out: {reason}"), stacklevel=1)
         pytest.skip(f"no Slurm cluster: {reason}")
     (folder / "jobs").mkdir()
     try:
