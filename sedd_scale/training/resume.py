@@ -116,6 +116,12 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
                 f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
                 f"data depends on it; set {section}.{key}={before}"
             )
+    before, now = saved.training.objective, config.training.objective
+    if before != now:
+        raise CheckpointError(
+            f"{source} was trained with training.objective={before}, not {now}: set "
+            f"training.objective={before}, or begin a new run with model.init_from={source}"
+        )
 
 
 def _check_imported(config: Config, source: Path, meta: dict[str, Any], saved: Config) -> None:

@@ -112,6 +112,8 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
         source("training.seed=1")
     with pytest.raises(CheckpointError, match=r"training\.global_batch=8, not 4"):
         source("training.global_batch=4")
+    with pytest.raises(CheckpointError, match=r"training\.objective=score_entropy, not masked"):
+        source("training.objective=masked_cross_entropy")
     with pytest.raises(ConfigError, match="done 2 steps"):
         source("training.steps=1")
     with pytest.raises(DataError, match="another dataset"):
