@@ -10,6 +10,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every layout under every variant too")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference numbers beside the repository; skips the test where it is absent."""
