@@ -18,7 +18,7 @@ from sedd_scale.parallel.layout import initialize_layout
 from tests.distributed.runs import REPOSITORY, Run, train_runs
 from tests.distributed.test_layouts import relative, weight_difference, weights
 
-STEPS = 5
+STEPS = 4
 BASE = (
     f"training.steps={STEPS}",
     "logging.every=1",
@@ -40,6 +40,8 @@ LAYOUTS = {
     "PP2": (2, ("parallel.pipeline=2",)),
     "DP2 ZeRO 3": (2, ("parallel.zero_stage=3",)),
 }
+# It differs from masked_cross_entropy by the weights of its rows alone, which are made on the host.
+FEW_LAYOUTS = {"d3pm_absorb": ("one process", "TP2 SP")}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
         )
         for objective, of_objective in OBJECTIVES.items()
         for layout, (_, changes) in LAYOUTS.items()
+        if layout in FEW_LAYOUTS.get(objective, LAYOUTS)
     }
     for size in (1, 2):
         of_size = [run for (_, layout), run in made.items() if LAYOUTS[layout][0] == size]
@@ -64,7 +67,7 @@ def test_layouts_agree(runs: dict[tuple[str, str], Run], objective: str) -> None
     single = runs[objective, "one process"]
     assert len(single.series("loss")) == STEPS
     assert max(single.series("grad_norm")) > 0.5, "clipping must be active"
-    for layout in LAYOUTS:
+    for layout in FEW_LAYOUTS.get(objective, LAYOUTS):
         run = runs[objective, layout]
         for key in ("loss", "grad_norm", "valid_nats_per_token"):
             assert relative(run.series(key), single.series(key)) < 1e-5, (layout, key)
