@@ -143,8 +143,9 @@ def end_command(arguments: argparse.Namespace) -> None:
     state = job.get("JobState", "unknown")
     if code == 0:
         verdict = Verdict(False, "finished")
-    elif state != "RUNNING":
-        # Cancelled, past its limit, or requeued by Slurm itself: that is settled already.
+    elif state != "RUNNING" and job.get("Reason") != "TimeLimit":
+        # Cancelled, or requeued by Slurm itself: that is settled already. A job that its limit has
+        # struck, perhaps after its save, can still go back.
         verdict = Verdict(False, f"Slurm ends the job ({state})")
     elif code == EXIT_USER_ERROR:
         verdict = Verdict(False, "an error to mend: see above")
