@@ -92,7 +92,7 @@ def runs(
         if name in DROPOUT_LAYOUTS:
             variants["absorb dropout"] = DROPOUT
         for variant, (steps, changes) in variants.items():
-            shown = name in CORE or variant.startswith("absorb") and "bf16" not in variant
+            shown = name in CORE or (variant.startswith("absorb") and "bf16" not in variant)
             if not shown and not pytestconfig.getoption("--full"):
                 continue
             length = (
