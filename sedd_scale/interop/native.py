@@ -7,7 +7,6 @@ tensors whole, one after the other.
 import contextlib
 import json
 import math
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ from sedd_scale.training.checkpoint_directory import (
     publish_checkpoint,
     read_meta,
 )
-from sedd_scale.training.checkpoint_files import HashingWriter
+from sedd_scale.training.checkpoint_files import UNREADABLE, HashingWriter
 from sedd_scale.training.checkpoint_manifest import (
     MANIFEST,
     FileRecord,
@@ -61,18 +60,6 @@ from sedd_scale.training.checkpoint_manifest import (
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"
 TOKENIZER_DIRECTORY = "tokenizer"
-
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    pickle.UnpicklingError,
-    ImportError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-)
 
 
 class NativeSource(CheckpointSource):
@@ -264,7 +251,7 @@ def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileR
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
         ) from error

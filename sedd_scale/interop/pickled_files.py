@@ -7,7 +7,6 @@ after tensor. (torch.load under a FakeTensorMode and torch.serialization.skip_da
 
 import contextlib
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +16,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
-
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    pickle.UnpicklingError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)
+from sedd_scale.training.checkpoint_files import UNREADABLE
 
 
 class PickledFile:
@@ -49,7 +38,7 @@ class PickledFile:
         self._is_whole = not zipfile.is_zipfile(path)
         try:
             self.tree: Any = _load_whole(path) if self._is_whole else _load_tree(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
             weights_only = [line for line in str(error).splitlines() if "Unsupported" in line]
             raise CheckpointError(

@@ -6,7 +6,6 @@ directory is described in `checkpoint_directory`, saving in the background in `c
 """
 
 import contextlib
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from sedd_scale.training.checkpoint_directory import (
     read_meta,
     resume_candidates,
 )
+from sedd_scale.training.checkpoint_files import UNREADABLE
 from sedd_scale.training.checkpoint_manifest import (
     MANIFEST,
     read_manifest,
@@ -59,18 +59,6 @@ __all__ = [
     "read_meta",
     "save_checkpoint",
 ]
-
-_UNREADABLE_PICKLE = (
-    OSError,
-    EOFError,
-    pickle.UnpicklingError,
-    ImportError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    MemoryError,
-)
 
 
 def save_checkpoint(
@@ -297,7 +285,7 @@ def _read_metadata(path: Path) -> Metadata:
         for info in metadata.storage_data.values():
             end = info.offset + info.length
             files[info.relative_path] = max(end, files.get(info.relative_path, 0))
-    except _UNREADABLE_PICKLE as error:
+    except UNREADABLE as error:
         raise DamagedCheckpointError(
             f"checkpoint file {path / '.metadata'} is damaged: {type(error).__name__}: {error}"
         ) from error

@@ -1,8 +1,9 @@
-"""How one rank writes its data file: hashed on the way, put on disk, its errors kept."""
+"""How one rank writes its data file, hashed on the way; what damaged files raise when read."""
 
 import hashlib
 import io
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,20 @@ from sedd_scale.training import fault_points
 from sedd_scale.training.checkpoint_manifest import FileRecord
 
 _BUFFER = 1 << 20
+
+# What torch and pickle raise at the bytes of a file that is not what was written.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 class HashingStream(io.RawIOBase):

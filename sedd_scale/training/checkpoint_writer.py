@@ -8,23 +8,18 @@
                 writer.save(meta)                       # returns once the state is copied
         writer.wait()
 
-A thread of every rank writes the rank's own file, fsyncs and hashes it, and leaves a note in the
-directory; the thread of rank 0 waits for the notes of all ranks, writes the manifest, renames the
-directory and lets `latest` name it. The threads talk through these files alone, never through a
-process group, so they can neither disturb the training's collectives nor hang in one when a rank
-dies. How a save ended is agreed by the main threads at step boundaries.
+What the threads in the background do is in `checkpoint_save`. How a save ended is agreed by the
+main threads at step boundaries.
 """
 
 import contextlib
 import importlib.metadata
 import json
 import os
-import pickle
 import platform
 import secrets
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,28 +28,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 
 from sedd_scale import __version__
 from sedd_scale.config_sections import CheckpointConfig
-from sedd_scale.data.atomic import write_atomically
 from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.training import fault_points
-from sedd_scale.training.boxes import BoxSavePlanner, LogicalTensor
 from sedd_scale.training.checkpoint_directory import (
     FORMAT,
     FORMAT_VERSION,
     META_KEYS,
-    begin_checkpoint,
-    publish_checkpoint,
     remove_leftovers,
     restore_replaced,
 )
-from sedd_scale.training.checkpoint_files import HashingWriter
-from sedd_scale.training.checkpoint_manifest import FileRecord, write_manifest
+from sedd_scale.training.checkpoint_save import (
+    FAILED,
+    RUNNING,
+    RunningSave,
+    SavePlanOfRank,
+    make_plan,
+)
 from sedd_scale.training.checkpoint_state import (
     HostCopy,
     all_shapes,
@@ -66,16 +59,10 @@ from sedd_scale.training.checkpoint_state import (
 if TYPE_CHECKING:
     from sedd_scale.parallel.fragments import ZeroFragments
 
-ATTEMPT = "attempt"
-"""Written by rank 0 into the emptied directory: which save the other ranks may write to it."""
-
 _TEST_BYTES = 1 << 20
-_LOOK_SECONDS = 0.01
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 60.0
 _LOST_GRACE_SECONDS = 2.0
-
-_RUNNING, _DONE, _FAILED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -131,8 +118,8 @@ class CheckpointWriter:
         self._layout, self._config = layout, config
         self._tokenizer_directory, self._say = tokenizer_directory, say
         self._copy = HostCopy()
-        self._plan: _Plan | None = None
-        self._save: _RunningSave | None = None
+        self._plan: SavePlanOfRank | None = None
+        self._save: RunningSave | None = None
         # On the host: a poll must not wait for the GPU's queue.
         self._group: dist.ProcessGroup | None = None
         if layout.device.type == "cuda" and layout.world_size > 1:
@@ -185,7 +172,7 @@ class CheckpointWriter:
             if self._layout.device.type == "cuda":
                 torch.cuda.synchronize(self._layout.device)
         if self._plan is None:
-            self._plan = _make_plan(tensors, self._layout, self._group)
+            self._plan = make_plan(tensors, self._layout, self._group)
         self._num_saves += 1
         about = {
             "format": FORMAT,
@@ -195,7 +182,7 @@ class CheckpointWriter:
             "versions": versions(),
             "shapes": self._shapes,
         }
-        self._save = _RunningSave(
+        self._save = RunningSave(
             folder=self._folder,
             step=step,
             attempt=f"{self._identity}-{self._num_saves}",
@@ -227,13 +214,13 @@ class CheckpointWriter:
         states = torch.tensor([own, -own])
         dist.all_reduce(states, dist.ReduceOp.MAX, group=self._group)
         greatest, least = int(states[0]), -int(states[1])
-        if greatest == _FAILED:
+        if greatest == FAILED:
             self._save.cancel.set()
-        if least == _RUNNING:
+        if least == RUNNING:
             return None
         save, self._save = self._save, None
         save.thread.join()
-        error = self._first_error(save) if greatest == _FAILED else None
+        error = self._first_error(save) if greatest == FAILED else None
         report = SaveReport(
             step=save.step,
             path=save.final,
@@ -284,10 +271,10 @@ class CheckpointWriter:
         if report is not None and report.error is not None:
             raise CheckpointError(report.error)
 
-    def _running(self) -> "_RunningSave | None":
+    def _running(self) -> "RunningSave | None":
         return self._save
 
-    def _first_error(self, save: "_RunningSave") -> str:
+    def _first_error(self, save: "RunningSave") -> str:
         errors: list[Any] = [None] * self._layout.world_size
         dist.all_gather_object(errors, save.error, group=self._group)
         if self._layout.rank == 0:
@@ -332,138 +319,6 @@ class CheckpointWriter:
                 f"{self._folder} has {free / 1e9:.3g} GB free: make room or give another --run-dir"
             )
         return None
-
-
-@dataclass
-class _Plan:
-    """What this rank writes and, on rank 0, the index of what all write; the same every time."""
-
-    planner: BoxSavePlanner
-    own: SavePlan
-    index: Metadata | None
-
-
-def _make_plan(
-    tensors: dict[str, LogicalTensor], layout: Layout, group: dist.ProcessGroup | None
-) -> _Plan:
-    """torch's plan of a save; collective over all processes."""
-    is_main = layout.rank == 0
-    planner = BoxSavePlanner()
-    planner.set_up_planner(tensors, None, is_main)
-    of_ranks: list[Any] | None = [None] * layout.world_size if is_main else None
-    dist.gather_object(planner.create_local_plan(), of_ranks, group=group)
-    plans: list[Any] = [None] * layout.world_size
-    index = None
-    if of_ranks is not None:
-        plans, index = planner.create_global_plan(of_ranks)
-        plans = HashingWriter(Path()).prepare_global_plan(plans)
-    own: list[Any] = [None]
-    dist.scatter_object_list(own, plans, group=group)
-    return _Plan(planner, planner.finish_plan(own[0]), index)
-
-
-class _RunningSave:
-    """One rank's share of one save, in a thread of its own."""
-
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        step: int,
-        attempt: str,
-        rank: int,
-        num_ranks: int,
-        plan: _Plan,
-        tensors: dict[str, LogicalTensor],
-        about: str,
-        tokenizer_directory: Path | None,
-        config: CheckpointConfig,
-        begun: float,
-    ) -> None:
-        self.step, self.begun, self.ended = step, begun, begun
-        self.blocked_seconds = 0.0
-        self.final, self.temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
-        self.error: str | None = None
-        self.cancel = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=f"save {step}", daemon=True)
-        self._folder, self._attempt = folder, attempt
-        self._rank, self._num_ranks = rank, num_ranks
-        self._plan, self._tensors = plan, tensors
-        self._about, self._tokenizer_directory = about, tokenizer_directory
-        self._config = config
-
-    def state(self) -> int:
-        """Running, done or failed, as far as this rank knows."""
-        if self.thread.is_alive():
-            return _RUNNING
-        return _DONE if self.error is None else _FAILED
-
-    def _run(self) -> None:
-        writer = HashingWriter(self.temporary)
-        try:
-            self._write(writer)
-        except _Cancelled:
-            self.error = None  # that of another rank counts
-        except Exception as error:  # whatever it is, the main thread has to know
-            cause = writer.failure or error
-            text = " ".join(str(cause).split())
-            self.error = text if isinstance(cause, OSError) else f"{type(cause).__name__}: {text}"
-        finally:
-            self.ended = time.perf_counter()
-
-    def _write(self, writer: HashingWriter) -> None:
-        if self._rank == 0:
-            begin_checkpoint(self._folder, self.step)
-            write_atomically(self.temporary / ATTEMPT, self._attempt.encode())
-        else:
-            self._wait_until(self._has_begun)
-        fault_points.reach("before data")
-        self._plan.planner.state_dict = self._tensors
-        results = writer.write_data(self._plan.own, self._plan.planner).value()
-        fault_points.reach("data written")
-        write_atomically(self._note(self._rank), pickle.dumps((results, writer.records)))
-        if self._rank == 0:
-            self._wait_until(lambda: all(self._note(r).exists() for r in range(self._num_ranks)))
-            self._publish(writer)
-
-    def _publish(self, writer: HashingWriter) -> None:
-        results: list[Any] = []
-        records: dict[str, FileRecord] = {}
-        for rank in range(self._num_ranks):
-            of_rank, written = pickle.loads(self._note(rank).read_bytes())
-            results.append(of_rank)
-            records |= written
-            self._note(rank).unlink()
-        (self.temporary / ATTEMPT).unlink()
-        assert self._plan.index is not None
-        writer.finish(self._plan.index, results)
-        records |= writer.records
-        (self.temporary / "meta.json").write_text(self._about, encoding="utf-8")
-        if self._tokenizer_directory is not None:
-            shutil.copytree(self._tokenizer_directory, self.temporary / "tokenizer")
-        write_manifest(self.temporary, records)
-        publish_checkpoint(
-            self.temporary, keep=self._config.keep, keep_every=self._config.keep_every
-        )
-
-    def _note(self, rank: int) -> Path:
-        """The file by which a rank says that it has written its part."""
-        return self.temporary / f"written-{rank}"
-
-    def _has_begun(self) -> bool:
-        try:
-            return (self.temporary / ATTEMPT).read_text(encoding="utf-8") == self._attempt
-        except OSError:
-            return False
-
-    def _wait_until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
-            if self.cancel.wait(_LOOK_SECONDS):
-                raise _Cancelled
-
-
-class _Cancelled(Exception):
-    """Another rank has failed."""
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Damage, full disks and unwritable directories, with one process and a small state."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -8,89 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError
-from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.fragments import Fragment
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.training import fault_points
 from sedd_scale.training.checkpoint import load_newest
 from sedd_scale.training.checkpoint_writer import CheckpointWriter
+from tests.training.stand_in_state import StandInState, meta_of, parameter
 
-KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 SHAPE = (256, 256)  # a megabyte for the four tensors
-
-
-class State:
-    """Four tensors that hold their step's number, in place of an engine's."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self._flat = {key: torch.zeros(SHAPE[0] * SHAPE[1]) for key in KEYS}
-
-    def ensure_state(self) -> None: ...
-
-    def refresh_parameters(self) -> None: ...
-
-    def get(self, _: LogicalParameter, key: str) -> Fragment:
-        return Fragment(self._flat[key], 0)
-
-    def get_step(self) -> int:
-        return self.step
-
-    def set_step(self, step: int) -> None:
-        self.step = step
-
-    def fill(self, step: int) -> None:
-        self.step = step
-        for flat in self._flat.values():
-            flat.fill_(step)
-
-    def value(self) -> set[float]:
-        return {number for flat in self._flat.values() for number in flat.unique().tolist()}
 
 
 @pytest.fixture
 def process() -> Iterator[dict[str, Any]]:
     """A group of one process, and what readers and writers take."""
     layout = initialize_layout()
-    parameter = LogicalParameter(
-        name="weight",
-        parameter=nn.Parameter(torch.zeros(SHAPE)),
-        local_shape=SHAPE,
-        shape=SHAPE,
-        partition_dim=None,
-        offset=0,
-    )
     yield {
-        "engine_fragments": State(),
-        "parameters": [parameter],
+        "engine_fragments": StandInState(math.prod(SHAPE)),
+        "parameters": [parameter(SHAPE)],
         "layout": layout,
     }
     fault_points._handlers.clear()
-
-
-def meta(step: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        "samples_seen": step,
-        "tokens": step,
-        "config": {},
-        "dataset_fingerprint": "d",
-        "tokenizer_fingerprint": "t",
-        "num_tokens": 2,
-        "block_length": 1,
-    }
 
 
 def save(process: dict[str, Any], run_dir: Path, *steps: int, **config: Any) -> None:
     with CheckpointWriter(run_dir, config=CheckpointConfig(**config), **process) as writer:
         for step in steps:
             process["engine_fragments"].fill(step)
-            writer.save(meta(step))
+            writer.save(meta_of(step))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -102,10 +49,10 @@ def test_what_is_saved_is_the_state_at_the_save(process: dict[str, Any], tmp_pat
     with CheckpointWriter(tmp_path, config=CheckpointConfig(), **process) as writer:
         state.fill(1)
         fault_points.at("before data", lambda: free.append(state.fill(7)))
-        writer.save(meta(1))  # the thread overwrites the live state before it writes the copy
+        writer.save(meta_of(1))  # the thread overwrites the live state before it writes the copy
     assert free
     assert load_newest(tmp_path, **process)[1]["step"] == 1
-    assert state.value() == {1.0}
+    assert state.is_of(1)
 
 
 def test_every_nth_is_kept_for_good(process: dict[str, Any], tmp_path: Path) -> None:
@@ -133,7 +80,7 @@ def test_damage_falls_back_to_the_one_before_and_says_so(
     said: list[str] = []
     source, found = load_newest(tmp_path, say=said.append, **process)
     assert source.name == "step-2" and found["step"] == 2
-    assert process["engine_fragments"].value() == {2.0}
+    assert process["engine_fragments"].is_of(2)
     for text in (capfd.readouterr().err, *said):
         assert file in text or "SHA-256" in text
         assert "went on from" in text and "step-2" in text
@@ -149,7 +96,7 @@ def test_no_good_checkpoint_where_one_is_expected_is_an_error(
     process["engine_fragments"].fill(9)
     with pytest.raises(CheckpointError, match=r"no good checkpoint in .*step-2.*step-1"):
         load_newest(tmp_path, **process)
-    assert process["engine_fragments"].value() == {9.0}
+    assert process["engine_fragments"].is_of(9)
 
 
 @pytest.fixture
@@ -179,7 +126,7 @@ def test_a_full_disk_leaves_the_last_one_and_follows_the_policy(
     with CheckpointWriter(run_dir, config=CheckpointConfig(on_failure=policy), **process) as writer:
         filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
         state.fill(2)
-        writer.save(meta(2))
+        writer.save(meta_of(2))
         if policy == "stop":
             with pytest.raises(CheckpointError, match=r"step-2.*No space left on device"):
                 writer.wait()
@@ -191,9 +138,9 @@ def test_a_full_disk_leaves_the_last_one_and_follows_the_policy(
         assert (run_dir / "checkpoints/latest").read_text() == "step-1\n"
         filler.unlink()
         state.fill(3)
-        writer.save(meta(3))
+        writer.save(meta_of(3))
     assert names(run_dir) == ["step-1", "step-3"]
-    assert load_newest(run_dir, **process)[1]["step"] == 3 and state.value() == {3.0}
+    assert load_newest(run_dir, **process)[1]["step"] == 3 and state.is_of(3)
 
 
 def test_too_small_or_unwritable_a_disk_is_found_at_the_start(

@@ -1,6 +1,6 @@
 """Kill the processes of a run while they save, again and again, and resume after every kill.
 
-    python tests/training/torture.py --rounds 500
+    PYTHONPATH=. python tests/training/torture.py --rounds 500
 
 Two processes that share a small state save it at step after step, in the background, as training
 does. In every round one of them, or both, get SIGKILL: at one of the named points of a save, or at
@@ -14,6 +14,7 @@ The processes are forked from one that has imported everything and started no th
 import argparse
 import datetime
 import json
+import math
 import os
 import random
 import signal
@@ -27,64 +28,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError
-from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.fragments import Fragment
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training import fault_points
 from sedd_scale.training.checkpoint import load_newest
 from sedd_scale.training.checkpoint_writer import CheckpointWriter
+from tests.training.stand_in_state import StandInState, meta_of, parameter
 
 RANKS, SHAPE, KEEP = 2, (64, 65), 2
-KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 MOST_STEPS = 6
 OF_RANK_0 = ("before rename", "between rename and latest", "within removal")
-
-
-def value_at(step: int, key: str) -> float:
-    """What every number of a state tensor is at a step."""
-    return float(step) + KEYS.index(key) / 8
-
-
-class SharedState:
-    """A tensor and its moments, half of the rows on each process, in place of an engine's."""
-
-    def __init__(self, rank: int) -> None:
-        rows = SHAPE[0] * SHAPE[1] // RANKS
-        self._start = rank * rows
-        self._flat = {key: torch.zeros(rows) for key in KEYS}
-        self.step = 0
-
-    def ensure_state(self) -> None:
-        """It is there from the start."""
-
-    def get(self, _: LogicalParameter, key: str) -> Fragment:
-        """This process's half."""
-        return Fragment(self._flat[key], self._start)
-
-    def get_step(self) -> int:
-        """Updates made."""
-        return self.step
-
-    def set_step(self, step: int) -> None:
-        """Go on from a step."""
-        self.step = step
-
-    def refresh_parameters(self) -> None:
-        """There are no working copies."""
-
-    def advance(self) -> None:
-        """One update."""
-        self.step += 1
-        for key, flat in self._flat.items():
-            flat.fill_(value_at(self.step, key))
-
-    def is_of(self, step: int) -> bool:
-        """Whether every number is that of a step."""
-        return all(bool((flat == value_at(step, key)).all()) for key, flat in self._flat.items())
 
 
 def train(rank: int, port: int, run_dir: Path, orders: dict[str, Any]) -> int:
@@ -95,19 +50,10 @@ def train(rank: int, port: int, run_dir: Path, orders: dict[str, Any]) -> int:
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
     )
     layout = Layout(1, 1, RANKS, 0, 0, rank, rank, torch.device("cpu"))
-    parameter = LogicalParameter(
-        name="weight",
-        parameter=nn.Parameter(torch.zeros(SHAPE)),
-        local_shape=SHAPE,
-        shape=SHAPE,
-        partition_dim=None,
-        offset=0,
-    )
-    state: Any = SharedState(rank)
+    weight = parameter(SHAPE)
+    state: Any = StandInState(math.prod(SHAPE), rank=rank, ranks=RANKS)
     if orders["expects"]:
-        _, meta = load_newest(
-            run_dir, engine_fragments=state, parameters=[parameter], layout=layout
-        )
+        _, meta = load_newest(run_dir, engine_fragments=state, parameters=[weight], layout=layout)
         if meta["step"] != state.step or not state.is_of(state.step):
             (run_dir / "torn").write_text(f"step {meta['step']}\n")
             return 9
@@ -129,26 +75,15 @@ def train(rank: int, port: int, run_dir: Path, orders: dict[str, Any]) -> int:
     with CheckpointWriter(
         run_dir,
         engine_fragments=state,
-        parameters=[parameter],
+        parameters=[weight],
         layout=layout,
         config=CheckpointConfig(keep=KEEP),
     ) as writer:
         for _ in range(MOST_STEPS):
-            state.advance()
+            state.fill(state.step + 1)
             writer.poll()
             step = state.step
-            writer.save(
-                {
-                    "step": step,
-                    "samples_seen": step,
-                    "tokens": step,
-                    "config": {},
-                    "dataset_fingerprint": "d",
-                    "tokenizer_fingerprint": "t",
-                    "num_tokens": 2,
-                    "block_length": 1,
-                }
-            )
+            writer.save(meta_of(step))
     return 0
 
 
