@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sedd_scale.cluster.restarts import progress_of  # noqa: E402
-from tests.slurm.cluster import Cluster, Settings  # noqa: E402
+from tests.slurm.cluster import Cluster, NoCluster, Settings  # noqa: E402
 from tests.slurm.jobs import (  # noqa: E402
     PREPARE,
     TINY,
@@ -318,7 +318,7 @@ def main() -> int:
             started = time.monotonic()
             try:
                 outcome = "passed: " + CASES[name](proof)
-            except (AssertionError, TimeoutError) as error:
+            except (AssertionError, TimeoutError, NoCluster) as error:
                 outcome, failed = f"FAILED: {error}", failed + 1
             print(f"{name} ({time.monotonic() - started:.0f} s) {outcome}", flush=True)
     finally:
