@@ -138,8 +138,10 @@ def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
         if match is None:
             complaint = f"{latest} holds {name!r}, not the name of a checkpoint"
         else:
-            newest = int(match[1])
-            if newest not in steps:
+            named = int(match[1])
+            if named in steps:
+                newest = named
+            else:  # removed by hand, or the name is damaged: it tells nothing of the others
                 complaint = f"{latest} names {name}, which is missing"
     except OSError as error:
         complaint = f"{latest} cannot be read: {error.strerror}"
