@@ -1,9 +1,9 @@
 """Sampling steps of the absorbing graph, beside the textbook sampler with the same network and law.
 
 The textbook side makes the head's product for every position with a plain linear map, computes the
-probability of every state in float64 and draws each position from its row. A step's cost depends on how many masks are left, so the timed steps are
-spread evenly over the trajectory, each from tokens noised to its own time; `--timed-steps` equal to
-`--steps` times them all.
+probability of every state in float64 and draws each position from its row. A step's cost depends on
+how many masks are left, so the timed steps are spread evenly over the trajectory, each from tokens
+noised to its own time; `--timed-steps` equal to `--steps` times them all.
 """
 
 import argparse
