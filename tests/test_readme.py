@@ -25,6 +25,7 @@ from tools import (
     prepare_data,
     quickstart,
     samples,
+    submit,
     train,
 )
 
@@ -43,6 +44,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
         prepare_data,
         quickstart,
         samples,
+        submit,
         train,
     )
 }
@@ -136,6 +138,10 @@ def check_command(line: str) -> None:
         load_config(ROOT / parsed.config, parsed.overrides).validate()
     elif rest[:2] == ["tools/prepare_data.py", "inspect"]:
         prepare_data.build_inspect_parser().parse_args(rest[2:])
+    elif rest[:2] == ["tools/submit.py", "status"]:
+        submit.build_status_parser().parse_args(rest[2:])
+    elif rest[0] == "tools/submit.py":
+        submit.build_parser().parse_intermixed_args(rest[1:])
     else:
         PARSERS[rest[0]]().parse_args(rest[1:])
 
@@ -148,7 +154,7 @@ def test_every_step_from_text_to_export_is_shown_in_the_readme():
         for word in shlex.split(line)
         if word.startswith("tools/")
     }
-    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py", "tools/compare.py"} <= shown
+    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py"} <= shown
     assert {"make quickstart", "make test"} <= {line for _, line in commands()}
 
 
@@ -198,7 +204,7 @@ def is_module(name: str) -> bool:
 
 def known_flags() -> set[str]:
     torchrun = {"--max-restarts", "--nnodes", "--signals-to-handle", "--shutdown-timeout"}
-    flags = {"--run-dir", *torchrun}
+    flags = {"--run-dir", "--full", *torchrun}  # --full is of the tests
     parsers = [build_parser() for build_parser in PARSERS.values()]
     while parsers:
         for action in parsers.pop()._actions:
