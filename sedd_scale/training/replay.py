@@ -28,7 +28,7 @@ from sedd_scale.training.checkpoint_directory import saved_steps
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.loop import build, fit_to_dataset
-from sedd_scale.training.resume import check_resume
+from sedd_scale.training.resume import loading_options
 
 # Sequences named of each rank, those with the highest loss.
 NAMED = 3
@@ -140,17 +140,11 @@ def _load_before(
     """Load the newest good checkpoint before the step; without one, start as the run did."""
     folder = run_dir / "checkpoints"
     candidates = [saved for saved in saved_steps(folder) if saved < step]
+    loading = loading_options(config, corpus, engine)
     for saved in reversed(candidates):
         path = folder / f"step-{saved}"
         try:
-            meta = load_checkpoint(
-                path,
-                engine_fragments=engine.fragments,
-                parameters=engine.parameters,
-                layout=engine.layout,
-                verify=config.checkpoint.verify,
-                check=lambda path, meta: check_resume(config, corpus, path, meta),
-            )
+            meta = load_checkpoint(path, **loading)
         except DamagedCheckpointError:
             continue
         return path, meta

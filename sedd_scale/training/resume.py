@@ -60,30 +60,23 @@ def load_state(
             for the run directory.
     """
 
-    def check(path: Path, meta: dict[str, Any]) -> None:
-        check_resume(config, corpus, path, meta)
-
-    passed_over: list[str] = []
+    loading = loading_options(config, corpus, engine)
     if source == run_dir:
-        found, meta = load_newest(
-            run_dir,
-            engine_fragments=engine.fragments,
-            parameters=engine.parameters,
-            layout=engine.layout,
-            verify=config.checkpoint.verify,
-            check=check,
-            say=passed_over.append,
-        )
+        passed_over: list[str] = []
+        found, meta = load_newest(run_dir, say=passed_over.append, **loading)
         return found, meta, passed_over
-    meta = load_checkpoint(
-        source,
-        engine_fragments=engine.fragments,
-        parameters=engine.parameters,
-        layout=engine.layout,
-        verify=config.checkpoint.verify,
-        check=check,
-    )
-    return source, meta, passed_over
+    return source, load_checkpoint(source, **loading), []
+
+
+def loading_options(config: Config, corpus: Corpus, engine: Engine) -> dict[str, Any]:
+    """How `load_checkpoint` and `load_newest` load a run's checkpoint into its engine."""
+    return {
+        "engine_fragments": engine.fragments,
+        "parameters": engine.parameters,
+        "layout": engine.layout,
+        "verify": config.checkpoint.verify,
+        "check": lambda path, meta: check_resume(config, corpus, path, meta),
+    }
 
 
 def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:
