@@ -22,7 +22,7 @@ quickstart: $(READY) ## Train a small model on the text every Python carries, ev
 test: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest -q --durations=10
 
-torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, about 15 minutes).
+torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, 4 to 15 minutes).
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/training/torture.py --rounds $(ROUNDS)
 
 lint: $(READY) ## Check style, formatting and types.
