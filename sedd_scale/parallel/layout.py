@@ -138,9 +138,19 @@ def initialize_layout(
 
 
 def leave_layout() -> None:
-    """Forget the layout's groups, so that another can follow among the same processes."""
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    """End the layout's groups, so that another can follow among the same processes.
+
+    Megatron-core only forgets them, and each keeps its threads.
+    """
+    if not parallel_state.is_initialized():
+        return
+    groups = {
+        group for group in vars(parallel_state).values() if isinstance(group, dist.ProcessGroup)
+    }
+    dist.barrier()  # no process may still be within a collective of a group that ends
+    for group in groups - {dist.group.WORLD}:
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def shutdown() -> None:
