@@ -67,7 +67,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 # name: steps, overrides
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "absorb": (20, ("graph.name=absorb",)),
+    "absorb": (12, ("graph.name=absorb",)),
     "uniform": (8, ("graph.name=uniform", "noise.name=geometric")),
     "absorb bf16": (8, ("graph.name=absorb", "training.precision=bf16")),
 }
