@@ -38,9 +38,13 @@ class KeyedDraws:
             for seed, i in zip(self.seeds, self.ids)
         ]
         flat = torch.from_numpy(np.concatenate(rows) if rows else np.empty(0))
+        return self.rounded(flat).to(self.device)
+
+    def rounded(self, uniform: Tensor) -> Tensor:
+        """Float64 uniforms in the precision of the draws, below 1 still."""
         if self.dtype == torch.float32:
-            flat = (flat * _FLOAT32_GRID).floor().float() / _FLOAT32_GRID
-        return flat.to(self.device)
+            return (uniform * _FLOAT32_GRID).floor().float() / _FLOAT32_GRID
+        return uniform
 
     def prior(self, num_tokens: int) -> Tensor:
         """Uniformly drawn tokens [B, L]."""

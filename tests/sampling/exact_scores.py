@@ -1,7 +1,10 @@
 """A model that knows the true ratios of a tiny distribution, and a sampler's exact law on it."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +60,14 @@ class ExactScores:
                 score[:, place, y] = self.marginal(other_SL, sigma) / own_S
         return score.clamp(min=1e-300).log()
 
+    def log_scores(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
+        """[B, L, V], each sequence at its own noise level."""
+        scores = torch.empty(*tokens_BL.shape, self.graph.num_states, dtype=torch.float64)
+        for sigma in sigma_B.unique():
+            same = sigma_B == sigma
+            scores[same] = self.log_score(tokens_BL[same], sigma)
+        return scores
+
     def logits(
         self,
         tokens_BL: Tensor,
@@ -66,12 +77,9 @@ class ExactScores:
     ) -> Tensor:
         assert documents_BL is None
         self.calls += 1
-        logits = torch.empty(*tokens_BL.shape, self.graph.num_states, dtype=torch.float64)
-        for sigma in sigma_B.unique():
-            same = sigma_B == sigma
-            logits[same] = self.log_score(tokens_BL[same], sigma)
-            if self.scaled:
-                logits[same] += log_expm1(sigma) + math.log(self.graph.num_tokens)
+        logits = self.log_scores(tokens_BL, sigma_B)
+        if self.scaled:
+            logits += (log_expm1(sigma_B) + math.log(self.graph.num_tokens))[:, None, None]
         return logits.flatten(0, 1)[rows_M]
 
 
@@ -94,6 +102,9 @@ class RandomScores(ExactScores):
 
     def log_score(self, states_SL: Tensor, sigma: Tensor) -> Tensor:
         return self.raw(states_SL) - log_expm1(sigma) - math.log(self.graph.num_tokens)
+
+    def log_scores(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
+        return self.log_score(tokens_BL, sigma_B[:, None, None])
 
 
 def chain_law(
@@ -160,12 +171,30 @@ def chain_law(
     return law_S
 
 
-def order_law(model: RandomScores, sampler: str) -> Tensor:
-    """Law of the clean sequence when one position is filled a call, [N^L], by walking all paths."""
+class TimedScores(RandomScores):
+    """Random logits that grow with the move probability: the token's law depends on the time."""
+
+    time_conditioned = True
+
+    def log_score(self, states_SL: Tensor, sigma: Tensor) -> Tensor:
+        return (
+            self.raw(states_SL) * self.move(sigma)
+            - log_expm1(sigma)
+            - math.log(self.graph.num_tokens)
+        )
+
+    @staticmethod
+    def move(sigma: Tensor) -> Tensor:
+        """m of a noise level."""
+        return -torch.expm1(-sigma)
+
+
+def order_law(model: RandomScores, sampler: str, groups: Sequence[int]) -> Tensor:
+    """Law of the clean sequence when so many positions are filled a call, [N^L], over all paths."""
     num_tokens, mask = model.graph.num_tokens, model.graph.num_tokens
     law = torch.zeros(num_tokens**model.length, dtype=torch.float64)
 
-    def walk(state: list[int], probability: float) -> None:
+    def walk(state: list[int], call: int, probability: float) -> None:
         masked = [place for place, token in enumerate(state) if token == mask]
         if not masked:
             index = 0
@@ -183,12 +212,45 @@ def order_law(model: RandomScores, sampler: str) -> Tensor:
                 "margin": float(row[0] - row[1]),
                 "entropy": float((row * row.log()).sum()),
             }[sampler]
-        best = max(sure.values())
-        chosen = [place for place in masked if sure[place] == best]
-        for place in chosen:
-            for token in range(num_tokens):
-                following = [*state[:place], token, *state[place + 1 :]]
-                walk(following, probability * float(rows[place, token]) / len(chosen))
+        subsets = list(itertools.combinations(masked, groups[call]))
+        totals = [sum(sure[place] for place in chosen) for chosen in subsets]
+        surest = [chosen for chosen, total in zip(subsets, totals) if total == max(totals)]
+        for chosen in surest:
+            for tokens in itertools.product(range(num_tokens), repeat=len(chosen)):
+                following, chance = list(state), probability / len(surest)
+                for place, token in zip(chosen, tokens):
+                    following[place] = token
+                    chance *= float(rows[place, token])
+                walk(following, call + 1, chance)
 
-    walk([mask] * model.length, 1.0)
+    walk([mask] * model.length, 0, 1.0)
     return law
+
+
+def hitting_law(model: TimedScores) -> Tensor:
+    """Law of two positions each filled at its own time, [N^2], by integrals over both times.
+
+    The first leaves at move probability m(1) a, of density 2a, the second at m(1) a b, b uniform
+    (the greater of two uniforms, and the lesser over it).
+    """
+    num_tokens, mask = model.graph.num_tokens, model.graph.num_tokens
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(24))
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    start = float(model.schedule.move_probability(torch.ones((), dtype=torch.float64)))
+
+    def token_law(state: list[int], place: int, move: Tensor) -> Tensor:
+        logits_N = model.raw(torch.tensor([state]))[0, place, :num_tokens]
+        return torch.softmax(logits_N * move[..., None], dim=-1)
+
+    law_NN = torch.zeros(num_tokens, num_tokens, dtype=torch.float64)
+    second_move = start * nodes[:, None] * nodes
+    density = (2 * nodes * weights)[:, None] * weights
+    for place in (0, 1):
+        first_KN = token_law([mask, mask], place, start * nodes)
+        for token in range(num_tokens):
+            state = [mask, mask]
+            state[place] = token
+            second_KKN = token_law(state, 1 - place, second_move)
+            after_N = torch.einsum("ab,a,abn->n", density, first_KN[:, token], second_KKN)
+            (law_NN[token] if place == 0 else law_NN[:, token]).add_(after_N / 2)
+    return law_NN.flatten()

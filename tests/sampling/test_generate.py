@@ -1,6 +1,10 @@
 """The command: records in order, prompts kept, nothing written over."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from tests.interop.tiny_checkpoints import write_checkpoint
 from tools.generate import build_parser, generate_command
 from tools.samples import build_parser as samples_parser
 from tools.samples import samples_command
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,34 @@ def test_prompts_are_kept_and_answered_in_order(checkpoint: Path, tmp_path: Path
     prompts.write_text(json.dumps(lines[2]) + "\n")
     assert run(checkpoint, tmp_path / "one.jsonl", "--prompts", prompts) == 0
     assert same(read(tmp_path / "one.jsonl")) == same(records[3:])
+
+
+def test_a_killed_command_goes_on_without_a_gap(checkpoint: Path, tmp_path: Path) -> None:
+    asked = ("--num-samples", 60, "--seed", 3, "--batch-size", 2, "--steps", 40)
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    words = ["tools/generate.py", "--checkpoint", checkpoint, "--output", killed, *asked]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+
+    def finished() -> int:
+        parts = Path(f"{killed}.parts").glob("*.jsonl")
+        return sum(len(part.read_bytes().splitlines()) for part in parts)
+
+    while finished() < 6:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    before = finished()
+    assert before < 60 and not killed.exists()
+    assert run(checkpoint, killed, *asked) == run(checkpoint, whole, *asked) == 0
+    assert same(read(killed)) == same(read(whole))
+    # What had been drawn was not drawn again.
+    assert read(killed)[0]["seconds"] != read(whole)[0]["seconds"]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(

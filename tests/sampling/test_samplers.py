@@ -9,11 +9,19 @@ from torch import Tensor
 
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.sampling import SAMPLERS
+from sedd_scale.sampling.keyed_draws import KeyedDraws
 from sedd_scale.sampling.samplers import run_batch, sample, sample_with, start_batch
 from sedd_scale.sampling.settings import CALL_SAMPLERS, T_END, UNIFORM_SAMPLERS, SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from tests.evaluation.enumeration import all_states, tiny_model
-from tests.sampling.exact_scores import ExactScores, RandomScores, chain_law, order_law
+from tests.sampling.exact_scores import (
+    ExactScores,
+    RandomScores,
+    TimedScores,
+    chain_law,
+    hitting_law,
+    order_law,
+)
 
 GRAPHS = ("absorb", "uniform")
 COUNT = 6000
@@ -81,13 +89,43 @@ def test_remasking_approaches_the_data_too() -> None:
 
 
 @pytest.mark.parametrize("sampler", CALL_SAMPLERS)
-def test_one_position_a_call_follows_the_walk_over_all_orders(sampler: str) -> None:
+@pytest.mark.parametrize("steps", [None, 2])
+def test_chosen_positions_follow_the_walk_over_all_orders(sampler: str, steps: int | None) -> None:
+    """One position a call, or the groups that so many steps make of three positions."""
     model = RandomScores("absorb", "loglinear")
     blank, free = torch.zeros(COUNT, 3, dtype=torch.int64), torch.zeros(COUNT, 3).bool()
-    batch = start_batch(model, blank, free, SamplerSettings(sampler))
+    batch = start_batch(model, blank, free, SamplerSettings(sampler, steps=steps))
     run_batch(batch)
-    assert_follows(batch.state_BL, order_law(model, sampler), 3)
-    assert batch.outputs.calls == 3
+    groups = (1, 1, 1)
+    if steps is not None:
+        groups = (1, 2) if sampler == "first-hitting" else (2, 1)
+    assert_follows(batch.state_BL, order_law(model, sampler, groups), 3)
+    assert batch.outputs.calls == len(groups)
+
+
+def test_first_hitting_follows_a_law_that_changes_with_time() -> None:
+    model = TimedScores("absorb", "loglinear", length=2)
+    blank, free = torch.zeros(4 * COUNT, 2, dtype=torch.int64), torch.zeros(4 * COUNT, 2).bool()
+    law_S = hitting_law(model)
+    assert float(law_S.sum()) == pytest.approx(1.0, abs=1e-12)
+    samples_BL = sample(model, blank, free, None, "first-hitting", seed=2)
+    assert_follows(samples_BL, law_S, 3)
+    with pytest.raises(AssertionError):  # of the time that all have at the start
+        assert_follows(samples_BL, order_law(model, "first-hitting", (1, 1)), 3)
+
+
+def test_draws_in_single_precision_follow_the_law_down_to_its_tail() -> None:
+    model = ExactScores("absorb", "loglinear")
+    blank, free = torch.zeros(COUNT, 2, dtype=torch.int64), torch.zeros(COUNT, 2).bool()
+    samples_BL = sample(model, blank, free, 3, draw_dtype="float32")
+    assert_follows(samples_BL, chain_law(model, 3, "analytic", T_END, {}), 4)
+    # Of a token with a chance of 2^-26 only a number of more than 24 bits can tell.
+    logits = torch.tensor([[0.0, -26 * math.log(2.0)]], dtype=torch.float64)
+    for draw_dtype, drawn in (("float64", 1), ("float32", 0)):
+        law = TokenLaw(SamplerSettings(draw_dtype=draw_dtype))
+        draws = KeyedDraws([0], [0], length=1, device=model.device, dtype=law.dtype)
+        uniform = draws.rounded(torch.tensor([1 - 2.0**-28], dtype=torch.float64))
+        assert int(law.draw(logits, uniform)) == drawn
 
 
 def test_first_hitting_draws_the_data_itself() -> None:
