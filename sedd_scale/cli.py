@@ -4,30 +4,88 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sedd_scale import __version__
 from sedd_scale.cluster.task_environment import adopt_slurm_task
 from sedd_scale.errors import SeddScaleError
 
 EXIT_USER_ERROR = 2
+COMMON_EXIT_CODES = {
+    0: "done",
+    1: "a fault of this program, with a traceback",
+    EXIT_USER_ERROR: "an error of arguments, configuration, data or files, in one line",
+}
 
 
-def make_parser(description: str, example: str) -> argparse.ArgumentParser:
+def make_parser(
+    description: str,
+    example: str,
+    *,
+    exit_codes: Mapping[int, str] | None = None,
+    prog: str | None = None,
+) -> argparse.ArgumentParser:
     """An argument parser with the flags that every command has.
 
     Args:
         description: one sentence on what the command does.
         example: a command line that works, shown by --help.
+        exit_codes: what they mean, where the command has more than 0 and 2 or means more by them.
+        prog: its name, if other than that of the file.
     """
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=_epilog(example, exit_codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
     return parser
+
+
+def add_command(
+    subparsers: Any,
+    name: str,
+    *,
+    help: str,
+    example: str,
+    description: str | None = None,
+    exit_codes: Mapping[int, str] | None = None,
+    notes: str = "",
+) -> argparse.ArgumentParser:
+    """The parser of a subcommand, with the same flags and the same closing lines.
+
+    Args:
+        subparsers: what `add_subparsers` gave.
+        help: a line in the list of subcommands.
+        example, exit_codes: as `make_parser`.
+        description: more than `help` says.
+        notes: shown before the example.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description or f"{help[:1].upper()}{help[1:]}.",
+        epilog="\n\n".join(filter(None, (notes.strip("\n"), _epilog(example, exit_codes)))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # What stands before the subcommand is not taken back.
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show a traceback with an error",
+    )
+    parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
+    return parser
+
+
+def _epilog(example: str, exit_codes: Mapping[int, str] | None) -> str:
+    codes = sorted({**COMMON_EXIT_CODES, **(exit_codes or {})}.items())
+    lines = "\n".join(f"  {code:<3} {meaning}" for code, meaning in codes)
+    return f"example:\n  {example}\n\nexit codes:\n{lines}"
 
 
 def run_command(

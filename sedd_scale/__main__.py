@@ -1,0 +1,52 @@
+"""python -m sedd_scale: look at this installation, or let a shell complete the commands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sedd_scale.cli import add_command, make_parser, run_command
+
+PROG = "python -m sedd_scale"
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Examine this machine and installation."""
+    from sedd_scale.doctor.examination import doctor_command
+
+    return doctor_command(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments, a subcommand each."""
+    parser = make_parser(
+        "Look at this installation. Training, sampling and evaluation are in tools/.",
+        f"{PROG} doctor",
+        exit_codes={1: "doctor: training does not work here; else a fault of this program"},
+        prog=PROG,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    command = add_command(
+        subparsers,
+        "doctor",
+        help="report what is installed and whether training works here",
+        description="Report Python, packages, GPUs, Slurm, disk and memory; add numbers up over "
+        "two processes and\ntrain a small model for one step in a temporary folder; say what is "
+        "missing and how to get it.",
+        example=f"{PROG} doctor",
+        exit_codes={
+            0: "ready: what training needs is there and works",
+            1: "not ready: the lines marked FAIL say what to mend",
+        },
+    )
+    command.add_argument("--quick", action="store_true", help="only look, run nothing")
+    command.add_argument("--json", action="store_true", help="end with one JSON object")
+    command.set_defaults(run=doctor)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(build_parser(), lambda arguments: arguments.run(arguments), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `python -m sedd_scale doctor` looks at and tries, and what it says of it."""
