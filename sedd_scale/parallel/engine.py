@@ -61,10 +61,15 @@ class StepResult(NamedTuple):
     """Mean score entropy over the global batch, nats per token."""
     grad_norm: float
     """Euclidean norm of the whole gradient before clipping."""
-    applied: bool = True
-    """Whether the weights were updated."""
-    wants_stop: bool = False
+    wants_stop: bool
     """Whether any rank wanted to stop."""
+    applied: bool
+    """Whether the weights were updated."""
+
+    @property
+    def numbers(self) -> StepNumbers:
+        """What a guard judges by."""
+        return StepNumbers(self.loss, self.grad_norm, self.wants_stop)
 
 
 class Engine(ABC):
@@ -89,39 +94,39 @@ class Engine(ABC):
         *,
         lr: float,
         accept: Callable[[StepNumbers], bool] | None = None,
+        raises: bool = True,
         wants_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Accumulate the gradient over this rank's micro-batches and update the weights.
 
+        Where a number is not finite, or `accept` says no, weights, moments and averages stay as
+        they are and only the optimizer's count of steps goes on.
+
         Args:
-            accept: judges the step before the weights change, alike on all ranks. Where it says no,
-                or a number is not finite, weights, moments and averages stay as they are and only
-                the optimizer's count of steps goes on. None: what is not finite is an error.
+            accept: judges the step's numbers on the host before the weights change, alike on all
+                ranks; the host then waits for them in the middle of the step.
+            raises: make an error of numbers that are not finite.
             wants_stop: whether this rank wants to stop; asked once, and all ranks get to know.
 
         Raises:
-            TrainingError: without `accept`, the loss or the gradient norm is not finite (on every
+            TrainingError: with `raises`, the loss or the gradient norm is not finite (on every
                 rank alike); names what was not finite first, and where.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._gate.accept = are_finite if accept is None else accept
+        self._gate.accept = accept
         self._gate.wants_stop = wants_stop
         self._deepspeed.train()
         self._accumulate_and_step(micro_batches)
-        numbers = self._gate.numbers
-        if not self._gate.accepted:
-            if accept is None:
-                raise TrainingError(
-                    f"step {self.fragments.get_step() + 1} has loss {numbers.loss} and gradient "
-                    f"norm {numbers.grad_norm}: {self.explain(micro_batches)}; resume from the "
-                    "last checkpoint with a lower optimizer.lr or optimizer.clip, or with a longer "
-                    "optimizer.warmup_steps"
-                )
-            self.fragments.set_step(self.fragments.get_step() + 1)
-        return StepResult(
-            numbers.loss, numbers.grad_norm, self._gate.accepted, wants_stop=numbers.wants_stop
-        )
+        numbers, applied = self._gate.outcome()
+        if raises and not are_finite(numbers):
+            raise TrainingError(
+                f"step {self.fragments.get_step()} has loss {numbers.loss} and gradient norm "
+                f"{numbers.grad_norm}: {self.explain(micro_batches)}; resume from the last "
+                "checkpoint with a lower optimizer.lr or optimizer.clip, or with a longer "
+                "optimizer.warmup_steps"
+            )
+        return StepResult(*numbers, applied)
 
     def loss_of_replica(self) -> float | None:
         """Mean loss of this rank's micro-batches in the step made last, nats per token.
@@ -182,7 +187,9 @@ class WholeNetworkEngine(Engine):
         _assert_same_group(self._deepspeed.data_parallel_group, layout.data_group)
         reduce_no_more_than_needed(self._deepspeed, layout)
         self._loss = torch.zeros((), device=layout.device)
-        self._gate = UpdateGate(self._deepspeed, layout, lambda: self._loss)
+        self._gate = UpdateGate(
+            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=lambda: self._loss
+        )
         self.parameters = list(logical_parameters(self._deepspeed.module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
@@ -224,7 +231,9 @@ class PipelineStageEngine(Engine):
         assert module.stage_id == layout.pipeline_rank
         _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
         reduce_no_more_than_needed(self._deepspeed, layout)
-        self._gate = UpdateGate(self._deepspeed, layout, self._loss_part)
+        self._gate = UpdateGate(
+            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
+        )
         self.parameters = list(logical_parameters(module, layout))
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
@@ -278,7 +287,7 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": config.accumulation(layout.world_size),
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": 0.0,  # folded into the update, by the gate
         "zero_optimization": _zero_config(config, layout),
         "zero_allow_untested_optimizer": True,
         # A stage's loss reaches the head's gradient before DeepSpeed starts its own backward pass,

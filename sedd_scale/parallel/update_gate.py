@@ -1,10 +1,10 @@
-"""The moment before the weights change: all ranks know the step's numbers and agree to go on.
+"""The moment before the weights change: every rank has the step's numbers, and a verdict on them.
 
-DeepSpeed takes the norm of the whole gradient at the start of its optimizer step and leaves the
-update out where that is not finite. This gate stands at that place. One all-reduce of three numbers
-gives every rank the loss, the gradient norm and whether any rank wants to stop, in place of the
-loss's own all-reduce; the host reads them once, where DeepSpeed would wait for the norm anyway.
-Then the update is made or left out, by the same rule on all ranks.
+DeepSpeed takes the norm of the whole gradient at the start of its optimizer step. This gate stands
+at that place. One all-reduce of three numbers gives every rank the loss, the gradient norm and
+whether any rank wants to stop, in place of the loss's own all-reduce. What follows of them, whether
+the update is made and by how much the gradient is clipped, is handed to the optimizer as tensors on
+the device, which the host does not wait for: it reads the numbers when all of the step is queued.
 """
 
 import math
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from sedd_scale.parallel.layout import Layout
 
+# DeepSpeed's and Megatron-core's, against a norm of zero.
+_CLIP_EPS = 1e-6
+
 
 class StepNumbers(NamedTuple):
-    """What all ranks know of a step before its update."""
+    """What all ranks know of a step."""
 
     loss: float
     """Mean score entropy over the global batch, nats per token."""
@@ -30,100 +33,98 @@ class StepNumbers(NamedTuple):
 
 
 class UpdateGate:
-    """Asks, between the gradient and the update, whether the update is to be made.
+    """Decides, between the gradient and the update, whether the update is made.
+
+    Of a step whose loss or gradient norm is not finite it is not, nor of one that `accept` refuses.
+    The optimizer then changes nothing but its count of steps (`AdamWithEMA.found_inf`).
 
     Args:
-        engine: a DeepSpeedEngine or PipelineEngine, after `reduce_no_more_than_needed`.
+        engine: a DeepSpeedEngine or PipelineEngine with an `AdamWithEMA`, after
+            `reduce_no_more_than_needed`, that does not clip the gradient itself.
+        clip: largest norm of the gradient that the update uses.
         loss_part: this rank's part of the mean loss of the global batch, a scalar: all ranks' parts
             add up to it.
 
     Attributes:
         loss_part: as given.
-        accept: judges a step's numbers; has to answer alike on all ranks.
+        accept: judges a step's numbers on the host, which has to wait for them; has to answer alike
+            on all ranks. None: what is finite is good.
         wants_stop: whether this rank wants to stop.
-        numbers: of the step made last.
-        accepted: whether its update was made.
     """
 
-    def __init__(self, engine: Any, layout: Layout, loss_part: Callable[[], Tensor]) -> None:
-        # Imported here, as the engine must choose DeepSpeed's device before its first import.
-        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-        self.accept: Callable[[StepNumbers], bool] = are_finite
+    def __init__(
+        self, engine: Any, layout: Layout, *, clip: float, loss_part: Callable[[], Tensor]
+    ) -> None:
+        self.accept: Callable[[StepNumbers], bool] | None = None
         self.wants_stop: Callable[[], bool] = lambda: False
-        self.numbers = StepNumbers(math.nan, math.nan, False)
-        self.accepted = False
-        self._layout = layout
         self.loss_part = loss_part
-        zero = engine.optimizer
-        if isinstance(zero, BF16_Optimizer):
-            self._guard_bf16(zero)
-        elif isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-            self._guard_stage_3(zero)
-        else:
-            assert isinstance(zero, DeepSpeedZeroOptimizer), type(zero)
-            self._guard_stages_1_and_2(zero)
+        self._layout, self._clip = layout, clip
+        self._parts = torch.full((3,), math.nan, dtype=torch.float64, device=layout.device)
+        self._refused = False
+        self._optimizer = engine.optimizer.optimizer
+        self._stand_before_update(engine.optimizer)
 
-    def _guard_bf16(self, zero: Any) -> None:
-        gradients = zero.get_grads_for_norm
+    def outcome(self) -> tuple[StepNumbers, bool]:
+        """The numbers of the step made last, and whether its update was made.
 
-        def for_norm_or_clipping(for_clipping: bool = False) -> Any:
-            if for_clipping:
-                return gradients(for_clipping=True)
-            norms, of_experts = gradients()
-            # Of this stage and tensor rank alone, and the same on its data-parallel ranks.
-            square = torch.stack(norms).double().square().sum()
-            if not self._opens(square, counts=self._layout.data_rank == 0):
-                norms = [torch.full_like(norms[0], math.inf)]
-            return norms, of_experts
+        The host waits for the device here, and nowhere within a step without `accept`.
+        """
+        numbers = self._read()
+        return numbers, are_finite(numbers) and not self._refused
 
-        zero.get_grads_for_norm = for_norm_or_clipping
-
-    def _guard_stages_1_and_2(self, zero: Any) -> None:
-        norm_of_gradient = zero.scaled_global_norm
-
-        def scaled_global_norm(*args: Any, **kwargs: Any) -> Tensor:
-            norm: Tensor = norm_of_gradient(*args, **kwargs)
-            opens = self._opens(_square(norm), counts=self._layout.rank == 0)
-            # With bf16 DeepSpeed heeds the norm only where it checks for overflow; its own check,
-            # at the start of its step, would search all gradients for what the norm tells anyway.
-            zero.check_grad_overflow = not opens
-            return norm if opens else torch.full_like(norm, math.inf)
-
-        take_step = zero.step
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            zero.check_grad_overflow = False
-            return take_step(*args, **kwargs)
-
-        zero.scaled_global_norm = scaled_global_norm
-        zero.step = step
-
-    def _guard_stage_3(self, zero: Any) -> None:
+    def _stand_before_update(self, zero: Any) -> None:
+        # Imported here, as the engine must choose DeepSpeed's device before its first import.
+        from deepspeed.runtime import bf16_optimizer
         from deepspeed.runtime.utils import combine_grad_norm_groups
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-        norms_of_groups = zero._get_norm_groups
+        for module in (bf16_optimizer, stage_1_and_2, stage3):
+            # The verdict is this gate's, and DeepSpeed would wait for the device to give its own.
+            module.is_invalid_grad_norm = lambda norm: False
 
-        def get_norm_groups() -> list[Tensor]:
-            norms: list[Tensor] = norms_of_groups()
-            norm = combine_grad_norm_groups(norms)
-            if self._opens(_square(norm), counts=self._layout.rank == 0):
+        if isinstance(zero, bf16_optimizer.BF16_Optimizer):
+            gradients = zero.get_grads_for_norm
+
+            def get_grads_for_norm(for_clipping: bool = False) -> Any:
+                norms, of_experts = gradients(for_clipping)
+                # Of this stage and tensor rank alone, and the same on its data-parallel ranks.
+                square = torch.stack(norms).double().square().sum()
+                self._judge(square, counts=self._layout.data_rank == 0)
+                return norms, of_experts
+
+            zero.get_grads_for_norm = get_grads_for_norm
+        elif isinstance(zero, stage3.DeepSpeedZeroOptimizer_Stage3):
+            norms_of_groups = zero._get_norm_groups
+
+            def get_norm_groups() -> list[Tensor]:
+                norms: list[Tensor] = norms_of_groups()
+                square = _square(combine_grad_norm_groups(norms))
+                self._judge(square, counts=self._layout.rank == 0)
                 return norms
-            return [torch.full_like(norm, math.inf)]
 
-        zero._get_norm_groups = get_norm_groups
+            zero._get_norm_groups = get_norm_groups
+        else:
+            assert isinstance(zero, stage_1_and_2.DeepSpeedZeroOptimizer), type(zero)
+            norm_of_gradient = zero.scaled_global_norm
+
+            def scaled_global_norm(*args: Any, **kwargs: Any) -> Tensor:
+                norm: Tensor = norm_of_gradient(*args, **kwargs)
+                self._judge(_square(norm), counts=self._layout.rank == 0)
+                return norm
+
+            zero.scaled_global_norm = scaled_global_norm
+            # With bf16 it would search all gradients for what the norm tells anyway.
+            zero.check_grad_overflow = False
 
     @torch.no_grad()
-    def _opens(self, square: Tensor, *, counts: bool) -> bool:
-        """Tell all ranks the numbers and judge them.
+    def _judge(self, square: Tensor, *, counts: bool) -> None:
+        """Tell all ranks the step's numbers, and the optimizer what to do.
 
         Args:
             square: of the gradient's norm, or of this rank's part of it.
             counts: whether the part is this rank's to add.
         """
-        parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
+        self._parts = parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
         parts[0] = self.loss_part()
         if counts:
             parts[1] = square
@@ -131,13 +132,19 @@ class UpdateGate:
             parts[2] = 1.0
         if self._layout.world_size > 1:
             dist.all_reduce(parts)
-        # The only place of ours where the host waits for the device.
-        loss, square_sum, wishes = parts.tolist()
-        grad_norm = math.sqrt(square_sum) if math.isfinite(square_sum) else math.inf
-        self.numbers = StepNumbers(loss, grad_norm, wishes > 0)
         # Asked in any case: who judges has to know of every step.
-        self.accepted = self.accept(self.numbers) and are_finite(self.numbers)
-        return self.accepted
+        self._refused = self.accept is not None and not self.accept(self._read())
+        found_inf = torch.ones((), device=parts.device)
+        if not self._refused:
+            found_inf = (~parts[:2].isfinite().all()).float()
+        self._optimizer.found_inf = found_inf
+        norm = parts[1].sqrt()
+        self._optimizer.grad_scale = ((norm + _CLIP_EPS) / self._clip).clamp(min=1.0).float()
+
+    def _read(self) -> StepNumbers:
+        loss, square, wishes = self._parts.tolist()
+        grad_norm = math.sqrt(square) if math.isfinite(square) else math.inf
+        return StepNumbers(loss, grad_norm, wishes > 0)
 
 
 def are_finite(numbers: StepNumbers) -> bool:

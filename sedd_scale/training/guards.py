@@ -5,13 +5,15 @@ all ranks, so the ranks agree without asking each other; its memory is part of a
 a resumed run decides as the uninterrupted one does.
 """
 
+import functools
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sedd_scale.config_sections import TrainingConfig
+from sedd_scale.parallel.engine import Engine, MicroBatch, StepResult
 from sedd_scale.parallel.update_gate import StepNumbers, are_finite
 
 # Values that a window needs before a new one is compared with them.
@@ -75,6 +77,34 @@ class StepGuard:
         self.skipped = int(state.get("skipped", 0))
         self._in_a_row = int(state.get("in_a_row", 0))
         self.verdict = Verdict(True, None, math.nan, math.nan)
+
+    def train_step(
+        self,
+        engine: Engine,
+        step: int,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        wants_stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """Make step `step`, counted from 1, in an engine and judge it; once a step, in order.
+
+        What is not finite the engine leaves out by itself; only where the run may leave out others
+        does the update wait for this judgement.
+        """
+        training = self._training
+        waits = training.skip_spikes_above is not None or is_listed(step, training.skip_steps)
+        result = engine.train_step(
+            micro_batches,
+            lr=lr,
+            accept=functools.partial(self.accepts, step) if waits else None,
+            raises=False,
+            wants_stop=wants_stop,
+        )
+        if not waits:
+            self.accepts(step, result.numbers)
+        assert self.verdict.applied == result.applied
+        return result
 
     def accepts(self, step: int, numbers: StepNumbers) -> bool:
         """Whether step `step`, counted from 1, is to change the weights; once a step, in order."""

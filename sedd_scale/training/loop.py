@@ -4,7 +4,6 @@
         data.path=data/books parallel.tensor=2
 """
 
-import functools
 import importlib.metadata
 import json
 import platform
@@ -136,11 +135,8 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     ):
         for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
-            result = engine.train_step(
-                batch.micro_batches,
-                lr=lr,
-                accept=functools.partial(guard.accepts, step),
-                wants_stop=stop.wants_stop,
+            result = guard.train_step(
+                engine, step, batch.micro_batches, lr=lr, wants_stop=stop.wants_stop
             )
             watchdog.step_done(step)
             tokens += batch.tokens

@@ -18,7 +18,15 @@ class AdamWithEMA(torch.optim.AdamW):
     the parameter's shape and type. The average starts as a copy of the weights before the first
     update; the n-th update moves it by 1 - min(ema_decay, (1 + n) / (10 + n)), as Lou et al.
     (arXiv 2310.16834) train.
+
+    Attributes:
+        found_inf: 1 leaves weights, moments and averages as they are and only counts the step, 0
+            does not; a float32 scalar on the parameters' device, or None.
+        grad_scale: what gradients are divided by; the same.
     """
+
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -67,8 +75,12 @@ class AdamWithEMA(torch.optim.AdamW):
         for parameter in parameters:
             state = self.state[parameter]
             # The count stays on its device, where nothing has to wait for it.
-            decay = ema_decay_after(state["step"], self.ema_decay)
-            state["ema"].lerp_(parameter.detach(), (1.0 - decay).to(parameter.dtype))
+            if self.found_inf is not None:
+                state["step"] += self.found_inf  # which AdamW does not count then
+            move = 1.0 - ema_decay_after(state["step"], self.ema_decay)
+            if self.found_inf is not None:
+                move *= 1.0 - self.found_inf
+            state["ema"].lerp_(parameter.detach(), move.to(parameter.dtype))
         return loss
 
 

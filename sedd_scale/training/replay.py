@@ -6,7 +6,6 @@ then, and the bad step is run without its update. Under the layout of the run it
 bit for bit. Nothing is written into the run directory.
 """
 
-import functools
 import json
 import math
 from collections.abc import Iterator
@@ -72,10 +71,11 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         batches.loader.skip([(dataset, shard)], from_step=since)
     guard = StepGuard(config.training, meta.get("guard"))
     for number in range(first_step + 1, step):
-        engine.train_step(
+        guard.train_step(
+            engine,
+            number,
             batches.of_step(number - 1).micro_batches,
             lr=learning_rate(number - 1, config.optimizer, config.training.steps),
-            accept=functools.partial(guard.accepts, number),
         )
     micro_batches = batches.of_step(step - 1).micro_batches
 
@@ -83,10 +83,10 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         guard.accepts(step, numbers)
         return False
 
-    result = engine.train_step(micro_batches, lr=0.0, accept=judge_only)
+    result = engine.train_step(micro_batches, lr=0.0, accept=judge_only, raises=False)
     loss_of_replica = engine.loss_of_replica()
     fingerprint = batch_fingerprint(micro_batches, layout)
-    finite = are_finite(StepNumbers(result.loss, result.grad_norm, False))
+    finite = are_finite(result.numbers)
     diagnosis = guard.explain() if finite else engine.explain(micro_batches)
     mine = _of_rank(config, corpus, engine, micro_batches, step, loss_of_replica)
     of_ranks: list[_OfRank | None] = [None] * layout.world_size

@@ -24,6 +24,7 @@ from typing import Any
 warnings.filterwarnings("ignore", module=r"megatron\.")
 
 import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config  # noqa: E402
 from sedd_scale.config import Config, load_config  # noqa: E402
@@ -84,20 +85,41 @@ def with_a_nan(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [*batches[:-1], batches[-1]._replace(inputs=(noisy_BL, sigma_B, context_BK))]
 
 
+class Waits(TorchFunctionMode):
+    """Notes what makes the host wait for a device, if the tensors were on one, and updates."""
+
+    READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        engine._optimizer.register_step_post_hook(lambda *_: self.events.append("update"))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        by_mask = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
+        if name in self.READS or by_mask:
+            self.events.append(name)
+        return function(*args, **(kwargs or {}))
+
+
 def bad_step(run: SyntheticRun, engine: Engine, layout: Layout, folder: Path) -> dict[str, Any]:
     """Two good steps, one that is not finite because of one rank's data, and a good one."""
     guard = StepGuard(TrainingConfig(on_nonfinite="skip"))
     folder.mkdir(exist_ok=True)
     bad_steps = BadSteps(folder, run.config, layout, fingerprint="f" * 8, resumed_step=0)
     results, states, lines = [], [], []
+    waits = Waits(engine)
     for step in range(1, 5):
         batches = run.micro_batches(step)
         # Its own data-parallel part is bad; ranks that share a part share the bad time.
         if step == 3 and layout.data_rank == layout.data - 1:
             batches = with_a_nan(batches)
-        result = engine.train_step(
-            batches, lr=1e-3, accept=lambda numbers, step=step: guard.accepts(step, numbers)
-        )
+        with waits if step == 4 else contextlib.nullcontext():
+            waits.events.clear()
+            result = guard.train_step(engine, step, batches, lr=1e-3)
         if guard.verdict.cause is not None:
             lines.append(bad_steps.record(step, result, guard.verdict, batches, action="skipped"))
         results.append([result.loss, result.grad_norm, result.applied])
@@ -111,6 +133,7 @@ def bad_step(run: SyntheticRun, engine: Engine, layout: Layout, folder: Path) ->
         "changed": [name for name, was in states[1].items() if states[2].get(name, was) != was],
         "changed_by_good_ones": states[0] != states[1] and states[2] != states[3],
         "lines": lines,
+        "events": waits.events,
     }
 
 

@@ -31,6 +31,13 @@ def test_a_step_that_is_not_finite_leaves_every_bit_as_it_was(faults: Faults, na
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_the_host_reads_a_step_once_after_its_update(faults: Faults, name: str) -> None:
+    for of_rank in faults.both(name):
+        *updates, read = of_rank["events"]
+        assert read == "tolist" and updates and set(updates) == {"update"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_flipped_bit_is_found_and_its_parameter_and_rank_named(faults: Faults, name: str) -> None:
     first, second = (of_rank["flips"] for of_rank in faults.both(name))
     assert first == second, "the ranks disagree"
