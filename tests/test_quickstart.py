@@ -150,7 +150,7 @@ def test_a_failing_step_makes_the_command_fail(
 
 def test_bad_arguments_are_one_line(tmp_path: Path):
     (tmp_path / "mine").write_text("")
-    for arguments, part in ((["--steps", "1"], "--steps 1"), ([], "holds mine")):
+    for arguments, part in ((["--training-steps", "1"], "--training-steps 1"), ([], "holds mine")):
         done = subprocess.run(
             [sys.executable, "tools/quickstart.py", "--output", str(tmp_path), *arguments],
             cwd=ROOT,

@@ -13,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments, a subcommand a part."""
     parser = make_parser(
         "Measure one part of a training step: median time over repeats, tokens a second, memory.",
-        "tools/benchmark.py loss --baseline --json",
+        "python tools/benchmark.py loss --baseline --json",
     )
     subparsers = parser.add_subparsers(metavar="PART", required=True)
     for subcommand in SUBCOMMANDS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import add_command, make_parser, run_command
 
 if TYPE_CHECKING:
     from sedd_scale.interop.assumptions import Assumptions
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python tools/convert_ckpt.py --from native --to sedd-hf runs/books exported\n"
         "  python tools/convert_ckpt.py inspect checkpoint.pth\n"
         "  python tools/convert_ckpt.py verify runs/books exported",
+        exit_codes={1: "verify: beyond the tolerance; else a fault of this program"},
     )
     parser.__class__ = _Parser
     parser.epilog = f"{FORMATS_HELP}\n{parser.epilog}"
@@ -60,14 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(subcommands: Any) -> None:
-    parser = subcommands.add_parser(
+    parser = add_command(
+        subcommands,
         "convert",
         help="write a checkpoint in another format (the default)",
         description="Write a checkpoint in another format, one tensor after the other: memory is "
         "that of\nthe largest tensor. Nothing is written where SRC is not exactly the model that "
         "it\ndescribes, and nothing over what exists.",
-        epilog=FORMATS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        notes=FORMATS_HELP,
+        example="python tools/convert_ckpt.py --from native --to sedd-hf runs/books exported",
     )
     add = parser.add_argument
     add("--from", dest="source_format", choices=FORMATS, required=True, help="format of SRC")
@@ -99,10 +101,12 @@ def _add_convert(subcommands: Any) -> None:
 
 
 def _add_inspect(subcommands: Any) -> None:
-    parser = subcommands.add_parser(
+    parser = add_command(
+        subcommands,
         "inspect",
         help="say what a checkpoint is",
         description="Print a checkpoint's format, model, step and tensors with their sizes.",
+        example="python tools/convert_ckpt.py inspect checkpoint.pth",
     )
     _add_assumptions(parser)
     parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint of any format")
@@ -110,12 +114,17 @@ def _add_inspect(subcommands: Any) -> None:
 
 
 def _add_verify(subcommands: Any) -> None:
-    parser = subcommands.add_parser(
+    parser = add_command(
+        subcommands,
         "verify",
         help="compare the log-scores of two checkpoints",
-        description="Run two checkpoints of any formats on the same noisy sequences in float32 and "
-        "print the largest difference of their log-scores. Exit code 1 where it is larger than "
-        "the tolerance.",
+        description="Run two checkpoints of any formats on the same noisy sequences in float32\n"
+        "and print the largest difference of their log-scores.",
+        example="python tools/convert_ckpt.py verify runs/books exported",
+        exit_codes={
+            0: "the difference is within the tolerance",
+            1: "it is beyond it; or a fault of this program, with a traceback",
+        },
     )
     parser.add_argument("first", type=Path, metavar="A", help="checkpoint of any format")
     parser.add_argument("second", type=Path, metavar="B", help="checkpoint of any format")
@@ -137,9 +146,6 @@ def _add_verify(subcommands: Any) -> None:
 
 
 def _add_assumptions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
     group = parser.add_argument_group(
         "what a checkpoint of sedd-train or mdlm does not say (sizes follow from its tensors)"
     )

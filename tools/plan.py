@@ -219,23 +219,44 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
-    parser.add_argument("--gpus", type=int, help="number of GPUs; default: the fewest that hold it")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="number of GPUs; default: the fewest that hold it"
+    )
     parser.add_argument(
         "--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU; default: h100"
     )
-    parser.add_argument("--gpu-memory-gb", type=float, help="its memory, if other than --gpu has")
-    parser.add_argument("--peak-tflops", type=float, help="its peak, if other than --gpu has")
     parser.add_argument(
-        "--usable", type=float, default=0.9, help="share of that memory to fill; default: 0.9"
+        "--gpu-memory-gb", type=float, metavar="GB", help="its memory, if other than --gpu has"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak that is reached; default: 0.4"
+        "--peak-tflops", type=float, metavar="T", help="its peak, if other than --gpu has"
     )
-    parser.add_argument("--vocab-size", type=int, help="N; default: the config's or the dataset's")
     parser.add_argument(
-        "--block-length", type=int, help="L; default: the config's or the dataset's"
+        "--usable",
+        type=float,
+        metavar="SHARE",
+        default=0.9,
+        help="share of that memory to fill; default: 0.9",
     )
-    parser.add_argument("--rows", type=int, default=20, help="layouts to show; 0: all; default: 20")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        default=0.4,
+        help="share of the peak that is reached; default: 0.4",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="tokens; default: the config's or the dataset's"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="L",
+        help="tokens in a block; default: the config's or the dataset's",
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="K", default=20, help="layouts to show; 0: all; default: 20"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser
 

@@ -29,7 +29,8 @@ from sedd_scale.data.tokenizers import KINDS
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = make_parser(
-        "Turn text into tokenised webdataset shards with an index.",
+        "Turn text into tokenised webdataset shards with an index. `tools/prepare_data.py inspect "
+        "DATASET` looks into one.",
         "python tools/prepare_data.py --input 'corpus/*.jsonl.xz' --tokenizer sentencepiece "
         "--vocab-size 8192 --block-length 256 --output data/corpus",
     )
@@ -117,12 +118,12 @@ def build_inspect_parser() -> argparse.ArgumentParser:
     """The arguments of `inspect`."""
     parser = make_parser(
         "Show what a dataset holds, decode a few blocks, and compare every shard with its SHA-256.",
-        "python tools/prepare_data.py inspect data/corpus --blocks 2",
+        "python tools/prepare_data.py inspect data/corpus --num-blocks 2",
     )
     parser.prog += " inspect"
     parser.add_argument("path", metavar="PATH", help="directory, URL or pipe: of a dataset")
     parser.add_argument(
-        "--blocks", type=int, default=3, metavar="K", help="blocks to decode (%(default)s)"
+        "--num-blocks", type=int, default=3, metavar="K", help="blocks to decode (%(default)s)"
     )
     parser.add_argument("--split", default="train", help="split to decode from (%(default)s)")
     parser.add_argument(
@@ -210,7 +211,7 @@ def inspect_command(arguments: argparse.Namespace) -> None:
         for line in inspect_dataset(
             arguments.path,
             split=arguments.split,
-            num_blocks=arguments.blocks,
+            num_blocks=arguments.num_blocks,
             characters=arguments.characters,
             cache_dir=cache_dir,
         ):

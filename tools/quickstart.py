@@ -57,7 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for everything; an earlier quickstart in it is replaced (%(default)s)",
     )
-    add("--steps", type=int, default=STEPS, metavar="K", help="training steps (%(default)s)")
+    add(
+        "--training-steps",
+        type=int,
+        default=STEPS,
+        metavar="K",
+        help="training steps (%(default)s)",
+    )
     return parser
 
 
@@ -226,15 +232,17 @@ def summary(
 
 def quickstart_command(arguments: argparse.Namespace) -> None:
     """Run the tour and sum it up."""
-    if arguments.steps < 2:
-        raise ConfigError(f"--steps {arguments.steps} is too small: give at least 2")
+    if arguments.training_steps < 2:
+        raise ConfigError(
+            f"--training-steps {arguments.training_steps} is too small: give at least 2"
+        )
     folder = Path(os.path.relpath(arguments.output.absolute(), ROOT))
     os.chdir(ROOT)
     start_over(folder)
     print("$ export OMP_NUM_THREADS=1")
     seconds = {}
     outputs = {}
-    for stage in stages(folder, steps=arguments.steps):
+    for stage in stages(folder, steps=arguments.training_steps):
         name = stage.title.partition(":")[0].lower()
         outputs[name], seconds[name] = run_stage(stage, capture=name == "evaluate")
         if name == "sample":
@@ -259,7 +267,7 @@ def quickstart_command(arguments: argparse.Namespace) -> None:
     if not bound["nats_per_token"] < split["unigram_entropy_nats"]:
         raise StageError(
             "the bound is not below the unigram entropy: the model has learned nothing yet; "
-            f"train longer, with --steps {2 * arguments.steps}"
+            f"train longer, with --training-steps {2 * arguments.training_steps}"
         )
 
 

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="where the judge runs, such as cpu or cuda:1 (the first GPU, if any)",
     )
-    add("--json", type=Path, metavar="FILE.json", help="also write the report as JSON")
+    add("--report", type=Path, metavar="FILE.json", help="also write the report as JSON")
     show = parser.add_mutually_exclusive_group()
     show.add_argument(
         "--show-trace",
@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse combinations that would leave an option without effect."""
     reports = not arguments.show_trace and arguments.trace is None
-    if not reports and (arguments.judge is not None or arguments.json is not None):
-        raise ConfigError("--judge and --json go with the report: leave out the trace")
+    if not reports and (arguments.judge is not None or arguments.report is not None):
+        raise ConfigError("--judge and --report go with the report: leave out the trace")
     if arguments.device is not None and arguments.judge is None:
         raise ConfigError("--device goes with --judge: give one or leave it out")
     for name in ("id", "steps_per_second"):
@@ -117,8 +117,8 @@ def report(arguments: argparse.Namespace) -> None:
     from sedd_scale.sampling.quality import format_quality
     from sedd_scale.sampling.samples_file import judge_file, quality_of_file, write_report
 
-    if arguments.json is not None:
-        refuse_existing_output(arguments.json, "--json")
+    if arguments.report is not None:
+        refuse_existing_output(arguments.report, "--report")
     if arguments.judge is not None:
         from sedd_scale.sampling.judge import check_judge
 
@@ -133,8 +133,8 @@ def report(arguments: argparse.Namespace) -> None:
         except RuntimeError as error:
             raise ConfigError(f"--device {name} is unknown: give cpu, cuda or cuda:1") from error
         found["generative_perplexity"] = judge_file(arguments.samples, arguments.judge, device)
-    if arguments.json is not None:
-        write_report(arguments.json, found)
+    if arguments.report is not None:
+        write_report(arguments.report, found)
     print(format_quality(found))
 
 

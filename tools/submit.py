@@ -138,7 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cpus-per-task", type=int, default=8, metavar="N", help="of a process (%(default)s)")
     add("--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU (%(default)s)")
     add("--cpu", action="store_true", help="processes without GPUs, to try things out")
-    add("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    add(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that is reached (%(default)s)",
+    )
     add(
         "--longest",
         type=float,
@@ -146,8 +152,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="HOURS",
         help="time limit of a start; a longer run requeues itself (%(default)s)",
     )
-    add("--vocab-size", type=int, help="N; default: the config's or the dataset's")
-    add("--block-length", type=int, help="L; default: the config's or the dataset's")
+    add(
+        "--vocab-size", type=int, metavar="N", help="tokens; default: the config's or the dataset's"
+    )
+    add(
+        "--block-length",
+        type=int,
+        metavar="L",
+        help="tokens in a block; default: the config's or the dataset's",
+    )
     add("--launcher", choices=("srun", "torchrun"), default="srun", help="(%(default)s)")
     add(
         "--sbatch",
@@ -168,7 +181,7 @@ def build_status_parser() -> argparse.ArgumentParser:
     )
     parser.prog += " status"
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser
 
 

@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 from sedd_scale.cli import make_parser, run_command
-from sedd_scale.training.signals import EXIT_LOST_RANK, StopSignals, exit_code_after_stop
+from sedd_scale.training.signals import (
+    EXIT_LOST_RANK,
+    EXIT_STOPPED,
+    StopSignals,
+    exit_code_after_stop,
+)
 
 
 def train_command(arguments: argparse.Namespace) -> int:
@@ -43,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
         "the same --run-dir it goes on from its last checkpoint.",
         "torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first "
         "data.path=data/books parallel.tensor=2",
+        exit_codes={
+            0: "done; under torchrun with restarts left also stopped by a signal",
+            EXIT_STOPPED: "stopped by a signal, saved; the same command goes on",
+            EXIT_LOST_RANK: "another rank hangs or was lost; the same command goes on",
+        },
     )
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument(

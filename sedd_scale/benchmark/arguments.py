@@ -17,10 +17,10 @@ def add_shape_arguments(
         "--model", default=model, help=f"of configs/models, or a YAML file (default: {model})"
     )
     for name, default, meaning in (
-        ("--batch", batch, "sequences in a forward pass of a rank"),
+        ("--batch-size", batch, "sequences in a forward pass of a rank"),
         ("--accumulate", accumulate, "forward passes in a step"),
-        ("--length", length, "positions of a sequence"),
-        ("--vocab", vocab, "tokens N"),
+        ("--block-length", length, "positions of a sequence"),
+        ("--vocab-size", vocab, "tokens N"),
     ):
         parser.add_argument(name, type=int, default=default, help=f"{meaning} (default: {default})")
     parser.add_argument(

@@ -15,17 +15,23 @@ from typing import Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 _CHUNK = 1 << 23
 
 
 def add_arguments(subparsers: Any) -> None:
     """Register `checkpoint` and its options."""
-    parser = subparsers.add_parser("checkpoint", help="saving and loading the state of a run")
+    parser = add_command(
+        subparsers,
+        "checkpoint",
+        help="saving and loading the state of a run",
+        example="python tools/benchmark.py checkpoint --model tiny --repeats 3 --json",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
     parser.add_argument(
-        "--directory", type=Path, help="where to write (default: the temporary directory)"
+        "--folder", type=Path, help="where to write (default: the temporary directory)"
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     add_shape_arguments(parser, model="small")
@@ -66,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         seconds.setdefault(name, []).append(value)
 
     num_bytes = 0
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         run_dir = Path(folder)
         checkpoint = config.override("checkpoint.keep=1").checkpoint
         synchronous = config.override("checkpoint.keep=1", "checkpoint.async_save=false").checkpoint

@@ -15,6 +15,7 @@ from typing import Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment
+from sedd_scale.cli import add_command
 from sedd_scale.errors import ConfigError, SeddScaleError
 
 # name: processes, overrides
@@ -40,7 +41,12 @@ PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 def add_arguments(subparsers: Any) -> None:
     """Register `communication` and its options."""
-    parser = subparsers.add_parser("communication", help="bytes sent per rank and step, by layout")
+    parser = add_command(
+        subparsers,
+        "communication",
+        help="bytes sent per rank and step, by layout",
+        example="python tools/benchmark.py communication --layout TP2 --json",
+    )
     parser.add_argument(
         "--layout",
         action="append",
@@ -73,10 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
         result = {
             "part": "communication",
             "model": arguments.model,
-            "batch": arguments.batch,
+            "batch": arguments.batch_size,
             "accumulate": arguments.accumulate,
-            "length": arguments.length,
-            "vocab": arguments.vocab,
+            "length": arguments.block_length,
+            "vocab": arguments.vocab_size,
             "layouts": measured,
             "allowed_ratio": ALLOWED,
             "all_within": all(line["within"] for line in measured),
@@ -90,8 +96,8 @@ def launch(
 ) -> list[dict[str, Any]]:
     """Measure layouts of one size in processes of their own."""
     words = [part for name in names for part in ("--layout", name)]
-    for name in ("model", "batch", "accumulate", "length", "vocab"):
-        words += [f"--{name}", str(getattr(arguments, name))]
+    for name in ("model", "batch_size", "accumulate", "block_length", "vocab_size"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 # Tokens/s of ready micro-batches of 1024 from one process: so 8 GPUs use a part of a node's cores.
 BAR = 20_000_000
@@ -21,17 +22,25 @@ WORDS = ("the", "mask", "token", "noise", "score", "river", "stone", "walks", "f
 
 def add_arguments(subparsers: Any) -> None:
     """Register `data` and its options."""
-    parser = subparsers.add_parser("data", help="one process that loads and corrupts batches")
+    parser = add_command(
+        subparsers,
+        "data",
+        help="one process that loads and corrupts batches",
+        example="python tools/benchmark.py data --block-length 256 --json",
+    )
     parser.add_argument("--data", type=Path, help="a prepared dataset (default: one made here)")
     parser.add_argument(
-        "--blocks", type=int, default=4096, help="of the dataset made here (default: 4096)"
+        "--num-blocks", type=int, default=4096, help="of the dataset made here (default: 4096)"
     )
     parser.add_argument(
-        "--length", type=int, default=1024, help="of its blocks, in tokens (default: 1024)"
+        "--block-length", type=int, default=1024, help="of its blocks, in tokens (default: 1024)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a micro-batch")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a micro-batch")
     parser.add_argument(
-        "--step", type=int, default=64, help="sequences of this rank in a step (default: 64)"
+        "--rank-batch-size",
+        type=int,
+        default=64,
+        help="sequences of this rank in a step (default: 64)",
     )
     parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
     parser.add_argument(
@@ -52,13 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_dataset(arguments: argparse.Namespace, folder: Path) -> Path:
-    """Random words as bytes, at least `--blocks` blocks of `--length` tokens."""
+    """Random words as bytes, at least `--num-blocks` blocks of `--block-length` tokens."""
     import random
 
     from sedd_scale.data.prepare import prepare
 
     words = random.Random(0)
-    wanted, written, documents = 1.1 * arguments.blocks * arguments.length, 0, 0
+    wanted, written, documents = 1.1 * arguments.num_blocks * arguments.block_length, 0, 0
     with (folder / "text.jsonl").open("w") as lines:
         while written < wanted or documents < 100:  # so many that each split gets some
             text = " ".join(words.choices(WORDS, k=400))
@@ -67,7 +76,7 @@ def write_dataset(arguments: argparse.Namespace, folder: Path) -> Path:
     prepare(
         [str(folder / "text.jsonl")],
         output=folder / "prepared",
-        block_length=arguments.length,
+        block_length=arguments.block_length,
         tokenizer="bytes",
         valid_fraction=0.05,
     )
@@ -95,8 +104,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         f"graph.name={arguments.graph}",
         f"data.path={path}",
         f"model.vocab_size={dataset.vocab_size}",
-        f"training.global_batch={arguments.step}",
-        f"training.micro_batch={arguments.batch}",
+        f"training.global_batch={arguments.rank_batch_size}",
+        f"training.micro_batch={arguments.batch_size}",
     )
     graph = make_graph(arguments.graph, dataset.vocab_size)
     corpus = Corpus(config.data)
@@ -104,8 +113,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     batches.of_step(FAR_STEP)
     first_batch = time.perf_counter() - start
 
-    tokens = arguments.step * dataset.block_length
-    positions = range(arguments.step)
+    tokens = arguments.rank_batch_size * dataset.block_length
+    positions = range(arguments.rank_batch_size)
     rates = [
         tokens * steps_per_second(make, arguments.seconds)
         for make in (
@@ -118,8 +127,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         "dataset": "made here" if arguments.data is None else str(arguments.data),
         "blocks": dataset.splits["train"]["blocks"],
         "length": dataset.block_length,
-        "batch": arguments.batch,
-        "step": arguments.step,
+        "batch": arguments.batch_size,
+        "step": arguments.rank_batch_size,
         "graph": arguments.graph,
         "seconds_to_first_batch": first_batch,
         "seconds": tokens / rates[1],

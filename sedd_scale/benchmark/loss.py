@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 
 def add_arguments(subparsers: Any) -> None:
     """Register `loss` and its options."""
-    parser = subparsers.add_parser("loss", help="head and score entropy, with their gradients")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (default: 2)")
-    parser.add_argument("--length", type=int, default=1024, help="positions (default: 1024)")
-    parser.add_argument("--vocab", type=int, default=50257, help="tokens N (default: 50257)")
+    parser = add_command(
+        subparsers,
+        "loss",
+        help="head and score entropy, with their gradients",
+        example="python tools/benchmark.py loss --baseline --json",
+    )
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences (default: 2)")
+    parser.add_argument("--block-length", type=int, default=1024, help="positions (default: 1024)")
+    parser.add_argument("--vocab-size", type=int, default=50257, help="tokens N (default: 50257)")
     parser.add_argument("--width", type=int, default=768, help="hidden size (default: 768)")
     parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
     parser.add_argument(
@@ -30,7 +36,7 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument(
         "--masked-fraction", type=float, default=0.5, help="of the positions (default: 0.5)"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
     parser.add_argument("--baseline", action="store_true", help="measure the textbook way too")
@@ -49,9 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    batch, length, width = arguments.batch, arguments.length, arguments.width
-    graph = make_graph(arguments.graph, arguments.vocab)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    batch, length, width = arguments.batch_size, arguments.block_length, arguments.width
+    graph = make_graph(arguments.graph, arguments.vocab_size)
     scaled = arguments.graph == "absorb" and not arguments.unscaled
     torch.manual_seed(0)
     weight = torch.randn(graph.num_states, width, device=device) / width**0.5
@@ -114,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
             "vocab": graph.num_tokens,
             "width": width,
             "rows": num_rows,
-            "dtype": arguments.dtype,
+            "dtype": arguments.precision,
             "repeats": arguments.repeats,
             "seconds": seconds[0],
             "baseline_seconds": seconds[1] if arguments.baseline else None,

@@ -8,11 +8,17 @@ from typing import Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 
 def add_arguments(subparsers: Any) -> None:
     """Register `optimizer` and its options."""
-    parser = subparsers.add_parser("optimizer", help="the update of weights and their average")
+    parser = add_command(
+        subparsers,
+        "optimizer",
+        help="the update of weights and their average",
+        example="python tools/benchmark.py optimizer --baseline --json",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
     parser.add_argument("--baseline", action="store_true", help="measure torch's AdamW too")
@@ -43,7 +49,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = synthetic_config(arguments, world_size=1)
     device, ema_decay = local_device(), config.optimizer.ema_decay
-    num_states = make_graph(config.graph.name, arguments.vocab).num_states
+    num_states = make_graph(config.graph.name, arguments.vocab_size).num_states
     with torch.device("meta"):
         shapes = [weight.shape for weight in TextbookNetwork(config, num_states).parameters()]
 

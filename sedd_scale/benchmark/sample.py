@@ -11,6 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,16 +22,27 @@ if TYPE_CHECKING:
 
 def add_arguments(subparsers: Any) -> None:
     """Register `sample` and its options."""
-    parser = subparsers.add_parser("sample", help="sampling steps, beside the textbook sampler")
+    parser = add_command(
+        subparsers,
+        "sample",
+        help="sampling steps, beside the textbook sampler",
+        example="python tools/benchmark.py sample --timed-steps 4 --json",
+    )
     add = parser.add_argument
     add("--model", default="small", help="of configs/models, or a YAML file (default: small)")
-    add("--batch", type=int, default=4, help="samples drawn together (default: 4)")
-    add("--length", type=int, default=256, help="positions of a sample (default: 256)")
-    add("--vocab", type=int, default=50257, help="tokens N (default: 50257)")
+    add("--batch-size", type=int, default=4, help="samples drawn together (default: 4)")
+    add(
+        "--length",
+        dest="block_length",
+        type=int,
+        default=256,
+        help="positions of a sample (default: 256)",
+    )
+    add("--vocab-size", type=int, default=50257, help="tokens N (default: 50257)")
     add("--steps", type=int, default=64, help="steps of the trajectory (default: 64)")
     add("--timed-steps", type=int, default=8, help="of these, evenly spread (default: 8)")
     add("--sampler", choices=("analytic", "ancestral"), default="analytic")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the network")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
     add("--repeats", type=int, default=1, help="measured rounds (default: 1)")
     add("--json", action="store_true", help="end with one JSON object")
@@ -69,20 +81,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not 1 <= timed <= steps:
         raise ConfigError(f"--timed-steps {timed} is not in 1..{steps}: give at most --steps")
     layout = initialize_layout()
-    model = ScoreModel(config, arguments.vocab, layout, block_length=arguments.length)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    model = ScoreModel(config, arguments.vocab_size, layout, block_length=arguments.block_length)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = model.to(device=layout.device, dtype=dtype)
-    batch_size, length = arguments.batch, arguments.length
+    batch_size, length = arguments.batch_size, arguments.block_length
     generator = torch.Generator().manual_seed(0)
     blank_BL = torch.zeros(batch_size, length, dtype=torch.int64)
-    clean_BL = torch.randint(arguments.vocab, blank_BL.shape, generator=generator)
+    clean_BL = torch.randint(arguments.vocab_size, blank_BL.shape, generator=generator)
     settings = SamplerSettings(arguments.sampler, steps=steps)
     grid = time_steps(model.schedule, steps, settings.time_grid, settings.t_end)
     chosen = [grid[(2 * k + 1) * steps // (2 * timed)] for k in range(timed)]
     # Tokens noised to the time of each step, as a trained model would have them.
     noise_BL = torch.rand(blank_BL.shape, generator=generator, dtype=torch.float64)
     states = [
-        clean_BL.masked_fill(noise_BL < step.move_t, arguments.vocab).to(model.device)
+        clean_BL.masked_fill(noise_BL < step.move_t, arguments.vocab_size).to(model.device)
         for step in (grid[0], *chosen)
     ]
 
@@ -121,10 +133,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "sampler": settings.sampler,
         "batch": batch_size,
         "length": length,
-        "vocab": arguments.vocab,
+        "vocab": arguments.vocab_size,
         "steps": steps,
         "timed_steps": timed,
-        "dtype": arguments.dtype,
+        "dtype": arguments.precision,
         "repeats": arguments.repeats,
         "seconds": whole,
         "baseline_seconds": baseline,

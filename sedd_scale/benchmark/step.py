@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 
 def add_arguments(subparsers: Any) -> None:
     """Register `step` and its options."""
-    parser = subparsers.add_parser("step", help="the whole training step")
+    parser = add_command(
+        subparsers,
+        "step",
+        help="the whole training step",
+        example="python tools/benchmark.py step --baseline --json",
+    )
     parser.add_argument(
-        "--dtype",
+        "--precision",
         choices=("fp32", "bf16", "best"),
         default="best",
         help="best: that in which a matrix product is faster here (default)",
@@ -68,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from sedd_scale.planning.flops import step_flops
 
     device = local_device()
-    precision = arguments.dtype if arguments.dtype != "best" else faster_precision(device)
+    precision = arguments.precision if arguments.precision != "best" else faster_precision(device)
     config = synthetic_config(
         arguments,
         f"parallel.recompute_every={arguments.recompute}",
@@ -108,11 +114,11 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
                 program()
 
     training, model = config.training, config.model
-    tokens = training.global_batch * arguments.length
+    tokens = training.global_batch * arguments.block_length
     rows = layout.data * sum(
         len(batch.targets.rows_M) for batch in synthetic.micro_batches(steps[0])
     )
-    flops = step_flops(config, vocab_size=arguments.vocab, block_length=arguments.length)
+    flops = step_flops(config, vocab_size=arguments.vocab_size, block_length=arguments.block_length)
     # `required` expects the rows of an average step; these batches have their own.
     head = (flops.dense - flops.required) / (1 - flops.head_rows) if flops.head_rows < 1 else 0.0
     required = flops.dense - head * (1 - rows / tokens)
@@ -129,8 +135,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "layout": layout_text(config, layout.data),
         "batch": training.micro_batch,
         "accumulate": training.global_batch // training.micro_batch // layout.data,
-        "length": arguments.length,
-        "vocab": arguments.vocab,
+        "length": arguments.block_length,
+        "vocab": arguments.vocab_size,
         "dtype": precision,
         "recompute_every": config.parallel.recompute_every,
         "repeats": arguments.repeats,

@@ -30,17 +30,17 @@ def synthetic_config(arguments: argparse.Namespace, *overrides: str, world_size:
     config = load_config(
         named if named.is_file() else arguments.model,
         [
-            f"model.vocab_size={arguments.vocab}",
+            f"model.vocab_size={arguments.vocab_size}",
             "model.zero_init=false",  # a head of zeros would make every logit the same
-            f"data.block_length={arguments.length}",
-            f"training.micro_batch={arguments.batch}",
+            f"data.block_length={arguments.block_length}",
+            f"training.micro_batch={arguments.batch_size}",
             *overrides,
             *arguments.overrides,
         ],
     )
     data = config.data_parallel(world_size)
     config = config.override(
-        f"training.global_batch={arguments.batch * arguments.accumulate * data}"
+        f"training.global_batch={arguments.batch_size * arguments.accumulate * data}"
     )
     config.validate(world_size)
     return config

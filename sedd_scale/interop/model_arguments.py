@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, --weights, --tokenizer, --tensor and --precision."""
+    """Add --checkpoint, --weights, --tokenizer-path, --tensor and --precision."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -28,7 +28,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a run's checkpoint, the averaged weights or the last ones (%(default)s)",
     )
     parser.add_argument(
-        "--tokenizer",
+        "--tokenizer-path",
+        dest="tokenizer",
         type=Path,
         metavar="PATH",
         help="for a checkpoint that carries none: a prepared dataset's tokenizer directory, a "
@@ -73,9 +74,9 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
         own = model.tokenizer
         if own is not None and own.fingerprint != tokenizer.fingerprint:
             raise DataError(
-                f"--tokenizer {arguments.tokenizer} ({tokenizer.kind}, "
+                f"--tokenizer-path {arguments.tokenizer} ({tokenizer.kind}, "
                 f"{tokenizer.fingerprint[:12]}) is not the tokenizer of {arguments.checkpoint} "
-                f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer out"
+                f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer-path out"
             )
         model.tokenizer = tokenizer
     check_tokenizer_fits(model)

@@ -214,8 +214,8 @@ def _infill(
         return infill_from_tokens(record["tokens"], record["positions"], num_tokens, length)
     if tokenizer is None:
         raise DataError(
-            "the checkpoint carries no tokenizer to read text with: give --tokenizer, or tokens "
-            "with positions"
+            "the checkpoint carries no tokenizer to read text with: give --tokenizer-path, or "
+            "tokens with positions"
         )
     for key in ("text", "prefix", "suffix"):
         _check_spelling(record.get(key, ""), tokenizer, marker)

@@ -83,7 +83,7 @@ def judge_file(
         if not isinstance(record.get("text"), str):
             raise DataError(
                 f"sample {record.get('id')!r} has no text for a judge to read: generate with "
-                "--tokenizer"
+                "--tokenizer-path"
             )
         numbers.append(number)
         texts.append(record["text"])

@@ -12,7 +12,7 @@ import pytest
 from sedd_scale.benchmark import communication, data, optimizer, step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = ["--model", "tiny", "--length", "32", "--vocab", "300"]
+SMALL = ["--model", "tiny", "--block-length", "32", "--vocab-size", "300"]
 
 
 def parsed(module: Any, *words: str) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def assert_ratios(result: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("overrides", [(), ("graph.name=uniform",)])
 def test_step(overrides: tuple[str, ...]) -> None:
-    words = [*SMALL, "--baseline", "--repeats", "1", "--dtype", "fp32", "--accumulate", "2"]
+    words = [*SMALL, "--baseline", "--repeats", "1", "--precision", "fp32", "--accumulate", "2"]
     result, rank = step.measure(parsed(step, *words, *overrides))
     assert rank == 0
     assert_ratios(result)
@@ -58,7 +58,17 @@ def test_optimizer() -> None:
 
 def test_data(tmp_path: Path) -> None:
     arguments = parsed(
-        data, "--blocks", "64", "--length", "16", "--batch", "4", "--step", "8", "--seconds", "0.1"
+        data,
+        "--num-blocks",
+        "64",
+        "--block-length",
+        "16",
+        "--batch-size",
+        "4",
+        "--rank-batch-size",
+        "8",
+        "--seconds",
+        "0.1",
     )
     result = data.measure(arguments, data.write_dataset(arguments, tmp_path))
     assert result["blocks"] >= 64

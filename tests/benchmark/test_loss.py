@@ -36,9 +36,11 @@ def test_the_textbook_side_is_the_same_loss(name: str, scaled: bool) -> None:
         assert relative(leaf.grad, same.grad) < 1e-5
 
 
-@pytest.mark.parametrize("options", [(), ("--unscaled",), ("--graph", "uniform", "--dtype=bf16")])
+@pytest.mark.parametrize(
+    "options", [(), ("--unscaled",), ("--graph", "uniform", "--precision=bf16")]
+)
 def test_the_command_reports_one_json_object_last(options: tuple[str, ...]) -> None:
-    small = ("--length=32", "--vocab=1000", "--width=64", "--repeats=1", "--threads=1")
+    small = ("--block-length=32", "--vocab-size=1000", "--width=64", "--repeats=1", "--threads=1")
     done = subprocess.run(
         [sys.executable, "tools/benchmark.py", "loss", "--baseline", "--json", *small, *options],
         cwd=REPOSITORY,

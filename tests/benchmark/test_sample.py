@@ -33,7 +33,10 @@ def test_the_textbook_side_has_the_same_law(sampler: str) -> None:
 def test_the_report_fits_together() -> None:
     parser = argparse.ArgumentParser()
     sample.add_arguments(parser.add_subparsers())
-    words = "--model tiny --batch 2 --length 16 --vocab 2000 --steps 6 --timed-steps 3 --threads 1"
+    words = (
+        "--model tiny --batch-size 2 --length 16 --vocab-size 2000 --steps 6 --timed-steps 3 "
+        "--threads 1"
+    )
     result = sample.measure(parser.parse_args(["sample", *words.split()]))
     assert result["speedup"] == pytest.approx(result["baseline_seconds"] / result["seconds"])
     assert result["tokens_per_second"] == pytest.approx(32 / result["seconds"])

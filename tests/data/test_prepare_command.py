@@ -136,7 +136,7 @@ def test_inspect_shows_and_verifies(
     assert run(source, output, "--dedupe", "--blocks-per-shard", "40") == 0
     prepared = capsys.readouterr().out
     assert "0 duplicate documents dropped" in prepared
-    assert main(["inspect", str(output), "--blocks", "2", "--characters", "30"]) == 0
+    assert main(["inspect", str(output), "--num-blocks", "2", "--characters", "30"]) == 0
     shown = capsys.readouterr().out
     for line in prepared.splitlines()[:-2]:
         assert line in shown

@@ -28,19 +28,25 @@ def test_a_tokenizer_is_given_to_a_checkpoint_that_carries_none(tmp_path: Path) 
     convert("native", "sedd-hf", native, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer").rename(tmp_path / "bytes")
     assert open_model(parsed("--checkpoint", tmp_path / "hf")).tokenizer is None
-    model = open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "bytes"))
+    model = open_model(
+        parsed("--checkpoint", tmp_path / "hf", "--tokenizer-path", tmp_path / "bytes")
+    )
     assert model.tokenizer.fingerprint == BytesTokenizer().fingerprint
     Text8Tokenizer().save(tmp_path / "letters")
     with pytest.raises(DataError, match="has 27 tokens and the checkpoint 257"):
-        open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "letters"))
+        open_model(
+            parsed("--checkpoint", tmp_path / "hf", "--tokenizer-path", tmp_path / "letters")
+        )
     with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
-        open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer", tmp_path / "none"))
+        open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer-path", tmp_path / "none"))
 
 
 def test_gpt2_files_are_a_tokenizer(shared: Path, tmp_path: Path) -> None:
     native = write_checkpoint(tmp_path / "native")
     with pytest.raises(DataError, match="is not the tokenizer of"):
-        open_model(parsed("--checkpoint", native, "--tokenizer", shared / "data" / "tokenizers"))
+        open_model(
+            parsed("--checkpoint", native, "--tokenizer-path", shared / "data" / "tokenizers")
+        )
 
 
 def test_precision_is_that_of_the_weights(tmp_path: Path) -> None:
