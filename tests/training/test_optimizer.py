@@ -27,8 +27,10 @@ def gradients(step: int) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["plain", "scaled and skipped"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5, 0.9999])
-def test_follows_its_definition(ema_decay: float) -> None:
+def test_follows_its_definition(ema_decay: float, told: bool) -> None:
+    """Also with gradients to be divided by a number, and with a step that is only counted."""
     weights = parameters()
     optimizer = AdamWithEMA(
         weights, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, ema_decay=ema_decay
@@ -40,9 +42,15 @@ def test_follows_its_definition(ema_decay: float) -> None:
     for n in range(1, 41):
         for p, gradient in zip(weights, gradients(n)):
             p.grad = gradient
+        scale = 1.0 + n % 3 if told else 1.0
+        if told:
+            optimizer.grad_scale = torch.tensor(scale)
+            optimizer.found_inf = torch.tensor(float(n == 7))
         optimizer.step()
+        if told and n == 7:
+            continue
         d = min(ema_decay, (1 + n) / (10 + n))
-        for i, g in enumerate(gradient.numpy() for gradient in gradients(n)):
+        for i, g in enumerate(gradient.numpy() / scale for gradient in gradients(n)):
             m[i] = BETAS[0] * m[i] + (1 - BETAS[0]) * g
             v[i] = BETAS[1] * v[i] + (1 - BETAS[1]) * g**2
             m_hat, v_hat = m[i] / (1 - BETAS[0] ** n), v[i] / (1 - BETAS[1] ** n)
