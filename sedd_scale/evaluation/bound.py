@@ -48,6 +48,7 @@ from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation.chain_rule import evaluate_any_order, evaluate_left_to_right
 from sedd_scale.evaluation.draws import moves_with_an_event
+from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.plan import DEFAULT_DRAWS, Plan, make_plan
 from sedd_scale.evaluation.result import BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
@@ -73,6 +74,7 @@ def evaluate_bound(
     block_ids_n: Sequence[int] | IntArray | None = None,
     text_n: IntArray | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    finished: FinishedGroups | None = None,
 ) -> BoundResult:
     """Estimate the bound on blocks of tokens; collective over the model's data-parallel ranks.
 
@@ -92,6 +94,7 @@ def evaluate_bound(
         text_n: how many of each block's first tokens are text; the rest is padding, which keeps its
             clean tokens and has no part in the bound. None: all of them.
         on_progress: called with (groups of blocks done, all groups of this rank).
+        finished: what a killed evaluation of the same had done, and where this one's is kept.
 
     Raises:
         ConfigError: draws, replicates, protocol, batch_size or t_min that cannot be used.
@@ -118,7 +121,12 @@ def evaluate_bound(
                 "replicates out"
             )
         return evaluate_left_to_right(
-            model, blocks, batch_size=batch_size, text_n=text_n, on_progress=on_progress
+            model,
+            blocks,
+            batch_size=batch_size,
+            text_n=text_n,
+            on_progress=on_progress,
+            finished=finished,
         )
     if protocol == "any-order":
         return evaluate_any_order(
@@ -130,6 +138,7 @@ def evaluate_bound(
             ids_n=ids_n,
             text_n=text_n,
             on_progress=on_progress,
+            finished=finished,
         )
     if isinstance(objective, D3PMAbsorb):
         if t_min is not None:
@@ -151,8 +160,8 @@ def evaluate_bound(
         group = groups[which]
         return _group_nats(model, blocks[group], ids_n[group], text_n[group], plan)
 
-    found = over_ranks(model.layout, len(groups), nats, on_progress)
-    return _combine(model, found, text_n, plan, start)
+    found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
+    return _combine(model, [_GroupNats(*parts) for parts in found], text_n, plan, start)
 
 
 class _GroupNats(NamedTuple):

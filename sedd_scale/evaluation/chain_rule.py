@@ -22,6 +22,7 @@ from torch import Tensor
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.result import ANY_ORDER, EXACT, NO_TERMS, BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
@@ -40,6 +41,7 @@ def evaluate_left_to_right(
     batch_size: int,
     text_n: IntArray,
     on_progress: Progress,
+    finished: FinishedGroups | None = None,
 ) -> BoundResult:
     """The exact likelihood of blocks under an autoregressive model; collective.
 
@@ -48,16 +50,17 @@ def evaluate_left_to_right(
     start = time.perf_counter()
     groups = _slices(len(blocks_nL), batch_size)
 
-    def nats(which: int) -> FloatArray:
+    def nats(which: int) -> tuple[FloatArray]:
         clean_BL, text_B = blocks_nL[groups[which]], text_n[groups[which]]
         counted_BL = torch.arange(clean_BL.shape[1]) < torch.from_numpy(text_B)[:, None]
         noise_B3 = _weight_one(len(clean_BL))
         nats_B = model.cross_entropy(
             clean_BL, shifted(clean_BL.long(), model.graph), noise_B3, counted_BL
         )
-        return _finite(nats_B)
+        return (_finite(nats_B),)
 
-    nats_n = np.concatenate(over_ranks(model.layout, len(groups), nats, on_progress))
+    found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
+    nats_n = np.concatenate([part for (part,) in found])
     tokens = int(text_n.sum())
     mean = float(nats_n.sum() / tokens)
     rest_n = (nats_n - mean * text_n) / text_n.mean()
@@ -92,6 +95,7 @@ def evaluate_any_order(
     ids_n: Sequence[int] | IntArray,
     text_n: IntArray,
     on_progress: Progress,
+    finished: FinishedGroups | None = None,
 ) -> BoundResult:
     """Bound and likelihood of blocks from random orders of their positions; collective.
 
@@ -112,7 +116,7 @@ def evaluate_any_order(
             f"{orders} orders a block leave no way to tell a standard error: give at least 2"
         )
 
-    def nats(which: int) -> FloatArray:
+    def nats(which: int) -> tuple[FloatArray]:
         """Of the block's paths [K], each the sum of its steps."""
         text, block_id = int(text_n[which]), int(ids_n[which])
         order_KT = np.stack([_order(text, seed, block_id, number) for number in range(orders)])
@@ -129,9 +133,10 @@ def evaluate_any_order(
                 clean_BL, noisy_BL, _weight_one(len(numbers)), rank_BL == place_B1
             )
             np.add.at(nats_K, numbers, _finite(found_B))
-        return nats_K
+        return (nats_K,)
 
-    nats_nK = np.stack(over_ranks(model.layout, len(blocks_nL), nats, on_progress))
+    found = over_ranks(model.layout, len(blocks_nL), nats, on_progress, finished)
+    nats_nK = np.stack([part for (part,) in found])
     length = float(text_n.mean())
     estimate = estimate_from_replicates(nats_nK / length, text_n / length)
     smallest_n1 = nats_nK.min(axis=1, keepdims=True)

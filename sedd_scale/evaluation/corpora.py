@@ -1,16 +1,12 @@
 """The text a model is measured on, as blocks of tokens with what was dropped and how long it was.
 
-Packing is that of training: documents' ids, each document followed by EOS, form one stream that is
-cut into blocks of L; the rest at its end is dropped and reported.
+A prepared dataset has its blocks; a file's text becomes blocks here (see `text_blocks`), by default
+as in training: documents' ids, each document followed by EOS, form one stream that is cut into
+blocks of L, and the rest at its end is dropped and reported.
 """
 
-import glob
-import gzip
 import hashlib
-import lzma
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +15,15 @@ import numpy.typing as npt
 from sedd_scale.config import DataConfig
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.corpus import cache_directory
-from sedd_scale.data.documents import DocumentStream
 from sedd_scale.data.loader import spread_blocks
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import INDEX_FILE, Dataset
 from sedd_scale.data.sources import is_remote
 from sedd_scale.data.tokenizers import Tokenizer
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.evaluation.text_blocks import TextSettings, read_blocks
 
 IntArray = npt.NDArray[np.int64]
-
-FILES_OF_DATASETS = {
-    "wikitext2": "wiki.test.raw of WikiText-2 raw",
-    "wikitext103": "wiki.test.raw of WikiText-103 raw",
-    "ptb": "ptb.test.txt of the Penn Treebank",
-    "lambada": "lambada_test.jsonl (the OpenAI variant)",
-    "lm1b": "the held-out shard news.en.heldout-00000-of-00050 of the One Billion Word benchmark",
-    "text8": "the last 5,000,000 characters of text8",
-    "openwebtext": "held-out documents of OpenWebText as JSONL",
-}
-_JSON_SUFFIX = ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,6 +41,9 @@ class Corpus:
             spells them.
         bytes_per_token: the same in UTF-8 bytes.
         fingerprint: SHA-256 of the source.
+        detokenizer, documents: how text was read; None for a prepared dataset, which has tokens.
+        wrap: whether documents follow each other within blocks.
+        remainder: what became of tokens that filled no block, "drop" or "pad".
     """
 
     name: str
@@ -67,19 +55,23 @@ class Corpus:
     characters_per_token: float
     bytes_per_token: float
     fingerprint: str
+    detokenizer: str | None
+    documents: str | None
+    wrap: bool
+    remainder: str
 
     @property
     def block_length(self) -> int:
         """L."""
         return int(self.blocks_nL.shape[1])
 
-
-def refuse_dataset_by_name(name: str) -> DataError:
-    """The error that says which file stands for a named benchmark."""
-    return DataError(
-        f"--dataset {name}: this version does not fetch or detokenise benchmarks; give its file "
-        f"with --data FILE ({FILES_OF_DATASETS[name]})"
-    )
+    @property
+    def blocks_fingerprint(self) -> str:
+        """SHA-256 of the blocks themselves, their numbers and their lengths."""
+        digest = hashlib.sha256(str(self.blocks_nL.shape).encode())
+        for array in (self.blocks_nL, self.text_n, self.block_ids_n):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
 
 def open_corpus(
@@ -89,11 +81,12 @@ def open_corpus(
     num_tokens: int,
     block_length: int | None,
     split: str = "valid",
-    field: str = "text",
+    text: TextSettings | None = None,
     max_blocks: int | None = None,
     cache_dir: Path | None = None,
+    name: str | None = None,
 ) -> Corpus:
-    """Blocks of a prepared dataset, or of a text or .jsonl file, plain, .gz or .xz.
+    """Blocks of a prepared dataset, or of a file: text or .jsonl, plain, .gz or .xz, or .parquet.
 
     Args:
         location: of a dataset, whatever data.path may be (a directory, a URL, `pipe:` and a
@@ -102,13 +95,22 @@ def open_corpus(
         num_tokens: N of the model.
         block_length: L for a file.
         split: of a prepared dataset.
-        field: of a .jsonl line.
+        text: how a file's text becomes blocks; None: as `TextSettings` has it, and only None fits a
+            prepared dataset.
         max_blocks: at most so many blocks, evenly spread over the source.
         cache_dir: where files of a remote dataset are kept; None: where training keeps them.
+        name: of the corpus, for a file that was fetched by name.
 
     Raises:
         DataError: nothing there, unreadable, too short, or of another tokenizer.
+        ConfigError: `text` for a prepared dataset.
     """
+    prepared = is_remote(str(location)) or Path(location).is_dir()
+    if prepared and text is not None:
+        raise ConfigError(
+            f"--data {location} is a prepared dataset, whose blocks are made: leave --detokenizer, "
+            "--documents, --no-wrap, --remainder and --field out, or give the text"
+        )
     if max_blocks is not None and max_blocks < 1:
         raise DataError(f"--max-blocks {max_blocks} is too few: give at least 1")
     if is_remote(str(location)):
@@ -133,7 +135,8 @@ def open_corpus(
         )
     if block_length is None:
         raise DataError("the checkpoint does not name its block length: give --block-length")
-    return _from_file(path, tokenizer, block_length, field, max_blocks)
+    made = _from_file(path, tokenizer, block_length, text or TextSettings(), max_blocks)
+    return made if name is None else replace(made, name=name)
 
 
 def _prepared(
@@ -160,7 +163,8 @@ def _prepared(
     ids_n = spread_blocks(len(reader), max_blocks or len(reader))
     blocks_nL = reader.read(ids_n)
     text_n = np.full(len(ids_n), dataset.block_length)
-    if dataset.index["packing"] == "documents":
+    padded = dataset.index["packing"] == "documents"
+    if padded:
         text_n = counted_positions(blocks_nL, dataset.eos_id).sum(axis=1)
     return Corpus(
         name=f"{dataset.location} ({split})",
@@ -172,66 +176,35 @@ def _prepared(
         characters_per_token=entry["characters"] / entry["tokens"],
         bytes_per_token=entry["utf8_bytes"] / entry["tokens"],
         fingerprint=dataset.fingerprint,
+        detokenizer=None,
+        documents=None,
+        wrap=not padded,
+        remainder="pad" if padded else "drop",
     )
 
 
 def _from_file(
-    path: Path, tokenizer: Tokenizer, block_length: int, field: str, max_blocks: int | None
+    path: Path,
+    tokenizer: Tokenizer,
+    block_length: int,
+    text: TextSettings,
+    max_blocks: int | None,
 ) -> Corpus:
-    stream: list[IntArray] = []
-    eos = np.array([tokenizer.eos_id], dtype=np.int64)
-    characters = utf8_bytes = 0
-    for text in _documents(path, field):
-        if not text.strip():
-            continue
-        spelled = tokenizer.normalize(text)
-        characters += len(spelled)
-        utf8_bytes += len(spelled.encode())
-        stream += [tokenizer.encode(text), eos]
-    if not stream:
-        raise DataError(f"{path} holds no text: give a file with text")
-    tokens = np.concatenate(stream)
-    source_blocks = len(tokens) // block_length
-    if source_blocks == 0:
-        raise DataError(
-            f"{path} has {len(tokens)} tokens, less than one block of {block_length}: give more "
-            "text or a shorter --block-length"
-        )
-    whole = source_blocks * block_length
-    ids_n = spread_blocks(source_blocks, max_blocks or source_blocks)
+    found = read_blocks(path, tokenizer, block_length, text)
+    documents, remainder = text.resolved(path)
+    ids_n = spread_blocks(len(found.blocks_nL), max_blocks or len(found.blocks_nL))
     return Corpus(
         name=str(path),
-        blocks_nL=tokens[:whole].reshape(source_blocks, block_length)[ids_n],
-        text_n=np.full(len(ids_n), block_length),
+        blocks_nL=found.blocks_nL[ids_n],
+        text_n=found.text_n[ids_n],
         block_ids_n=ids_n,
-        source_blocks=source_blocks,
-        dropped_tokens=len(tokens) - whole,
-        characters_per_token=characters / len(tokens),
-        bytes_per_token=utf8_bytes / len(tokens),
+        source_blocks=len(found.blocks_nL),
+        dropped_tokens=found.dropped_tokens,
+        characters_per_token=found.characters / found.tokens,
+        bytes_per_token=found.utf8_bytes / found.tokens,
         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        detokenizer=text.detokenizer,
+        documents=documents,
+        wrap=text.wrap,
+        remainder=remainder,
     )
-
-
-def _documents(path: Path, field: str) -> Iterator[str]:
-    """The lines of a .jsonl, or the whole of any other file as one document."""
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: give a file with text")
-    if _JSON_SUFFIX in path.suffixes:
-        for document in DocumentStream([glob.escape(str(path))], field=field):
-            yield document.text
-        return
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        elif path.suffix == ".xz":
-            content = lzma.decompress(content)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path} is cut short or not a {path.suffix} file: replace it") from error
-    try:
-        yield content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8: "
-            "convert the file to UTF-8 (for example with iconv)"
-        ) from error

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer, Tokenizer
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.corpora import Corpus, open_corpus
+from sedd_scale.evaluation.text_blocks import TextSettings
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import serving
 
@@ -43,19 +45,92 @@ def test_a_text_file_is_one_document_and_its_remainder_is_counted(tmp_path: Path
 
 def test_lines_of_jsonl_are_documents_with_eos_after_each(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "some[1].jsonl", ["ab", "  ", "cde"] * 4, field="body")
-    corpus = open_with(path, block_length=7, field="body")
+    corpus = open_with(path, block_length=7, text=TextSettings(field="body"))
     expected = [97, 98, 256, 99, 100, 101, 256]
     np.testing.assert_array_equal(corpus.blocks_nL, [expected] * 4)
     with pytest.raises(DataError, match="has no field 'text'"):
         open_with(path)
 
 
+def spelled(corpus: Corpus) -> list[str]:
+    """What the text of each block spells, EOS as |."""
+    blocks = zip(corpus.blocks_nL.tolist(), corpus.text_n.tolist(), strict=True)
+    return ["".join("|" if i == 256 else chr(i) for i in block[:n]) for block, n in blocks]
+
+
+def test_rows_documents_and_remainders(tmp_path: Path) -> None:
+    """One small text under every choice, by hand."""
+    path = tmp_path / "text.txt"
+    path.write_text("ab , c\n\nd\n")
+    cases = {
+        (): ["ab , c\n\nd\n|"],
+        ("detokenizer=wikitext",): ["ab, c\n\nd\n|"],
+        ("documents=rows",): ["ab , c|d|"],
+        ("documents=rows", "detokenizer=wikitext"): ["ab, c\n|d\n|"],
+        ("documents=all-rows",): ["ab , c||d|"],
+        ("documents=rows", "wrap="): ["ab , ", "c|", "d|"],
+        ("documents=rows", "wrap=", "remainder=drop"): ["ab , "],
+    }
+    for words, pieces in cases.items():
+        given = dict(word.split("=") for word in words)
+        settings = TextSettings(**{**given, "wrap": "wrap" not in given})  # type: ignore[arg-type]
+        if "wrap" in given:
+            corpus = open_with(path, block_length=5, text=settings)
+            assert spelled(corpus) == pieces, words
+            assert corpus.dropped_tokens == (len("c|d|") if "remainder" in given else 0)
+            assert (corpus.blocks_nL[corpus.text_n < 5, -1] == 256).all()
+            continue
+        (whole,) = pieces
+        padded = open_with(path, block_length=5, text=replace(settings, remainder="pad"))
+        assert "".join(spelled(padded)) == whole, words
+        assert padded.dropped_tokens == 0 and padded.remainder == "pad"
+        dropped = open_with(path, block_length=5, text=settings)
+        assert "".join(spelled(dropped)) == whole[: len(whole) // 5 * 5], words
+        assert dropped.dropped_tokens == len(whole) % 5 and dropped.remainder == "drop"
+        assert padded.bytes_per_token == dropped.bytes_per_token
+        written = whole.replace("|", "")
+        assert padded.bytes_per_token == pytest.approx(len(written) / len(whole))
+    with pytest.raises(DataError, match="7 tokens in its longest document, less than one block"):
+        open_with(
+            path,
+            block_length=9,
+            text=TextSettings(documents="rows", wrap=False, remainder="drop"),
+        )
+
+
+def test_rows_of_tables_are_the_lines_they_were(tmp_path: Path) -> None:
+    """WikiText as the hub has it, rows that keep their line's end, and as its own file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = [" \n", " = Title = \n", " \n", ' A " quote @-@ less line \n', ' " B " . \n'] * 3
+    (tmp_path / "wiki.test.raw").write_text("".join(lines))
+    rows = ["" if not line.strip() else line for line in lines]
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "test.parquet")
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    for documents in ("joined", "rows", "all-rows"):
+        settings = TextSettings("wikitext", documents, remainder="pad")
+        corpora = [
+            open_with(tmp_path / name, text=settings)
+            for name in ("wiki.test.raw", "test.parquet", "test.jsonl")
+        ]
+        for other in corpora[1:]:
+            assert np.array_equal(other.blocks_nL, corpora[0].blocks_nL), documents
+            assert other.bytes_per_token == corpora[0].bytes_per_token
+        text = "".join(spelled(corpora[0]))
+        assert text.count("|") == {"joined": 1, "rows": 9, "all-rows": 15}[documents]
+        assert ' A " quote-less line\n' in text and ' "B".\n' in text
+    settings = TextSettings("wikitext", "rows", remainder="pad", last_rows=2)
+    last = open_with(tmp_path / "test.jsonl", text=settings)
+    assert "".join(spelled(last)) == ' A " quote-less line\n| "B".\n|'
+
+
 def test_a_text8_tokenizer_counts_the_characters_it_spells(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("It's  9!" * 20)
     corpus = open_with(path, Text8Tokenizer(), num_tokens=27)
-    spelled = Text8Tokenizer().normalize("It's  9!" * 20)
-    assert corpus.characters_per_token == pytest.approx(len(spelled) / (len(spelled) + 1))
+    letters = Text8Tokenizer().normalize("It's  9!" * 20)
+    assert corpus.characters_per_token == pytest.approx(len(letters) / (len(letters) + 1))
 
 
 def test_a_prepared_dataset_gives_its_blocks_and_counts(tmp_path: Path) -> None:
@@ -81,6 +156,8 @@ def test_a_prepared_dataset_gives_its_blocks_and_counts(tmp_path: Path) -> None:
         open_with(tmp_path / "data", None, num_tokens=300)
     with pytest.raises(DataError, match="no split 'test'"):
         open_with(tmp_path / "data", split="test")
+    with pytest.raises(ConfigError, match="prepared dataset, whose blocks are made"):
+        open_with(tmp_path / "data", text=TextSettings())
 
 
 def test_what_is_no_text_is_named(tmp_path: Path) -> None:

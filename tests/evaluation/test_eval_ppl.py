@@ -26,6 +26,13 @@ KEYS = {
     "tokens",
     "dropped_tokens",
     "protocol",
+    "data_fingerprint",
+    "checkpoint_fingerprint",
+    "dataset",
+    "detokenizer",
+    "documents",
+    "wrap",
+    "remainder",
     "seconds",
 }
 
@@ -90,7 +97,8 @@ def test_the_paper_protocol_counts_the_diffusion_term_alone(
         ("letters", ("--data", "bytes"), "made with another tokenizer"),
         ("run", ("--data", "none.txt"), "does not exist"),
         ("nowhere", ("--data", "bytes"), "nowhere does not exist"),
-        ("run", ("--dataset", "wikitext2"), "--data FILE (wiki.test.raw"),
+        ("run", ("--data", "bytes", "--remainder", "pad"), "whose blocks are made"),
+        ("run", ("--data", "texts.jsonl", "--seed", "1", "--resume", "kept"), "another seed"),
         ("run", ("--data", "bytes", "--draws", "1"), "give at least 2"),
         ("run", ("--data", "bytes", "--max-blocks", "-1"), "give at least 1"),
         ("run", ("--data", "bytes", "--tensor", "2"), "do not fit"),
@@ -106,6 +114,10 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(work)
+    if "--resume" in arguments:
+        assert run(work, *arguments[:2], "--max-blocks", 2, "--resume", "kept", "--json") == 0
+        arguments = (*arguments, "--max-blocks", "2")
+        capsys.readouterr()
     assert run(work, *arguments, checkpoint=checkpoint) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

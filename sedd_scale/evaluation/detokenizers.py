@@ -1,0 +1,104 @@
+"""Tokenised benchmark text back to running text, by the rules that published perplexities use.
+
+WikiText, the Penn Treebank and the One Billion Word benchmark are distributed with spaces around
+punctuation and other marks of a word tokeniser, LAMBADA with curly quotes. Perplexities of language
+models on them are those of text with these marks taken out: the rules of WikiText are those that
+GPT-2's were repeated with (Megatron-LM), the others those of SEDD (arXiv 2310.16834) and after it
+MDLM. A rule does not mend everything, and some mend too much; what counts is that all do the same.
+
+Rules are replaced in order, each everywhere in one row of the source (a line of a text file): a
+quote without its pair, of which WikiText has some, would turn round all that follow it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+Rule = tuple[str, str]
+
+
+def _apply(rules: Sequence[tuple[re.Pattern[str], str]], text: str) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _literal(*pairs: Rule) -> list[tuple[re.Pattern[str], str]]:
+    """Rules whose left sides are plain text."""
+    return [(re.compile(re.escape(old)), new.replace("\\", r"\\")) for old, new in pairs]
+
+
+def _patterns(*pairs: Rule) -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(old), new) for old, new in pairs]
+
+
+_WIKITEXT = [
+    *_literal(("s '", "s'")),
+    # Separators within numbers and compounds.
+    *_literal((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")),
+    *_literal(*((f" {mark} ", f"{mark} ") for mark in (":", ";", ".", "!", "?", ","))),
+    *_patterns(
+        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+        (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+        (r'"\s*([^"]*?)\s*"', r'"\1"'),
+        (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ),
+    # Headings, degrees, ends of lines, numbers that were replaced, possessives.
+    *_literal(("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \u00b0 ", "\u00b0")),
+    *_literal((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
+]
+
+_PTB = [
+    *_literal((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/")),
+    # Of neighbouring numbers every second one would be left: they share the space between.
+    *_patterns((r" N(?= )", " 1")),
+    *_literal(("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?")),
+]
+
+_LM1B = [
+    *_literal(("http : / / ", "http://"), ("https : / / ", "https://")),
+    *_patterns((r" '(\w+)", r"'\1"), (r" (\w+) \. ", r" \1. "), (r" (\w+) \.$", r" \1.")),
+    *_patterns((r" \? ", "? "), (r" \?$", "?"), (r" ! ", "! "), (r" !$", "!")),
+    *_literal((" , ", ", "), (" : ", ": "), (" ; ", "; "), (" / ", "/")),
+    *_patterns(
+        (r'" ([^"]+) "', r'"\1"'),
+        (r"' ([^']+) '", r"'\1'"),
+        (r"\( ([^()]+) \)", r"(\1)"),
+        (r"\[ ([^\[\]]+) \]", r"[\1]"),
+    ),
+    *_literal(("$ ", "$"), ("\u00a3 ", "\u00a3")),
+]
+
+
+def wikitext_detokenizer(text: str) -> str:
+    """WikiText-2 and -103: `@-@`, spaced punctuation and brackets, headings."""
+    return _apply(_WIKITEXT, text)
+
+
+def ptb_detokenizer(text: str) -> str:
+    """The Penn Treebank: contractions, `N` for numbers, `<unk>` for rare words."""
+    return _apply(_PTB, text)
+
+
+def lm1b_detokenizer(text: str) -> str:
+    """The One Billion Word benchmark: spaced punctuation, quotes, brackets and currency."""
+    return _apply(_LM1B, text)
+
+
+def lambada_detokenizer(text: str) -> str:
+    """LAMBADA: straight double quotes, and a line break before the passage."""
+    return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
+
+
+def no_detokenizer(text: str) -> str:
+    """Text as it is: text8 and OpenWebText, or text of one's own."""
+    return text
+
+
+DETOKENIZERS: dict[str, Callable[[str], str]] = {
+    "none": no_detokenizer,
+    "wikitext": wikitext_detokenizer,
+    "ptb": ptb_detokenizer,
+    "lm1b": lm1b_detokenizer,
+    "lambada": lambada_detokenizer,
+}
