@@ -16,6 +16,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     return doctor_command(arguments)
 
 
+def completion(arguments: argparse.Namespace) -> None:
+    """Print the script that lets a shell complete all commands."""
+    from sedd_scale.completion import all_parsers, bash_script
+
+    print(bash_script({**all_parsers(), "sedd_scale": build_parser()}), end="")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments, a subcommand each."""
     parser = make_parser(
@@ -41,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="only look, run nothing")
     command.add_argument("--json", action="store_true", help="end with one JSON object")
     command.set_defaults(run=doctor)
+    command = add_command(
+        subparsers,
+        "completion",
+        help="print a script that lets a shell complete options, values and keys",
+        example=f"source <({PROG} completion bash)",
+    )
+    command.add_argument("shell", choices=("bash",), help="the shell it is for")
+    command.set_defaults(run=completion)
     return parser
 
 

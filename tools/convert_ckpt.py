@@ -27,12 +27,14 @@ FORMATS_HELP = """formats:
 class _Parser(argparse.ArgumentParser):
     """A parser of subcommands in which `convert` need not be written."""
 
+    default_subcommand = "convert"
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         first = next((i for i, word in enumerate(words) if word not in TOP_FLAGS), len(words))
         asks_help = any(word in ("-h", "--help", "--version") for word in words[:first])
         if not asks_help and (first == len(words) or words[first] not in SUBCOMMANDS):
-            words.insert(first, "convert")
+            words.insert(first, self.default_subcommand)
         return super().parse_known_args(words, namespace)
 
 

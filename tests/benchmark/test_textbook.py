@@ -19,10 +19,10 @@ def layout() -> Layout:
 def arguments(*overrides: str) -> argparse.Namespace:
     return argparse.Namespace(
         model="tiny",
-        batch=2,
+        batch_size=2,
         accumulate=1,
-        length=16,
-        vocab=60,
+        block_length=16,
+        vocab_size=60,
         overrides=["model.hidden_size=32", "model.num_layers=2", "model.dropout=0", *overrides],
     )
 

@@ -1,0 +1,113 @@
+"""Every command: --help with an example and exit codes, --version, quick, one meaning a flag."""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from sedd_scale import __version__
+from sedd_scale.__main__ import build_parser
+from sedd_scale.completion import all_parsers
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+COMMANDS = [[f"tools/{name}"] for name in TOOLS] + [["-m", "sedd_scale"]]
+HEAVY = ("torch", "deepspeed", "megatron", "matplotlib", "wandb", "transformers", "rich")
+# Shown in place of a value; a flag has one of these in every command, or several that say the same.
+SAME = [{"FILE.jsonl", "FILE.png", "FILE.html", "FILE.json", "DIR", "PATH"}]
+
+
+def run(words: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def every_parser() -> dict[str, argparse.ArgumentParser]:
+    """Of every command and subcommand, by its words."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    left = [*all_parsers().items(), ("sedd_scale", build_parser())]
+    while left:
+        name, parser = left.pop()
+        found[name] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                left += [(f"{name} {word}", sub) for word, sub in action.choices.items()]
+    return found
+
+
+PARSERS = every_parser()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
+def test_help_is_quick_and_imports_nothing_heavy(command: list[str]):
+    # Of this process's children: seconds of the clock would be other programs' too.
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run([*command, "--help"], "-X", "importtime")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = ended.ru_utime - begun.ru_utime + ended.ru_stime - begun.ru_stime
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not [name for name in imported if name.partition(".")[0] in HEAVY]
+    assert seconds < 2.0
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
+def test_version_and_an_unknown_option(command: list[str]):
+    done = run([*command, "--version"])
+    assert (done.returncode, done.stdout) == (0, f"sedd_scale {__version__}\n")
+    done = run([*command, "--no-such-option"])
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_shows_an_example_and_exit_codes(name: str):
+    text = PARSERS[name].format_help()
+    _, _, rest = text.partition("\nexample:\n  ")
+    example, _, codes = rest.partition("\n\nexit codes:\n")
+    assert example and {"  0 ", "  1 ", "  2 "} <= {line[:4] for line in codes.splitlines()}
+    flags = {flag for action in PARSERS[name]._actions for flag in action.option_strings}
+    assert {"--help", "--version", "--debug"} <= flags
+    tool = name.split()[0]
+    shown = "python -m sedd_scale" if tool == "sedd_scale" else f"tools/{tool}.py"
+    assert shown in example
+    for action in PARSERS[name]._actions:
+        if action.help is not argparse.SUPPRESS and action.option_strings:
+            assert action.help or action.choices, action.option_strings
+
+
+def test_a_flag_means_the_same_everywhere():
+    """One type and one number of values; what it stands for is written alike."""
+    uses = defaultdict(list)
+    for name, parser in PARSERS.items():
+        for action in parser._actions:
+            for flag in action.option_strings:
+                uses[flag].append((name, action))
+    for flag, actions in uses.items():
+        kinds = {(type(action), action.nargs) for _, action in actions}
+        assert len(kinds) == 1, (flag, actions)
+        types = {"str" if a.type in (None, Path) else str(a.type) for _, a in actions}
+        assert len(types) == 1, (flag, types)
+        placeholders = {a.metavar for _, a in actions if a.metavar and not a.choices}
+        alike = len(placeholders) <= 1 or any(placeholders <= group for group in SAME)
+        assert alike, (flag, placeholders)
+        allowed = [set(a.choices) for _, a in actions if a.choices]
+        for one in allowed:
+            # A command may allow fewer values of a kind, or more.
+            assert any(one <= other or other <= one for other in allowed), flag
+        has_choices = {bool(a.choices) for _, a in actions}
+        assert len(has_choices) == 1, (flag, "a choice here and a free value there")
+
+
+def test_what_has_one_name_has_no_other():
+    """Names that were in use for the same thing, or are near enough to be tried."""
+    flags = {
+        flag for parser in PARSERS.values() for a in parser._actions for flag in a.option_strings
+    }
+    others = "--out --outdir --output-dir --output-path --ckpt --model-path --run --rundir --batch"
+    others += " --bs --random-seed --dtype --vocab --cpus --workers --num-workers --num-processes"
+    assert not flags & set(others.split())
