@@ -228,6 +228,31 @@ def test_links_resolve(page: Path):
             assert anchor in anchors, f"{page.name}: {target}"
 
 
+def said(path: Path) -> list[str]:
+    """The strings of a program, with {} for what they are filled with."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return str(node.value) if isinstance(node, ast.Constant) else "{}"
+
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [text(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
+
+
+def test_messages_of_troubleshooting_are_said_somewhere():
+    programs = [*(ROOT / "sedd_scale").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    everything = "\n".join(text for path in programs for text in said(path))
+    everything += "".join(path.read_text() for path in (ROOT / "slurm").glob("*.sh"))
+    rows = re.findall(
+        r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 20
+    of_others = {"No space left on device"}
+    for message in {code for row in rows for code in INLINE.findall(row)} - of_others:
+        assert message.replace("-N.", "-{}.") in everything, message
+
+
 def test_configuration_reference_is_up_to_date():
     """If not: python -m sedd_scale.config_reference > docs/configuration.md"""
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == reference()
