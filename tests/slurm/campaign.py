@@ -70,11 +70,18 @@ class Proof:
             *(f"checkpoint.every={EVERY}", "checkpoint.keep=0"),
         )
 
-    def train(self, name: str, *more: str, flags: str = "", **settings: object) -> tuple[Path, Job]:
-        """Submit slurm/train_large.sh; its run directory and job."""
+    def train(
+        self,
+        name: str,
+        *more: str,
+        script: str = "train_large.sh",
+        flags: str = "",
+        **settings: object,
+    ) -> tuple[Path, Job]:
+        """Submit a training script of slurm/; its run directory and job."""
         run_dir = self.folder / name
         job = self.desk.submit(
-            *("train_large.sh", *self.overrides(), *more),
+            *(script, *self.overrides(), *more),
             flags=f"{TWO_BY_TWO} {flags}",
             SEDD_RUN_DIR=run_dir,
             **settings,
@@ -126,8 +133,10 @@ def process_of(job: Job, rank: int) -> int:
 def layout(proof: Proof) -> str:
     """Two nodes, by srun and by torchrun, with a check of the nodes first."""
     runs = []
-    for launcher in ("srun", "torchrun"):
-        run_dir, job = proof.train(f"layout-{launcher}", SEDD_LAUNCHER=launcher, SEDD_HEALTH=1)
+    for launcher, script in (("srun", "train_large.sh"), ("torchrun", "train_medium.sh")):
+        run_dir, job = proof.train(
+            f"layout-{launcher}", script=script, SEDD_LAUNCHER=launcher, SEDD_HEALTH=1
+        )
         proof.finish(run_dir, job)
         took = re.search(r"all-reduce of .*", job.text())
         assert took is not None

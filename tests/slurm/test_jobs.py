@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sedd_scale import load_pretrained
 from sedd_scale.cluster.run_status import format_status, run_status
 from tests.slurm.jobs import (
     PREPARE,
@@ -95,6 +97,12 @@ def chain(desk: Desk) -> Chain:
         SEDD_CHECKPOINT=run_dir,
         SEDD_OUTPUT=folder / "mounted/samples.jsonl",
         SEDD_HEALTH=1,
+    )
+    jobs["convert"] = desk.submit(
+        *("convert.sh", "--from", "native", "--to", "sedd-hf"),
+        flags=after,
+        SEDD_CHECKPOINT=run_dir,
+        SEDD_OUTPUT=folder / "exported",
     )
     array = desk.submit(
         *("generate.sh", "--prompts", str(prompts), *GENERATE),
@@ -207,6 +215,14 @@ def test_an_array_draws_what_one_process_does(chain: Chain) -> None:
     assert not list(chain.folder.glob("array.shard-*.jsonl"))
 
 
+def test_a_conversion_gives_the_run_in_the_published_format(chain: Chain) -> None:
+    assert chain.jobs["convert"].state == "COMPLETED", chain.jobs["convert"].text()
+    exported = load_pretrained(chain.folder / "exported").state_dict()
+    of_run = load_pretrained(chain.run_dir).state_dict()
+    assert exported.keys() == of_run.keys()
+    assert all(torch.equal(weight, of_run[name]) for name, weight in exported.items())
+
+
 def test_a_bad_node_is_named_and_left_out(chain: Chain, desk: Desk) -> None:
     if not desk.cluster.namespaces:
         pytest.skip("nodes share this machine's mounts: none can be made bad")
@@ -249,6 +265,18 @@ def test_slurm_accepts_a_rendered_job_file(
     )
     assert done.returncode == 0, done.stderr
     assert "using 256 processors on nodes" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_small.sh", "train_medium.sh", "train_large.sh"])
+def test_slurm_accepts_the_flags_of_every_size(desk: Desk, script: str) -> None:
+    done = subprocess.run(
+        ["sbatch", "--test-only", "--gpus-per-node=0", f"slurm/{script}"],
+        cwd=REPOSITORY,
+        env=desk.cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_job_scripts_pass_shellcheck() -> None:
