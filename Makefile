@@ -1,26 +1,33 @@
 # Everything runs in .venv, which the first target that needs it sets up.
+VENV ?= .venv
 PYTHON ?= python3
 TORCH := torch==2.13.0
 # Without an NVIDIA GPU torch comes as its small CPU build; TORCH_INDEX= forces the full one.
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
-BIN := .venv/bin
-READY := .venv/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Test files side by side; those that start processes take two cores and more by themselves.
+WORKERS ?= 2
 # Of `make torture`.
 ROUNDS := 500
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test torture lint clean
+.PHONY: help setup quickstart test coverage torture lint clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY) ## Install everything into .venv (Python 3.10 to 3.12; a CPU build of torch without a GPU).
+setup: $(READY) ## Install everything into .venv (VENV=; Python 3.10 to 3.12; a CPU build of torch without a GPU).
 
 quickstart: $(READY) ## Train a small model on the text every Python carries, evaluate it and sample from it.
 	$(BIN)/python tools/quickstart.py
 
 test: $(READY) ## Run the tests.
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+coverage: $(READY) ## Run the tests and print what of each file they ran, in all their processes.
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term:skip-covered
 
 torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, 4 to 15 minutes).
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/training/torture.py --rounds $(ROUNDS)
@@ -31,7 +38,7 @@ lint: $(READY) ## Check style, formatting and types.
 	$(BIN)/mypy sedd_scale
 
 clean: ## Remove .venv and caches; runs and prepared data stay.
-	rm -rf .venv build sedd_scale.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build sedd_scale.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): setup.py
@@ -40,7 +47,7 @@ $(READY): setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 13) or sys.exit( \
 		"error: $(PYTHON) is Python %d.%d, but 3.10, 3.11 or 3.12 is needed; " \
 		"name one: make setup PYTHON=python3.12" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # The index of CPU builds may be out of reach: one quick try with it, then pip's own settings.
 ifneq ($(TORCH_INDEX),)
 	$(BIN)/pip install --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) $(TORCH) \

@@ -48,6 +48,8 @@ setup(
         "flash": ["flash-attn>=2.6,<3"],
         "dev": [
             "pytest==9.2.0",
+            "pytest-cov==7.1.0",
+            "pytest-xdist==3.8.0",
             "tokenizers==0.23.3",  # the tests compare with it
             "s3fs==2026.9.0",
             "moto[server]==5.2.5",

@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="all layouts and variants, and Slurm")
+    parser.addoption("--full", action="store_true", help="all layouts of all variants")
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,8 @@ from tests.slurm.jobs import Desk
 
 
 @pytest.fixture(scope="session")
-def desk(pytestconfig: pytest.Config) -> Iterator[Desk]:
-    """Where jobs are submitted; skips the tests without --full or where no cluster comes up."""
-    if not pytestconfig.getoption("--full"):
-        warnings.warn(pytest.PytestWarning("tests/slurm left out: give --full"), stacklevel=1)
-        pytest.skip("jobs on a Slurm cluster take minutes: give --full")
+def desk() -> Iterator[Desk]:
+    """Where jobs are submitted; skips the tests where no cluster comes up."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = Cluster(folder / "cluster", Settings(nodes=4))
     try:
