@@ -30,7 +30,7 @@ from tools import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     f"tools/{module.__name__.rpartition('.')[2]}.py": module.build_parser
     for module in (
