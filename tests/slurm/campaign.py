@@ -145,6 +145,26 @@ def layout(proof: Proof) -> str:
 
 
 @case
+def data(proof: Proof) -> str:
+    """Two nodes of one process, which share the batch: equal to two processes of one machine."""
+    keys = (f"data.path={proof.data}", *TINY, "parallel.zero_stage=2", "training.steps=40")
+    here = proof.folder / "data-reference"
+    proof.desk.local(
+        *("tools/train.py", "configs/runs/tiny.yaml", "--run-dir", str(here), *keys),
+        num_processes=2,
+    )
+    run_dir = proof.folder / "data"
+    job = proof.desk.submit(
+        *("train_small.sh", *keys),
+        flags="--nodes=2 --ntasks-per-node=1",
+        SEDD_RUN_DIR=run_dir,
+    )
+    assert job.wait(seconds=SLOW) == "COMPLETED", job.text()[-3000:]
+    assert losses(run_dir) == losses(here) and len(losses(here)) == 40
+    return "ZeRO 2 on 2 nodes x 1 process, equal"
+
+
+@case
 def limit(proof: Proof) -> str:
     """A time limit too short for the work, by --signal alone."""
     run_dir, job = proof.train("limit", flags=f"--time={proof.minutes} --signal=USR1@45")
