@@ -3,10 +3,19 @@
 import argparse
 import sys
 
-from sedd_scale.benchmark import checkpoint, communication, data, loss, optimizer, sample, step
+from sedd_scale.benchmark import (
+    checkpoint,
+    communication,
+    data,
+    evaluation,
+    loss,
+    optimizer,
+    sample,
+    step,
+)
 from sedd_scale.cli import make_parser, run_command
 
-SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint)
+SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint, evaluation)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,8 +24,9 @@ and a model without time conditioning a third protocol, any-order: see `chain_ru
 
 Two protocols of the integral:
 
-    low-variance  t stratified over each block's draws, and times and corruptions drawn where the
-                  loss is (see `draws`), with weights; all three terms: a true bound.
+    low-variance  t stratified over each block's draws, masks antithetic between early and late
+                  strata, and times and corruptions drawn where the loss is (see `draws`), with
+                  weights; all three terms: a true bound.
     paper         t independent and uniform; the mean over [t_min, 1] stands for the integral over
                   [0, 1] and the ends are left out, which is how the paper's perplexities are made.
 
@@ -46,7 +47,11 @@ from torch import Tensor
 
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
-from sedd_scale.evaluation.chain_rule import evaluate_any_order, evaluate_left_to_right
+from sedd_scale.evaluation.chain_rule import (
+    counted_positions,
+    evaluate_any_order,
+    evaluate_left_to_right,
+)
 from sedd_scale.evaluation.draws import moves_with_an_event
 from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.plan import DEFAULT_DRAWS, Plan, make_plan
@@ -73,6 +78,7 @@ def evaluate_bound(
     t_min: float | None = None,
     block_ids_n: Sequence[int] | IntArray | None = None,
     text_n: IntArray | None = None,
+    context_n: IntArray | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     finished: FinishedGroups | None = None,
 ) -> BoundResult:
@@ -93,6 +99,8 @@ def evaluate_bound(
         block_ids_n: what a block's draws are keyed by; its place by default.
         text_n: how many of each block's first tokens are text; the rest is padding, which keeps its
             clean tokens and has no part in the bound. None: all of them.
+        context_n: how many of these come first and are given: they keep their clean tokens too, and
+            the bound is that of the rest given them. None: none.
         on_progress: called with (groups of blocks done, all groups of this rank).
         finished: what a killed evaluation of the same had done, and where this one's is kept.
 
@@ -113,7 +121,13 @@ def evaluate_bound(
     ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
     assert ids_n.shape == (len(blocks),), ids_n.shape
     text_n = np.full(len(blocks), blocks.shape[1]) if text_n is None else np.asarray(text_n)
-    assert text_n.shape == (len(blocks),), text_n.shape
+    context_n = np.zeros(len(blocks), dtype=np.int64) if context_n is None else context_n
+    span_n2 = np.stack([np.asarray(context_n), text_n], axis=1)
+    assert span_n2.shape == (len(blocks), 2), span_n2.shape
+    if (span_n2[:, 0] >= span_n2[:, 1]).any():
+        raise DataError(
+            "a block has no token to predict: give each at least one behind its context"
+        )
     if objective.causal:
         if protocol != "low-variance" or draws is not None or replicates is not None:
             raise ConfigError(
@@ -124,7 +138,7 @@ def evaluate_bound(
             model,
             blocks,
             batch_size=batch_size,
-            text_n=text_n,
+            span_n2=span_n2,
             on_progress=on_progress,
             finished=finished,
         )
@@ -136,7 +150,7 @@ def evaluate_bound(
             seed=seed,
             batch_size=batch_size,
             ids_n=ids_n,
-            text_n=text_n,
+            span_n2=span_n2,
             on_progress=on_progress,
             finished=finished,
         )
@@ -158,10 +172,10 @@ def evaluate_bound(
 
     def nats(which: int) -> _GroupNats:
         group = groups[which]
-        return _group_nats(model, blocks[group], ids_n[group], text_n[group], plan)
+        return _group_nats(model, blocks[group], ids_n[group], span_n2[group], plan)
 
     found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
-    return _combine(model, [_GroupNats(*parts) for parts in found], text_n, plan, start)
+    return _combine(model, [_GroupNats(*parts) for parts in found], span_n2, plan, start)
 
 
 class _GroupNats(NamedTuple):
@@ -176,7 +190,7 @@ class _GroupNats(NamedTuple):
 
 
 def _group_nats(
-    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, text_g: IntArray, plan: Plan
+    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, span_g2: IntArray, plan: Plan
 ) -> _GroupNats:
     timed = [plan.times(model, int(block)) for block in ids_g]
     times_gK = torch.stack([times for times, _ in timed])
@@ -191,7 +205,7 @@ def _group_nats(
             clean_BL,
             times_gK[place_B, draw_B],
             ids_g[place_B],
-            text_g[place_B],
+            span_g2[place_B],
             draw_B,
             plan,
         ),
@@ -205,7 +219,7 @@ def _group_nats(
         plan.replicates,
         plan,
         lambda clean_BL, draw_B, place_B: _reconstruction_nats(
-            model, clean_BL, ids_g[place_B], text_g[place_B], draw_B, plan
+            model, clean_BL, ids_g[place_B], span_g2[place_B], draw_B, plan
         ),
     )
     return _GroupNats(diffusion, reconstruction[:, :, 0], calls + more)
@@ -241,14 +255,14 @@ def _diffusion_nats(
     clean_BL: Tensor,
     t_B: Tensor,
     ids_B: IntArray,
-    text_B: IntArray,
+    span_B2: IntArray,
     draw_B: IntArray,
     plan: Plan,
 ) -> tuple[Tensor, int]:
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "noise")
-    is_text_BL = _is_text(clean_BL, text_B)
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, span_B2, draw_B, plan, "noise")
+    counted_BL = counted_positions(clean_BL, span_B2)
     noise_B3 = model.objective.noise_columns(model.schedule, t_B, training=False)
-    shown = (clean_BL, noisy_BL, noise_B3, is_text_BL)
+    shown = (clean_BL, noisy_BL, noise_B3, counted_BL)
     if model.objective.cross_entropy:
         nats_BC = model.cross_entropy(*shown)[:, None]
     else:
@@ -262,19 +276,21 @@ def _reconstruction_nats(
     model: ScoreModel,
     clean_BL: Tensor,
     ids_B: IntArray,
-    text_B: IntArray,
+    span_B2: IntArray,
     draw_B: IntArray,
     plan: Plan,
 ) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
     t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, text_B, draw_B, plan, "decode")
+    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, span_B2, draw_B, plan, "decode")
     graph = model.graph
     clean_R, noisy_R = (tensor.flatten().to(model.device) for tensor in (clean_BL, noisy_BL))
     if graph.mask_id is not None:
         rows_M = (noisy_R == graph.mask_id).nonzero().squeeze(1)
     else:
-        rows_M = _is_text(clean_BL, text_B).flatten().nonzero().squeeze(1).to(model.device)
+        rows_M = (
+            counted_positions(clean_BL, span_B2).flatten().nonzero().squeeze(1).to(model.device)
+        )
     nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
     sigma_B = model.schedule.sigma(t_B)
     move = float(model.schedule.move_probability(t_B[:1]))
@@ -298,16 +314,12 @@ def _reconstruction_nats(
     return (nats_B * weight_B)[:, None], len(clean_BL) if len(rows_M) else 0
 
 
-def _is_text(clean_BL: Tensor, text_B: IntArray) -> Tensor:
-    return torch.arange(clean_BL.shape[1]) < torch.from_numpy(text_B)[:, None]
-
-
 def _corrupted(
     model: ScoreModel,
     clean_BL: Tensor,
     t_B: Tensor,
     ids_B: IntArray,
-    text_B: IntArray,
+    span_B2: IntArray,
     draw_B: IntArray,
     plan: Plan,
     purpose: str,
@@ -316,15 +328,15 @@ def _corrupted(
     length, graph = clean_BL.shape[1], model.graph
     sigma_B = model.schedule.sigma(t_B)
     moves, tokens, weights = [], [], []
-    numbers = (ids_B.tolist(), text_B.tolist(), draw_B.tolist(), sigma_B.tolist())
-    for block, text, draw, sigma in zip(*numbers, strict=True):
-        move_L = plan.uniforms(f"{purpose}/moves", length, block, draw)
-        move_L[text:] = 1.0  # padding never moves
+    numbers = (ids_B.tolist(), span_B2.tolist(), draw_B.tolist(), sigma_B.tolist())
+    for block, (begin, end), draw, sigma in zip(*numbers, strict=True):
+        move_L = plan.moves(purpose, length, block, draw)
+        move_L[:begin] = move_L[end:] = 1.0  # what is given and padding never move
         weight = 1.0
         if plan.has_ends:
             choice = float(plan.uniforms(f"{purpose}/event", 1, block, draw)[0])
-            move_L[:text], weight = moves_with_an_event(
-                move_L[:text], choice, sigma, always=graph.mask_id is not None
+            move_L[begin:end], weight = moves_with_an_event(
+                move_L[begin:end], choice, sigma, always=graph.mask_id is not None
             )
         moves.append(move_L)
         weights.append(weight)
@@ -340,9 +352,10 @@ def _corrupted(
 
 
 def _combine(
-    model: ScoreModel, groups: Sequence[_GroupNats], text_n: IntArray, plan: Plan, start: float
+    model: ScoreModel, groups: Sequence[_GroupNats], span_n2: IntArray, plan: Plan, start: float
 ) -> BoundResult:
     """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
+    text_n = span_n2[:, 1] - span_n2[:, 0]
     num_blocks, length = len(text_n), float(text_n.mean())
     share_n = text_n / length
     diffusion_nKC = np.concatenate([group.diffusion_gKC for group in groups])

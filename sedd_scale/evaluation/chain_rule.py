@@ -39,20 +39,22 @@ def evaluate_left_to_right(
     blocks_nL: Tensor,
     *,
     batch_size: int,
-    text_n: IntArray,
+    span_n2: IntArray,
     on_progress: Progress,
     finished: FinishedGroups | None = None,
 ) -> BoundResult:
     """The exact likelihood of blocks under an autoregressive model; collective.
 
-    Arguments and what is raised are those of `evaluate_bound`.
+    Arguments and what is raised are those of `evaluate_bound`, but for span_n2: where the counted
+    text of each block begins and ends.
     """
     start = time.perf_counter()
     groups = _slices(len(blocks_nL), batch_size)
+    text_n = span_n2[:, 1] - span_n2[:, 0]
 
     def nats(which: int) -> tuple[FloatArray]:
-        clean_BL, text_B = blocks_nL[groups[which]], text_n[groups[which]]
-        counted_BL = torch.arange(clean_BL.shape[1]) < torch.from_numpy(text_B)[:, None]
+        clean_BL = blocks_nL[groups[which]]
+        counted_BL = counted_positions(clean_BL, span_n2[groups[which]])
         noise_B3 = _weight_one(len(clean_BL))
         nats_B = model.cross_entropy(
             clean_BL, shifted(clean_BL.long(), model.graph), noise_B3, counted_BL
@@ -93,7 +95,7 @@ def evaluate_any_order(
     seed: int,
     batch_size: int,
     ids_n: Sequence[int] | IntArray,
-    text_n: IntArray,
+    span_n2: IntArray,
     on_progress: Progress,
     finished: FinishedGroups | None = None,
 ) -> BoundResult:
@@ -105,6 +107,7 @@ def evaluate_any_order(
         ConfigError: the model has no masks, or its outputs depend on time, or fewer than 2 orders.
     """
     start = time.perf_counter()
+    text_n = span_n2[:, 1] - span_n2[:, 0]
     mask_id = model.graph.mask_id
     if mask_id is None or model.time_conditioned:
         raise ConfigError(
@@ -118,14 +121,15 @@ def evaluate_any_order(
 
     def nats(which: int) -> tuple[FloatArray]:
         """Of the block's paths [K], each the sum of its steps."""
-        text, block_id = int(text_n[which]), int(ids_n[which])
+        begin, end = span_n2[which].tolist()
+        text, block_id = end - begin, int(ids_n[which])
         order_KT = np.stack([_order(text, seed, block_id, number) for number in range(orders)])
         steps = [(number, place) for number in range(orders) for place in range(text)]
         nats_K = np.zeros(orders)
         for part in _slices(len(steps), batch_size):
             numbers, places = np.array(steps[part]).T
             rank_BL = torch.full((len(numbers), blocks_nL.shape[1]), -1)
-            rank_BL[:, :text] = torch.from_numpy(order_KT[numbers].argsort(axis=1))
+            rank_BL[:, begin:end] = torch.from_numpy(order_KT[numbers].argsort(axis=1))
             place_B1 = torch.from_numpy(places)[:, None]
             clean_BL = blocks_nL[which].long().expand(len(numbers), -1)
             noisy_BL = torch.where(rank_BL >= place_B1, mask_id, clean_BL)
@@ -166,6 +170,13 @@ def evaluate_any_order(
         kind=ANY_ORDER,
         likelihood=likelihood,
     )
+
+
+def counted_positions(blocks_BL: Tensor, span_B2: IntArray) -> Tensor:
+    """Which positions lie between begin and end of their block's text, bool [B, L]."""
+    begin_B1, end_B1 = torch.from_numpy(span_B2)[:, :, None].unbind(1)
+    place_L = torch.arange(blocks_BL.shape[1])
+    return (place_L >= begin_B1) & (place_L < end_B1)
 
 
 def _order(length: int, seed: int, block_id: int, number: int) -> IntArray:

@@ -61,6 +61,21 @@ class Plan:
             return weighted_times(u_K, model.schedule, t_min=self.t_min, bounded=model.scaled)
         return uniform_times(u_K, t_min=self.t_min)
 
+    def moves(self, purpose: str, length: int, block_id: int, draw: int) -> FloatArray:
+        """The uniforms by which a draw's tokens move, [length].
+
+        Low-variance draws of the integral are antithetic: the k-th stratum from the end has those
+        of the k-th from the beginning, turned round, so that tokens left alone at a late time are
+        the ones moved at an early time. Each draw alone has the law of independent ones.
+        """
+        if purpose != "noise" or not self.has_ends:
+            return self.uniforms(f"{purpose}/moves", length, block_id, draw)
+        strata = self.draws // self.replicates
+        first, place = draw - draw % strata, draw % strata
+        partner = min(place, strata - 1 - place)
+        moves_L = self.uniforms(f"{purpose}/moves", length, block_id, first + partner)
+        return moves_L if place == partner else 1.0 - moves_L
+
     def uniforms(self, purpose: str, count: int, block_id: int, draw: int) -> FloatArray:
         """`count` uniforms of a block's draw, keyed by all four."""
         return keyed_uniforms(

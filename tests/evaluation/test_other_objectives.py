@@ -126,6 +126,14 @@ def test_an_autoregressive_likelihood_is_exact() -> None:
     assert padded.tokens == 12
     whole = evaluate_bound(model, blocks_nL[2:4])
     np.testing.assert_allclose(padded.block_nats_n[2:4], whole.block_nats_n, rtol=1e-6)
+    # Given its first token, a block has what the whole has beyond that token alone.
+    given = evaluate_bound(model, blocks_nL, context_n=np.ones(len(blocks_nL), dtype=np.int64))
+    alone = evaluate_bound(model, blocks_nL, text_n=np.ones(len(blocks_nL), dtype=np.int64))
+    np.testing.assert_allclose(
+        (LENGTH - 1) * given.block_nats_n + alone.block_nats_n,
+        LENGTH * result.block_nats_n,
+        rtol=1e-5,
+    )
     for options in ({"draws": 4}, {"protocol": "paper"}, {"protocol": "any-order"}):
         with pytest.raises(ConfigError, match="is exact"):
             evaluate_bound(model, blocks_nL, **options)
@@ -163,6 +171,20 @@ def test_any_order_likelihood_is_the_mean_over_orders(objective: str) -> None:
         model, blocks_nL[4:6], protocol="any-order", draws=96, batch_size=7, block_ids_n=[4, 5]
     )
     np.testing.assert_allclose(some.block_nats_n, result.block_nats_n[4:6], rtol=1e-5)
+    # Of the last token, given the others, there is one order.
+    last = evaluate_bound(
+        model,
+        blocks_nL[4:6],
+        protocol="any-order",
+        draws=2,
+        context_n=np.array([LENGTH - 1, LENGTH - 1]),
+    )
+    shown = [(*blocks_nL[number, :-1].tolist(), 3) for number in (4, 5)]
+    exact_last = [
+        -float(table_SLN[row[state], LENGTH - 1, blocks_nL[number, -1]])
+        for number, state in zip((4, 5), shown, strict=True)
+    ]
+    np.testing.assert_allclose(last.block_nats_n, exact_last, rtol=1e-5)
     conditioned = tiny_model("absorb", "loglinear")
     with pytest.raises(ConfigError, match="without time conditioning"):
         evaluate_bound(conditioned, blocks_nL, protocol="any-order")
