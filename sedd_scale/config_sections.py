@@ -232,10 +232,18 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     every: int = _key(10, "Steps between lines of metrics.", at_least=1)
+    console: str = _key(
+        "auto",
+        "auto: a live display on a terminal, plain lines elsewhere; lines: always plain lines.",
+        choices=("auto", "lines"),
+    )
     wandb: str = _key("off", "Also log to Weights & Biases.", choices=("off", "online", "offline"))
     wandb_project: str = _key("sedd-scale", "Weights & Biases project.")
     wandb_name: str | None = _key(
         None, "Weights & Biases run name; null: the name of the run directory."
+    )
+    tensorboard: bool = _key(
+        False, "Also write event files for TensorBoard, into the run directory's tensorboard/."
     )
 
 

@@ -72,6 +72,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from sedd_scale.benchmark.textbook import TextbookTrainer
     from sedd_scale.parallel.layout import initialize_layout, launched_world_size, local_device
     from sedd_scale.planning.flops import step_flops
+    from sedd_scale.training.utilisation import matrix_product, named_peak
 
     device = local_device()
     precision = arguments.precision if arguments.precision != "best" else faster_precision(device)
@@ -94,7 +95,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         steps[0] += 1
         synthetic.train_step(engine, steps[0])
 
-    product, product_flops = matrix_product(device, precision)
+    size = 8192 if device.type == "cuda" else 2560
+    product, product_flops = matrix_product(device, precision, size=size)
     programs: list[Callable[[], object]] = [product, ours]
     if arguments.baseline:
         textbook = TextbookTrainer(config, synthetic.graph, device, bf16=precision == "bf16")
@@ -184,39 +186,12 @@ def profiled(program: Callable[[], object], *, rows: int = 14) -> str:
 def faster_precision(device: "torch.device") -> str:
     """fp32 or bf16, whichever multiplies matrices faster here."""
     from sedd_scale.benchmark.measure import median_seconds
+    from sedd_scale.training.utilisation import matrix_product
 
     names = ("fp32", "bf16")
     products = [matrix_product(device, name, size=1024)[0] for name in names]
     seconds = median_seconds(products, repeats=5)
     return names[seconds.index(min(seconds))]
-
-
-def matrix_product(
-    device: "torch.device", precision: str, *, size: int | None = None
-) -> tuple[Callable[[], object], int]:
-    """A large product of square matrices and its floating-point operations."""
-    import torch
-
-    if size is None:
-        size = 8192 if device.type == "cuda" else 2560
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    output = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=output), 2 * size**3
-
-
-def named_peak(device: "torch.device", precision: str) -> float | None:
-    """FLOP/s in the maker's data sheet for the matrix products of this device, if it is known."""
-    import torch
-
-    from sedd_scale.planning.flops import PEAK_FLOPS
-
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
-    if "h100" in words and "pcie" in words:
-        return PEAK_FLOPS["h100-pcie"][precision]
-    return next((PEAK_FLOPS[word][precision] for word in words if word in PEAK_FLOPS), None)
 
 
 def layout_text(config: "Config", data: int) -> str:

@@ -97,6 +97,7 @@ class CheckpointWriter:
         config: how to save and what to keep.
         tokenizer_directory: copied into every checkpoint, so that it can be sampled from alone.
         say: called on rank 0 with one line at a time.
+        saved: called on every rank with the step of a checkpoint that is complete.
 
     Raises:
         CheckpointError: on every process, when any cannot write or the disk is too small.
@@ -112,11 +113,13 @@ class CheckpointWriter:
         config: CheckpointConfig,
         tokenizer_directory: Path | None = None,
         say: Callable[[str], None] = lambda _: None,
+        saved: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._folder = Path(run_dir) / "checkpoints"
         self._fragments, self._parameters = engine_fragments, parameters
         self._layout, self._config = layout, config
         self._tokenizer_directory, self._say = tokenizer_directory, say
+        self._saved = saved
         self._copy = HostCopy()
         self._plan: SavePlanOfRank | None = None
         self._save: RunningSave | None = None
@@ -234,6 +237,7 @@ class CheckpointWriter:
                 f"saved {report.path} ({report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s, "
                 f"of which training stood still for {report.blocked_seconds:.2f} s)"
             )
+            self._saved(report.step)
         elif self._config.on_failure == "stop":
             raise CheckpointError(error)
         elif self._layout.rank == 0:

@@ -40,6 +40,7 @@ from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
 from sedd_scale.training.resume import find_resume, load_state
 from sedd_scale.training.signals import StopSignals
+from sedd_scale.training.utilisation import Utilisation
 from sedd_scale.training.watchdog import Watchdog
 
 
@@ -69,8 +70,10 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         first_step = meta["step"]
     if initial is not None:
         initial.load_into(engine)
+    utilisation = None
     if layout.rank == 0:
-        describe_run(config, run_dir, layout)
+        utilisation = Utilisation(config, layout.device, layout.world_size)
+        describe_run(config, run_dir, layout, utilisation)
     with stop.shielded():
         log = MetricsLog(
             run_dir,
@@ -79,6 +82,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
             total_steps=config.training.steps,
             resumed_step=None if source is None else first_step,
             run_config=config.to_dict(),
+            utilisation=utilisation,
         )
     if source is not None:
         for line in passed_over:
@@ -119,6 +123,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         config=config.checkpoint,
         tokenizer_directory=corpus.tokenizer_directory,
         say=log.say,
+        saved=log.saved,
     )
     last_step = config.training.steps
     tokens = 0 if source is None else meta["tokens"]  # of text: padding is left out
@@ -128,6 +133,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         prefetcher = Prefetcher(batches.of_step, first_step, end_step=last_step)
     stop.arm()
     with (
+        log,
         writer,
         lost_ranks_in_one_line(watchdog.where),
         prefetcher as prefetched,
@@ -201,7 +207,6 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                     writer.wait()
                 log.say(f"stopped by a signal at step {step}: saved; start again to go on")
                 break
-    log.close()
     return not stopped
 
 
@@ -285,7 +290,7 @@ def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, floa
     return validation.bound([part.cpu() for part in nats_of_ranks])
 
 
-def describe_run(config: Config, run_dir: Path, layout: Layout) -> None:
+def describe_run(config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation) -> None:
     """Write the resolved configuration and the environment into the run directory."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config.to_yaml())
@@ -298,6 +303,8 @@ def describe_run(config: Config, run_dir: Path, layout: Layout) -> None:
         "device": (
             torch.cuda.get_device_name() if layout.device.type == "cuda" else platform.machine()
         ),
+        "peak_flops_per_second": utilisation.peak.flops_per_second,
+        "peak": utilisation.peak.name,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

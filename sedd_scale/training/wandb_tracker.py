@@ -1,0 +1,100 @@
+"""A run of Weights & Biases, in the process of its own that `trackers` starts."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+SECONDS_TO_ANSWER = 60.0
+"""For the service, at the start of a run."""
+CODE_FOLDERS = ("sedd_scale", "tools", "configs", "slurm")
+CODE_SUFFIXES = (".py", ".yaml", ".sh")
+
+
+class WandbTracker:
+    """Sends numbers, samples, the configuration and the code; system metrics go by themselves.
+
+    Args:
+        run_dir: where wandb keeps its files.
+        mode: "online" or "offline".
+        project, name, run_id: of the run; one that was begun before goes on under its id.
+        config: the resolved configuration.
+        watched_pid: the process whose memory and CPU are to be reported.
+        log_code: whether to keep a copy of the program that ran.
+
+    Raises:
+        RuntimeError: online without an API key.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: str,
+        mode: str,
+        project: str,
+        name: str,
+        run_id: str,
+        config: dict[str, Any],
+        watched_pid: int | None = None,
+        log_code: bool = True,
+    ) -> None:
+        import wandb
+
+        online = mode == "online"
+        # `init` would ask for a missing key on the terminal, and wait.
+        if online and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key; run `wandb login` or set WANDB_API_KEY")
+        settings: dict[str, Any] = {
+            "init_timeout": SECONDS_TO_ANSWER,
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+        }
+        if watched_pid is not None:
+            settings["x_stats_pid"] = watched_pid
+        self._table = wandb.Table
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow" if online else None,
+            dir=run_dir,
+            config=config,
+            mode="online" if online else "offline",
+            settings=wandb.Settings(**settings),
+        )
+        # A value with nothing else stands for its best, or its last.
+        for metric, summary in (("valid_nats_per_token", "min"), ("tokens_per_second", "mean")):
+            self._run.define_metric(metric, summary=summary)
+        if log_code:
+            self._log_code()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send one step's numbers."""
+        known = {name: value for name, value in values.items() if value is not None}
+        self._run.log(known, step=step)
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Send samples as the table `samples`, a row each; `step` is a column of it."""
+        columns = list(dict.fromkeys(name for sample in samples for name in sample))
+        rows = [[step, *(sample.get(name) for name in columns)] for sample in samples]
+        self._run.log({"samples": self._table(columns=["step", *columns], data=rows)})
+
+    def close(self) -> None:
+        """Send what is not yet sent."""
+        self._run.finish()
+
+    def _log_code(self) -> None:
+        root = Path(__file__).resolve().parents[2]
+        folders = [root / name for name in CODE_FOLDERS]
+
+        def wanted(path: str) -> bool:
+            inside = any(folder in Path(path).parents for folder in folders)
+            return inside and path.endswith(CODE_SUFFIXES)
+
+        def unwanted(path: str) -> bool:
+            return not any(
+                folder == Path(path) or folder in Path(path).parents for folder in folders
+            )
+
+        with contextlib.suppress(OSError):  # a file that went away meanwhile
+            self._run.log_code(str(root), include_fn=wanted, exclude_fn=unwanted)
