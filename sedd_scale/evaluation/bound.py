@@ -52,7 +52,7 @@ from sedd_scale.evaluation.chain_rule import (
     evaluate_any_order,
     evaluate_left_to_right,
 )
-from sedd_scale.evaluation.draws import moves_with_an_event
+from sedd_scale.evaluation.draws import masks_by_their_number, moves_with_an_event
 from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.plan import DEFAULT_DRAWS, Plan, make_plan
 from sedd_scale.evaluation.result import BoundResult, OtherNats
@@ -335,9 +335,8 @@ def _corrupted(
         weight = 1.0
         if plan.has_ends:
             choice = float(plan.uniforms(f"{purpose}/event", 1, block, draw)[0])
-            move_L[begin:end], weight = moves_with_an_event(
-                move_L[begin:end], choice, sigma, always=graph.mask_id is not None
-            )
+            draw_moves = moves_with_an_event if graph.mask_id is None else masks_by_their_number
+            move_L[begin:end], weight = draw_moves(move_L[begin:end], choice, sigma)
         moves.append(move_L)
         weights.append(weight)
         if graph.mask_id is None:

@@ -1,8 +1,10 @@
 """What the bound's integral is sampled at, and how much each sample counts.
 
 Times: a uniform u in [0, 1) becomes a time with a weight, so that the mean of weight * integrand(t)
-is the integral over [t_min, 1]. Corruptions: at small t most sequences stay whole, and the few that
-do not carry all of the loss; sampling those on purpose, with a weight, bounds what a draw can add.
+is the integral over [t_min, 1]. Corruptions: masks are drawn in proportion to their number, which
+makes a sum over masked tokens a mean over them, whatever their number. Under the uniform graph, at
+small t most sequences stay whole, and the few that do not carry all of the loss; sampling those on
+purpose, with a weight, bounds what a draw can add.
 """
 
 import math
@@ -58,14 +60,36 @@ def weighted_times(
     return t_K, 1.0 / (share * by_move + (1.0 - share) * by_sigma)
 
 
+def masks_by_their_number(
+    move_L: npt.NDArray[np.float64], choice: float, sigma: float
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Uniforms that mask a set S of tokens |S| times as often as their law, and the draw's weight.
+
+    One token, the same for each, is masked for certain, and the others by their law: with m the
+    chance of a mask and P(S) that of S, S comes with probability |S| / (L m) P(S). A loss that sums
+    over masked tokens at a weight of about 1 / m becomes L times their mean.
+
+    Args:
+        move_L: independent uniforms in [0, 1); a token is masked where its entry is below
+            1 - e^(-sigma).
+        choice: one more of them: which token is masked for certain.
+
+    Returns:
+        The entries to corrupt with, and P(S) over how often S is drawn.
+    """
+    moves = move_L.copy()
+    moves[int(choice * len(moves))] = 0.0
+    move = -math.expm1(-sigma)
+    return moves, len(moves) * move / int((moves < move).sum())
+
+
 def moves_with_an_event(
-    move_L: npt.NDArray[np.float64], choice: float, sigma: float, *, always: bool
+    move_L: npt.NDArray[np.float64], choice: float, sigma: float
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Uniforms that move at least one token more often than their law, and the draw's weight.
 
     The event, that the noise sigma touches at least one of L tokens, has probability
-    P = 1 - e^(-sigma L). It is drawn with probability 1 (`always`: for losses that are 0 without
-    it) or max(P, 1/2), and by its own law given that.
+    P = 1 - e^(-sigma L). It is drawn with probability max(P, 1/2), and by its own law given that.
 
     Args:
         move_L: independent uniforms in [0, 1); a token moves where its entry is below
@@ -78,7 +102,7 @@ def moves_with_an_event(
     """
     length = len(move_L)
     event = -math.expm1(-sigma * length)
-    often = 1.0 if always else max(event, 0.5)
+    often = max(event, 0.5)
     if choice >= often:
         return np.ones(length), (1.0 - event) / (1.0 - often)
     first = min(int(-math.log1p(-choice / often * event) / sigma), length - 1)

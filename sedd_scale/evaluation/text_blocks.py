@@ -11,7 +11,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,25 +89,47 @@ def read_blocks(
         DataError: it is empty, no text, not UTF-8, damaged, or has no whole block.
     """
     documents_mode, remainder = settings.resolved(path)
+    documents = (
+        text
+        for text in _documents(path, documents_mode, settings)
+        if text.strip() or documents_mode == "all-rows"
+    )
+    return cut_documents(
+        documents, tokenizer, block_length, wrap=settings.wrap, remainder=remainder, name=str(path)
+    )
+
+
+def cut_documents(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    block_length: int,
+    *,
+    wrap: bool = True,
+    remainder: str = "drop",
+    name: str,
+) -> TextBlocks:
+    """The blocks of documents, each followed by EOS; the arguments are those of `TextSettings`.
+
+    Raises:
+        DataError: no text, or no whole block; it calls the text `name`.
+    """
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
     documents: list[npt.NDArray[np.int32]] = []
     characters = utf8_bytes = 0
-    for text in _documents(path, documents_mode, settings):
-        if not text.strip() and documents_mode != "all-rows":
-            continue
+    for text in texts:
         spelled = tokenizer.normalize(text)
         characters += len(spelled)
         utf8_bytes += len(spelled.encode())
         documents.append(np.concatenate([tokenizer.encode(text), eos]).astype(np.int32))
     if not characters:
-        raise DataError(f"{path} holds no text: give a file with text")
+        raise DataError(f"{name} holds no text: give a file with text")
     tokens = sum(map(len, documents))
-    streams = [np.concatenate(documents)] if settings.wrap else documents
+    streams = [np.concatenate(documents)] if wrap else documents
     if remainder == "drop" and max(map(len, streams)) < block_length:
-        what = "" if settings.wrap else " in its longest document"
+        what = "" if wrap else " in its longest document"
         raise DataError(
-            f"{path} has {max(map(len, streams))} tokens{what}, less than one block of "
-            f"{block_length}: give more text, a shorter --block-length or --remainder pad"
+            f"{name} has {max(map(len, streams))} tokens{what}, less than one block of "
+            f"{block_length}: give more text, a shorter block length, or have the remainder padded"
         )
     parts = [_cut(stream, block_length, tokenizer.eos_id, remainder) for stream in streams]
     blocks_nL = np.concatenate([blocks for blocks, _ in parts])

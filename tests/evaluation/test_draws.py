@@ -1,12 +1,21 @@
 """Weighted times and corruptions have the expectations of the laws they stand for."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.evaluation.draws import moves_with_an_event, uniform_times, weighted_times
+from sedd_scale.evaluation.draws import (
+    masks_by_their_number,
+    moves_with_an_event,
+    uniform_times,
+    weighted_times,
+)
+from sedd_scale.evaluation.plan import make_plan
 
+Draw = Callable[[np.ndarray, float, float], tuple[np.ndarray, float]]
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
 
 
@@ -38,15 +47,16 @@ def test_the_integrand_of_scaled_absorb_is_flat_on_its_scale() -> None:
     torch.testing.assert_close(weight_K * masked, torch.full_like(u_K, (weight_K * masked)[0]))
 
 
-@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("draw", [masks_by_their_number, moves_with_an_event])
 @pytest.mark.parametrize("sigma", [1e-3, 0.1, 3.0])
-def test_weighted_moves_have_the_law_of_the_noise(sigma: float, always: bool) -> None:
+def test_weighted_moves_have_the_law_of_the_noise(sigma: float, draw: Draw) -> None:
     generator = np.random.default_rng(0)
     length, count = 4, 40_000
+    always = draw is masks_by_their_number
     move = -np.expm1(-sigma)
     weight_of_pattern = np.zeros(2**length)
     for move_L, choice in zip(generator.random((count, length)), generator.random(count)):
-        moves, weight = moves_with_an_event(move_L, choice, sigma, always=always)
+        moves, weight = draw(move_L, choice, sigma)
         pattern = int((moves < move) @ (1 << np.arange(length)))
         assert pattern or not always
         weight_of_pattern[pattern] += weight / count
@@ -54,6 +64,22 @@ def test_weighted_moves_have_the_law_of_the_noise(sigma: float, always: bool) ->
         moved = pattern.bit_count()
         exact = move**moved * (1 - move) ** (length - moved)
         event = -np.expm1(-sigma * length)
-        # Five standard deviations of a mean of weights that are all near P(event).
-        spread = 5 * np.sqrt(exact * max(event, exact) / count * 2)
+        # Five standard deviations of a mean of weights of which none is above this.
+        largest = length * move if always else max(event, exact)
+        spread = 5 * np.sqrt(exact * largest / count * 2)
         assert weight_of_pattern[pattern] == pytest.approx(exact, abs=spread), pattern
+
+
+def test_masks_of_early_and_late_strata_are_the_turned_round_ones_of_a_replicate() -> None:
+    """And no two replicates share any."""
+    plan = make_plan(
+        1, draws=6, replicates=2, seed=0, batch_size=1, protocol="low-variance", t_min=1e-3
+    )
+    rows = [plan.moves("noise", 50, 0, draw) for draw in range(6)]
+    for first, last in ((0, 2), (3, 5)):
+        np.testing.assert_allclose(rows[first] + rows[last], 1.0)
+    for one, other in ((0, 1), (0, 3), (0, 5), (1, 4), (2, 3)):
+        assert abs(np.corrcoef(rows[one], rows[other])[0, 1]) < 0.5
+        assert not np.isin(rows[one], rows[other]).any()
+    decode = [plan.moves("decode", 50, 0, draw) for draw in range(2)]
+    assert not np.isin(decode[0], decode[1]).any() and not np.isin(decode[0], rows[0]).any()
