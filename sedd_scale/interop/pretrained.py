@@ -1,6 +1,7 @@
 """One door to every checkpoint that can be run: our own and those of other programs."""
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from sedd_scale.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.convert import write_native, write_published
 from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.native import DETAILS_KEY
 from sedd_scale.interop.published import to_published
@@ -62,6 +64,31 @@ def load_pretrained(
             flush=True,
         )
     return model.to(device=device or layout.device, dtype=dtype).eval()
+
+
+def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "sedd-hf") -> None:
+    """Write a model of this process, and its tokenizer, into a new directory.
+
+    Args:
+        model: of `load_pretrained` or `new_model`; its weights are stored as float32.
+        format: "sedd-hf", the published one, or "native": a run directory, which any objective can
+            be written as, and which `model.init_from` and every tool take as well.
+
+    Raises:
+        CheckpointError: the directory exists, or the format cannot express the model.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already: remove it or give another directory")
+    if not directory.parent.is_dir():
+        raise CheckpointError(f"{directory.parent} does not exist: make it first")
+    writers = {"sedd-hf": write_published, "native": write_native}
+    if format not in writers:
+        raise CheckpointError(f"format {format!r} is unknown: give {' or '.join(writers)}")
+    with tempfile.TemporaryDirectory() as files:
+        if model.tokenizer is not None:
+            model.tokenizer.save(files)
+        writers[format](model, directory, None if model.tokenizer is None else Path(files))
 
 
 def _load_native(
