@@ -106,14 +106,15 @@ class LiveConsole:
         # Its step, and when it was complete; None: before this start.
         self._saved: tuple[int, float | None] | None = (first_step, None) if first_step else None
         self._stepped_at = time.monotonic()
+        self._terminal = Terminal(file=stream)
         self._live = Live(
-            console=Terminal(file=stream),
+            console=self._terminal,
             get_renderable=self.render,
             refresh_per_second=_UPDATES_PER_SECOND,
         )
 
     def say(self, line: str) -> None:
-        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._terminal.print(line, markup=False, highlight=False, overflow="fold")
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
         self._values = dict(values)
@@ -140,7 +141,7 @@ class LiveConsole:
         from rich.console import Group
         from rich.text import Text
 
-        width = self._live.console.width
+        width = self._terminal.width
         parts: list[RenderableType] = [Text("─" * width, style="dim"), self._head(width)]
         parts.append(self._numbers(width))
         if len(self._losses) > 1:
@@ -196,8 +197,8 @@ class LiveConsole:
         from rich.text import Text
 
         values = self._values
-        loss = _with_z(values, "loss", "loss_z", ".3f", " nats/token")
-        grad_norm = _with_z(values, "grad_norm", "grad_norm_z", ".3g", "")
+        loss = _with_z(values, "loss", "loss_z", " nats/token")
+        grad_norm = _with_z(values, "grad_norm", "grad_norm_z", "")
         rate = Text(f"{values['lr']:.2e}" if values else "–")
         validation = Text("–")
         if self._validation is not None:
@@ -243,12 +244,13 @@ class LiveConsole:
         ]
 
 
-def _with_z(values: Mapping[str, float], name: str, z_name: str, digits: str, unit: str) -> "Text":
+def _with_z(values: Mapping[str, float], name: str, z_name: str, unit: str) -> "Text":
     from rich.text import Text
 
     if name not in values:
         return Text("–")
-    text = Text(f"{values[name]:{digits}}", style="bold")
+    value = values[name]
+    text = Text(f"{value:.3f}" if abs(value) < 1000 else f"{value:.3e}", style="bold")
     text.append(unit, style="dim")
     z = values.get(z_name, math.nan)
     if math.isfinite(z):

@@ -1,22 +1,17 @@
-"""metrics.jsonl holds one history; the console says it in a line; wandb never stops a run."""
+"""metrics.jsonl holds one history, and the console says it in a line."""
 
 import io
 import json
-import subprocess
-import sys
-import types
+import math
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
 
-from sedd_scale.config import LoggingConfig
-from sedd_scale.training.metrics import (
-    MetricsLog,
-    format_count,
-    format_duration,
-    format_training_line,
-)
+from sedd_scale.config import LoggingConfig, load_config
+from sedd_scale.planning.flops import step_flops
+from sedd_scale.training.metrics import MetricsLog
+from sedd_scale.training.utilisation import Utilisation
 
 
 def line(step: int) -> dict[str, Any]:
@@ -94,136 +89,29 @@ def test_other_processes_are_silent(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()) and not stream.getvalue()
 
 
-def test_a_terminal_has_a_bar_below_the_lines(tmp_path: Path) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    log = MetricsLog(tmp_path, LoggingConfig(), is_main=True, total_steps=8, stream=stream)
-    for step in range(1, 9):
-        log.advance(step)
-    log.training(8, **line(8))
-    log.close()
-    assert "8/8" in stream.getvalue() and "nats/token" in stream.getvalue()
-
-
-def test_the_console_line() -> None:
-    values = {**line(0), "loss": 4.8123}
-    assert format_training_line(120, 1307, values) == (
-        "step 120/1307  loss 4.812 nats/token  |g| 0.93  lr 1.0e-03  12.3k tokens/s  "
-        "162 ms/step  eta 3m12s"
-    )
+def test_what_the_machine_is_used_for_is_recorded(tmp_path: Path) -> None:
+    """Twice the seconds a step are half the share of the peak."""
+    config = load_config(Path(__file__).parents[2] / "configs/runs/tiny.yaml")
+    config = config.override("model.vocab_size=257", "data.block_length=64")
+    utilisation = Utilisation(config, torch.device("cpu"), 2)
+    assert utilisation.peak.name == "measured peak"
+    flops = step_flops(config, vocab_size=257, block_length=64).required / 2
+    expected = flops / 0.5 / utilisation.peak.flops_per_second
+    assert math.isclose(utilisation.mfu(0.5), expected)
+    assert math.isclose(utilisation.mfu(1.0), expected / 2)
+    record(tmp_path, range(1, 2), utilisation=utilisation)
+    found = lines(tmp_path)[0]
+    assert math.isclose(found["mfu"], utilisation.mfu(0.162))
+    assert found["memory_bytes"] > 1e8  # torch alone is larger
 
 
-def test_counts_and_durations() -> None:
-    counts = [0, 7.25, 42, 999, 1000, 12_345, 999_600, 4.56e6, 3e9, 5e12]
-    assert [format_count(value) for value in counts] == [
-        "0.00", "7.25", "42.0", "999", "1.00k", "12.3k", "1.00M", "4.56M", "3.00G", "5.0T",
-    ]  # fmt: skip
-    durations = [0, 41.4, 60, 192, 7500, 111_600, -3, float("inf")]
-    assert [format_duration(value) for value in durations] == [
-        "0s", "41s", "1m00s", "3m12s", "2h05m", "1d07h", "0s", "?",
-    ]  # fmt: skip
-
-
-class FakeRun:
-    def __init__(self, fails_at: str) -> None:
-        self.fails_at = fails_at
-        self.logged: list[tuple[int, dict[str, Any]]] = []
-
-    def log(self, values: dict[str, Any], *, step: int) -> None:
-        if self.fails_at == "log":
-            raise ConnectionError("the network\nis gone")
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        if self.fails_at == "finish":
-            raise KeyError("half a run")
-
-
-def fake_wandb(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> list[dict[str, Any]]:
-    """A wandb that fails at one call; the arguments of `init` are returned."""
-    calls: list[dict[str, Any]] = []
-
-    def init(**arguments: Any) -> FakeRun:
-        calls.append(arguments)
-        if fails_at == "init":
-            raise Exception("no such project")
-        return FakeRun(fails_at)
-
-    def login(*, prompt: bool, verify: bool) -> bool:
-        assert not prompt and not verify  # neither may keep a run waiting
-        return fails_at != "key"
-
-    module = types.SimpleNamespace(init=init, login=login, Settings=dict)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return calls
-
-
-@pytest.mark.parametrize("fails_at", ["init", "log", "finish", "key", "import"])
-def test_a_failing_wandb_warns_once_and_the_run_goes_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    fails_at: str,
-) -> None:
-    fake_wandb(monkeypatch, fails_at)
-    if fails_at == "import":
-        monkeypatch.setitem(sys.modules, "wandb", None)
-    record(tmp_path, range(1, 6), config=LoggingConfig(wandb="online"))
-    assert len(lines(tmp_path)) == 6
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 1 and warnings[0].startswith("warning: wandb could not ")
-
-
-def test_a_wandb_that_hangs_at_the_end_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import threading
-
-    fake_wandb(monkeypatch, "")
-    monkeypatch.setattr("sedd_scale.training.metrics._WANDB_SECONDS", 0.05)
-    monkeypatch.setattr(FakeRun, "finish", lambda _: threading.Event().wait(5))
-    record(tmp_path, range(1, 3), config=LoggingConfig(wandb="online"))
-    assert "could not finish" in capsys.readouterr().err
-
-
-def test_a_resume_goes_on_in_the_same_wandb_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = fake_wandb(monkeypatch, "")
-    for wandb_name in (None, "mine"):
-        config = LoggingConfig(wandb="online", wandb_name=wandb_name)
-        record(tmp_path, range(1, 3), config=config, run_config={"a": 1})
-    assert calls[0]["id"] == calls[1]["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
-    assert calls[0]["resume"] == "allow" and calls[0]["config"] == {"a": 1}
-    assert [call["name"] for call in calls] == [tmp_path.name, "mine"]
-
-
-def test_wandb_itself_works_offline(tmp_path: Path) -> None:
-    """In a process of its own, as wandb leaves threads and hooks behind."""
-    program = f"""
-import io
-from sedd_scale.config import LoggingConfig
-from sedd_scale.training.metrics import MetricsLog
-log = MetricsLog({str(tmp_path)!r}, LoggingConfig(wandb="offline"), is_main=True, total_steps=3)
-for step in range(1, 4):
-    log.training(
-        step, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1, tokens_per_second=1.0, step_ms=1.0
-    )
-log.close()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert (tmp_path / "wandb_id.txt").read_text().strip() in written.name
-    assert b"tokens_per_second" in written.read_bytes()
-    assert len(lines(tmp_path)) == 3
+def test_an_error_leaves_the_file_whole(tmp_path: Path) -> None:
+    try:
+        with MetricsLog(
+            tmp_path, LoggingConfig(), is_main=True, total_steps=5, stream=io.StringIO()
+        ) as log:
+            log.training(1, **line(1))
+            raise KeyError("a run that fails")
+    except KeyError:
+        pass
+    assert [entry["step"] for entry in lines(tmp_path)] == [1]
