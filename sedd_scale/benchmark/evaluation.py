@@ -56,10 +56,10 @@ def add_arguments(subparsers: Any) -> None:
         help="a prepared dataset, whose validation blocks are measured; needed with --checkpoint",
     )
     add("--block-length", type=int, default=1024, metavar="L", help="of the text (%(default)s)")
-    add("--blocks", type=int, default=16, metavar="K", help="measured (%(default)s)")
-    add("--paper-draws", type=int, default=32, metavar="K", help="times a block (%(default)s)")
+    add("--blocks", type=int, default=32, metavar="K", help="measured (%(default)s)")
+    add("--paper-draws", type=int, default=16, metavar="K", help="times a block (%(default)s)")
     add("--draws", type=int, default=16, metavar="K", help="of low-variance (%(default)s)")
-    add("--seeds", type=int, default=4, metavar="K", help="of the draws (%(default)s)")
+    add("--seeds", type=int, default=3, metavar="K", help="of the draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (16)")
     add("--train-steps", type=int, default=300, metavar="K", help="of a small model (%(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")

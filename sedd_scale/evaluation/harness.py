@@ -1,0 +1,234 @@
+"""lm-evaluation-harness's view of a model: likelihoods through the bound, text through infilling.
+
+    python -m sedd_scale.evaluation.harness --model sedd_scale \
+        --model_args checkpoint=runs/books --tasks lambada_openai
+
+is the harness's own command line with the model registered; a program that imports this module can
+name the model too. It needs the package lm_eval (`pip install 'sedd_scale[harness]'`), of which
+nothing finds models of other packages by itself.
+
+`loglikelihood` is minus the bound on a continuation whose context stays clean: noise moves the
+continuation alone. Every request has the same draws, so what two continuations differ by is not the
+luck of their masks. An autoregressive model has its exact likelihood. `is_greedy` says whether
+filling the continuation with the likeliest token, the surest position first, gives it back; under
+the uniform graph, whose samplers have no likeliest token, it is never claimed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from sedd_scale.errors import ConfigError, DataError, SeddScaleError
+from sedd_scale.evaluation.bound import evaluate_bound
+from sedd_scale.evaluation.shared_work import over_ranks
+from sedd_scale.interop.model_arguments import check_tokenizer_fits, open_tokenizer
+from sedd_scale.interop.pretrained import load_pretrained
+from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.sampling.completions import infill
+
+MODEL_NAME = "sedd_scale"
+_MOST_GENERATED = 256
+
+
+@register_model(MODEL_NAME)
+class SeddScaleLM(LM):  # type: ignore[misc]
+    """A checkpoint as the harness asks it.
+
+    Args:
+        checkpoint: as of `tools/eval_ppl.py`.
+        weights: "ema" or "master".
+        tokenizer: path, for a checkpoint that carries none.
+        draws: times a request is looked at.
+        seed: of all draws.
+        batch_size: sequences at a time.
+        max_length: tokens of context and continuation together; the model's block by default.
+        steps, sampler: of generated text; the samplers' own defaults.
+        tensor: processes that share the model; the others share the requests.
+        device: "cpu" keeps the weights there; else they go to the process's GPU, if it has one
+            (the harness says "cuda:0" where nothing was said).
+        max_batch_size: not more than this many.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        weights: str = "ema",
+        tokenizer: str | None = None,
+        draws: int = 16,
+        seed: int = 0,
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        tensor: int = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            size = int(batch_size)
+        except ValueError:
+            raise ConfigError(f"batch_size={batch_size} is no number: give such as 16") from None
+        self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
+        self.model = load_pretrained(
+            Path(checkpoint),
+            weights=weights,
+            device=device,
+            layout=initialize_layout(tensor=tensor),
+        )
+        if tokenizer is not None:
+            self.model.tokenizer = open_tokenizer(Path(tokenizer))
+        check_tokenizer_fits(self.model)
+        if self.model.tokenizer is None:
+            raise DataError(f"checkpoint={checkpoint} carries no tokenizer: give tokenizer=PATH")
+        self.max_length = max_length or self.model.block_length or 1024
+        self.draws, self.seed = draws, seed
+        options = {"steps": steps, "sampler": sampler}
+        self.sampling = {name: value for name, value in options.items() if value is not None}
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log-probability in nats, from below, and `is_greedy`."""
+        spans = [self._encoded(*request.args) for request in requests]
+        found = self._log_probabilities(spans)
+
+        def greedy(which: int) -> tuple[bool]:
+            return (self._is_greedy(*spans[which]),)
+
+        flags = over_ranks(self.model.layout, len(spans), greedy)
+        pairs = [(value, bool(flag)) for value, (flag,) in zip(found, flags, strict=True)]
+        for request, pair in zip(requests, pairs, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, pair)
+        return pairs
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Of each whole text, cut into blocks of `max_length` that stand alone."""
+        spans, owner = [], []
+        for number, request in enumerate(requests):
+            ids = self._encode(request.args[0])
+            if not ids:
+                raise DataError("a text of no token has no likelihood: leave it out of the task")
+            for begin in range(0, len(ids), self.max_length):
+                spans.append(([], ids[begin : begin + self.max_length]))
+                owner.append(number)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owner, self._log_probabilities(spans))
+        return [float(value) for value in totals]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Text behind each context, up to the first of the strings that end it."""
+
+        def text(which: int) -> tuple[str]:
+            return (self._generate(*requests[which].args),)
+
+        return [made for (made,) in over_ranks(self.model.layout, len(requests), text)]
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        wanted = int(options.get("max_gen_toks") or options.get("max_tokens") or _MOST_GENERATED)
+        wanted = max(1, min(wanted, self.max_length - 1))
+        given = self._encode(context)[-(self.max_length - wanted) :]
+        settings = dict(self.sampling)
+        if self.model.graph.mask_id is not None:
+            sampled = options.get("do_sample", False)
+            settings["temperature"] = float(options.get("temperature") or 0.0) if sampled else 0.0
+            if settings["temperature"] == 0.0 and not self.model.objective.causal:
+                settings.setdefault("sampler", "confidence")
+        (made,) = infill(
+            self.model,
+            tokens=given,
+            positions=range(len(given)),
+            length=len(given) + wanted,
+            seed=self.seed,
+            **settings,
+        )
+        assert self.model.tokenizer is not None
+        new = made.tokens[len(given) :]
+        eos = self.model.tokenizer.eos_id
+        if eos in new and not self.model.tokenizer.eos_in_text:
+            new = new[: new.index(eos)]
+        text = self.model.tokenizer.decode(new)
+        for end in until:
+            if end:
+                text = text.partition(end)[0]
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        assert self.model.tokenizer is not None
+        return [int(token) for token in self.model.tokenizer.encode(text)]
+
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, cut where the ids of the context alone end; the context's last ones fit."""
+        # A word's space belongs to the word, as tokenizers write it.
+        spaces = len(context) - len(context.rstrip(" "))
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        given = self._encode(context) if context else []
+        target = self._encode(context + continuation)[len(given) :]
+        if not target or len(target) > self.max_length:
+            raise DataError(
+                f"a continuation of {len(target)} tokens cannot be scored in blocks of "
+                f"{self.max_length}: give a task with others, or max_length"
+            )
+        room = self.max_length - len(target)
+        return given[len(given) - min(room, len(given)) :], target
+
+    def _log_probabilities(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Minus the bound of each second part given the first, in nats; collective."""
+        found = [0.0] * len(spans)
+        by_length: dict[int, list[int]] = {}
+        for number, (given, target) in enumerate(spans):
+            by_length.setdefault(len(given) + len(target), []).append(number)
+        causal = self.model.objective.causal
+        for _, numbers in sorted(by_length.items()):
+            result = evaluate_bound(
+                self.model,
+                torch.tensor([spans[number][0] + spans[number][1] for number in numbers]),
+                draws=None if causal else self.draws,
+                # As many of one sample as of many: a request's draws depend on no other request.
+                replicates=None if causal else 2,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                block_ids_n=np.zeros(len(numbers), dtype=np.int64),
+                context_n=np.array([len(spans[number][0]) for number in numbers]),
+            )
+            for number, nats in zip(numbers, result.block_nats_n, strict=True):
+                found[number] = -float(nats) * len(spans[number][1])
+        return found
+
+    def _is_greedy(self, given: list[int], target: list[int]) -> bool:
+        if self.model.graph.mask_id is None:
+            return False
+        options = {} if self.model.objective.causal else {"sampler": "confidence"}
+        (made,) = infill(
+            self.model,
+            tokens=given,
+            positions=range(len(given)),
+            length=len(given) + len(target),
+            temperature=0.0,
+            **options,
+        )
+        return made.tokens[len(given) :] == target
+
+
+def main() -> int:
+    """The harness's command line, with one line for an error of the input."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except SeddScaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
