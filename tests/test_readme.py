@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from sedd_scale import __main__ as package_commands
 from sedd_scale.config import Config, load_config
 from sedd_scale.config_reference import reference
 from sedd_scale.errors import ConfigError
+from tests.interop.tiny_checkpoints import write_checkpoint
 from tools import (
     benchmark,
     compare,
@@ -123,6 +125,9 @@ def check_command(line: str) -> None:
     num_processes, rest = after_launcher(words)
     while rest[:1] == ["-W"]:
         rest = rest[2:]
+    if rest[:2] == ["-m", "sedd_scale"]:
+        package_commands.build_parser().parse_args(rest[2:])
+        return
     if rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]) is not None, line
         if rest[1] == "pytest":
@@ -206,6 +211,7 @@ def known_flags() -> set[str]:
     torchrun = {"--max-restarts", "--nnodes", "--signals-to-handle", "--shutdown-timeout"}
     flags = {"--run-dir", "--full", *torchrun}  # --full is of the tests
     parsers = [build_parser() for build_parser in PARSERS.values()]
+    parsers.append(package_commands.build_parser())
     while parsers:
         for action in parsers.pop()._actions:
             flags.update(action.option_strings)
@@ -260,8 +266,10 @@ def test_configuration_reference_is_up_to_date():
         assert f"| `{key}` |" in reference()
 
 
-def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With a small untrained model in the place of the published one."""
+def test_python_in_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """With small untrained models in the places of the published one and of the reader's."""
     import torch
 
     from sedd_scale.interop.convert import write_published
@@ -272,8 +280,10 @@ def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = ScoreModel(config, 50, initialize_layout(), block_length=64)
     write_published(model, tmp_path / "sedd-small", None)
     monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks(ROOT / "README.md", "python")
-    ast.parse(snippet)
+    write_checkpoint(tmp_path / "runs/books", block_length=64)
+    sampling, snippet = blocks(ROOT / "README.md", "python")
+    exec(compile(sampling, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("It was ") == 2
     names: dict[str, torch.Tensor] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["log_score_BLV"].shape == (2, 64, 51)
