@@ -3,7 +3,7 @@
     python examples/train_from_scratch.py [STEPS]
 
 The text is that which every Python carries; the model goes to example-model/. 200 steps take about
-half a minute on two CPU cores.
+a minute on two CPU cores.
 """
 
 import sys
