@@ -80,7 +80,7 @@ class SeddScaleLM(LM):  # type: ignore[misc]
         self.model = load_pretrained(
             Path(checkpoint),
             weights=weights,
-            device=device,
+            device=device if device == "cpu" else None,
             layout=initialize_layout(tensor=tensor),
         )
         if tokenizer is not None:
