@@ -89,6 +89,13 @@ def _add_convert(subcommands: Any) -> None:
         help="of sedd-hf: start a new file of weights at this many gigabytes (default: 5)",
     )
     add(
+        "--results",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="of sedd-hf: what tools/eval_ppl.py printed of SRC, for the card; may be repeated",
+    )
+    add(
         "--noise-parameters",
         type=int,
         metavar="N",
@@ -204,12 +211,15 @@ def convert_run(arguments: argparse.Namespace) -> None:
     for flag, value, target in (
         ("--shard-gb", arguments.shard_gb, "sedd-hf"),
         ("--noise-parameters", arguments.noise_parameters, "sedd-train"),
+        ("--results", arguments.results, "sedd-hf"),
     ):
         if value is None:
             continue
         if arguments.target_format != target:
             raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
-        if value < 0 or (value == 0 and flag == "--shard-gb"):
+        if flag == "--results":
+            options["results"] = value
+        elif value < 0 or (value == 0 and flag == "--shard-gb"):
             raise ConfigError(f"{flag} {value} has to be above zero: change it")
     if arguments.shard_gb is not None:
         options["shard_bytes"] = int(arguments.shard_gb * 1e9)

@@ -6,18 +6,20 @@ when all of it is on disk.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.formats import open_checkpoint
+from sedd_scale.interop.model_card import CARD_FILE, last_validation, model_card, read_report
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.published_files import check_expressible, write_published_files
 from sedd_scale.interop.reference_training import FILE_NAME, write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
-from sedd_scale.interop.source import WeightsOnly
+from sedd_scale.interop.source import CheckpointSource, WeightsOnly
 from sedd_scale.model.score_model import ScoreModel
 
 # What can be written; mdlm is read only.
@@ -34,6 +36,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     extra_parameters: int | None = None,
     assumptions: Assumptions | None = None,
+    results: Sequence[Path] = (),
 ) -> None:
     """Write the checkpoint `source` to `target` in another format.
 
@@ -50,6 +53,8 @@ def convert(
         extra_parameters: of sedd-train, parameters without state that the optimizer lists after
             the network's; None: as many as the source's had, else 0.
         assumptions: what a source of format sedd-train or mdlm does not say.
+        results: of sedd-hf, reports of tools/eval_ppl.py for the model card, each of the weights
+            that are exported.
 
     Raises:
         CheckpointError: no such conversion, an unusable source, a format that cannot express the
@@ -71,6 +76,9 @@ def convert(
             f"{temporary} is in the way, left by another conversion: wait for it or remove it"
         )
     opened = open_checkpoint(source, format=source_format, assumptions=assumptions)
+    card = None
+    if target_format == "sedd-hf":
+        card = _card(opened, source, target.name, weights or "ema", results)
     if weights is not None:
         opened = WeightsOnly(opened, weights)
 
@@ -84,6 +92,8 @@ def convert(
                 lambda name: opened.read(name, "ema"),
                 shard_bytes=shard_bytes,
             )
+            assert card is not None
+            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         else:
             file = temporary
             if target.suffix not in (".pth", ".pt"):
@@ -96,6 +106,24 @@ def convert(
     _write_beside(temporary, target, write)
 
 
+def _card(
+    opened: CheckpointSource, source: Path, name: str, weights: str, results: Sequence[Path]
+) -> str:
+    """The model card of an export; validation is of the averaged weights, so for those alone."""
+    check_expressible(opened.described)
+    measured = []
+    if opened.format == "native" and weights == "ema":
+        # A step-N lies in RUN/checkpoints.
+        validation = last_validation(opened.path.parent.parent, opened.described.step)
+        measured += [] if validation is None else [validation]
+    if results:
+        fingerprint = checkpoint_fingerprint(source)
+        measured += [
+            read_report(path, fingerprint=fingerprint, weights=weights) for path in results
+        ]
+    return model_card(name, opened.described, measured)
+
+
 def write_published(model: ScoreModel, directory: Path, tokenizer_directory: Path | None) -> None:
     """Write a model of this process into a new directory in the published format.
 
@@ -104,6 +132,8 @@ def write_published(model: ScoreModel, directory: Path, tokenizer_directory: Pat
     """
     source = ModelSource(model, tokenizer_directory)
     write_published_files(directory, source.described, lambda name: source.read(name, "ema"))
+    card = model_card(directory.name, source.described, ())
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def write_native(model: ScoreModel, directory: Path, tokenizer_directory: Path | None) -> None:
