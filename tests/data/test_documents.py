@@ -91,10 +91,10 @@ def test_builtin_text() -> None:
         ("a.jsonl", b'{"title": 1, "body": 2}', r"a\.jsonl:1 has no field 'text'.*\(title, body\)"),
         ("a.jsonl", b'{"text": 7}', r"a\.jsonl:1: field 'text' is a int"),
         ("a.jsonl", b'{"text": "a\\ud800"}', r"half of a surrogate pair at character 1"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:-9], r"gz is cut short"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-9], r"gz is cut short"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}' * 99)[:-9], r"xz is cut short"),
         ("a.jsonl.xz", b"not xz at all", r"xz is cut short or not a \.xz"),
-        ("a.txt.gz", gzip.compress(b"ok\xff"), r"byte 0xff at offset 2 of the decompressed text"),
+        ("a.txt.gz", gzip.compress(b"ok\xff", mtime=0), r"byte 0xff at offset 2 of the decompressed text"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
