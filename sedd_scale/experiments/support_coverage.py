@@ -18,6 +18,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ TOKENS, LENGTH = 4, 3
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # move probabilities at which scores are compared
 
 
-def measure(graph: str, schedule: str, *, steps: int, seed: int) -> dict[str, Any]:
+def measure(
+    graph: str,
+    schedule: str,
+    *,
+    steps: int,
+    seed: int,
+    draw: Callable[[int, Any], Any] | None = None,
+) -> dict[str, Any]:
     """Train one model and compare its scores.
 
     Args:
         steps: of 256 sequences each.
         seed: of weights and data.
+        draw: gives [count, LENGTH] training sequences; those of the source by default.
     """
     import torch
 
@@ -54,17 +63,15 @@ def measure(graph: str, schedule: str, *, steps: int, seed: int) -> dict[str, An
         }
     )  # fmt: skip
     model = ScoreModel(config, TOKENS, initialize_layout(), block_length=LENGTH)
-    clean_CL, law_C = source()
+    draw = draw or drawn
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     t_min = config.noise.t_min
     for _ in range(steps):
-        drawn_B = torch.multinomial(law_C, 256, replacement=True, generator=generator)
+        clean_BL = draw(256, generator)
         u_B = (torch.arange(256) + torch.rand(256, generator=generator)).double() / 256
-        loss = model.loss(
-            clean_CL[drawn_B], t_B=t_min + (1 - t_min) * u_B, generator=generator
-        ).mean()
+        loss = model.loss(clean_BL, t_B=t_min + (1 - t_min) * u_B, generator=generator).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -79,15 +86,30 @@ def measure(graph: str, schedule: str, *, steps: int, seed: int) -> dict[str, An
     }
 
 
-def source() -> tuple[Any, Any]:
-    """All sequences [C, LENGTH] and their probabilities [C]; no token is followed by every one."""
+def drawn(count: int, generator: Any) -> Any:
+    """Sequences of the source, [count, LENGTH]."""
+    import torch
+
+    clean_CL, law_C = source()
+    return clean_CL[torch.multinomial(law_C, count, replacement=True, generator=generator)]
+
+
+def chain_law() -> tuple[Any, Any]:
+    """Of the source: the first token's probabilities [N], and the next one's given one [N, N]."""
     import torch
 
     follow_NN = torch.tensor(
         [[0.6, 0.3, 0.1, 0.0], [0.0, 0.2, 0.5, 0.3], [0.3, 0.0, 0.3, 0.4], [0.5, 0.4, 0.0, 0.1]],
         dtype=torch.float64,
     )
-    first_N = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    return torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64), follow_NN
+
+
+def source() -> tuple[Any, Any]:
+    """All sequences [C, LENGTH] and their probabilities [C]; no token is followed by every one."""
+    import torch
+
+    first_N, follow_NN = chain_law()
     clean_CL = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
     law_C = first_N[clean_CL[:, 0]]
     for place in range(1, LENGTH):
