@@ -1,6 +1,7 @@
 """A run of Weights & Biases, in the process of its own that `trackers` starts."""
 
 import contextlib
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ SECONDS_TO_ANSWER = 60.0
 """For the service, at the start of a run."""
 CODE_FOLDERS = ("sedd_scale", "tools", "configs", "slurm")
 CODE_SUFFIXES = (".py", ".yaml", ".sh")
+CODE_ARCHIVE = "code.tar.gz"
 
 
 class WandbTracker:
@@ -19,7 +21,7 @@ class WandbTracker:
         project, name, run_id: of the run; one that was begun before goes on under its id.
         config: the resolved configuration.
         watched_pid: the process whose memory and CPU are to be reported.
-        log_code: whether to keep a copy of the program that ran.
+        save_code: whether to keep a copy of the program that ran, CODE_ARCHIVE among its files.
 
     Raises:
         RuntimeError: online without an API key.
@@ -35,7 +37,7 @@ class WandbTracker:
         run_id: str,
         config: dict[str, Any],
         watched_pid: int | None = None,
-        log_code: bool = True,
+        save_code: bool = True,
     ) -> None:
         import wandb
 
@@ -65,8 +67,8 @@ class WandbTracker:
         # A value with nothing else stands for its best, or its last.
         for metric, summary in (("valid_nats_per_token", "min"), ("tokens_per_second", "mean")):
             self._run.define_metric(metric, summary=summary)
-        if log_code:
-            self._log_code()
+        if save_code:
+            self._save_code()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send one step's numbers."""
@@ -83,18 +85,14 @@ class WandbTracker:
         """Send what is not yet sent."""
         self._run.finish()
 
-    def _log_code(self) -> None:
+    def _save_code(self) -> None:
+        """Keep the program as one file of the run, which needs no more of the service."""
+        archive = Path(self._run.dir) / CODE_ARCHIVE
         root = Path(__file__).resolve().parents[2]
-        folders = [root / name for name in CODE_FOLDERS]
-
-        def wanted(path: str) -> bool:
-            inside = any(folder in Path(path).parents for folder in folders)
-            return inside and path.endswith(CODE_SUFFIXES)
-
-        def unwanted(path: str) -> bool:
-            return not any(
-                folder == Path(path) or folder in Path(path).parents for folder in folders
-            )
-
-        with contextlib.suppress(OSError):  # a file that went away meanwhile
-            self._run.log_code(str(root), include_fn=wanted, exclude_fn=unwanted)
+        with tarfile.open(archive, "w:gz") as code:
+            for folder in CODE_FOLDERS:
+                for path in sorted((root / folder).rglob("*")):
+                    if path.suffix in CODE_SUFFIXES:
+                        with contextlib.suppress(FileNotFoundError):  # it went away meanwhile
+                            code.add(path, str(path.relative_to(root)))
+        self._run.save(str(archive), base_path=self._run.dir, policy="now")
