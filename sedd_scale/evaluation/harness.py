@@ -37,7 +37,7 @@ _MOST_GENERATED = 256
 
 
 @register_model(MODEL_NAME)
-class SeddScaleLM(LM):  # type: ignore[misc]
+class SeddScaleLM(LM):
     """A checkpoint as the harness asks it.
 
     Args:
@@ -109,7 +109,8 @@ class SeddScaleLM(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Of each whole text, cut into blocks of `max_length` that stand alone."""
-        spans, owner = [], []
+        spans: list[tuple[list[int], list[int]]] = []
+        owner: list[int] = []
         for number, request in enumerate(requests):
             ids = self._encode(request.args[0])
             if not ids:
@@ -135,7 +136,7 @@ class SeddScaleLM(LM):  # type: ignore[misc]
         wanted = int(options.get("max_gen_toks") or options.get("max_tokens") or _MOST_GENERATED)
         wanted = max(1, min(wanted, self.max_length - 1))
         given = self._encode(context)[-(self.max_length - wanted) :]
-        settings = dict(self.sampling)
+        settings: dict[str, Any] = dict(self.sampling)
         if self.model.graph.mask_id is not None:
             sampled = options.get("do_sample", False)
             settings["temperature"] = float(options.get("temperature") or 0.0) if sampled else 0.0
@@ -206,7 +207,9 @@ class SeddScaleLM(LM):  # type: ignore[misc]
     def _is_greedy(self, given: list[int], target: list[int]) -> bool:
         if self.model.graph.mask_id is None:
             return False
-        options = {} if self.model.objective.causal else {"sampler": "confidence"}
+        options: dict[str, Any] = {}
+        if not self.model.objective.causal:
+            options["sampler"] = "confidence"
         (made,) = infill(
             self.model,
             tokens=given,
