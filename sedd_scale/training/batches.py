@@ -36,6 +36,8 @@ BoolArray = npt.NDArray[np.bool_]
 # Sequences that are corrupted together, and validation blocks whose text is counted together.
 CORRUPTED_TOGETHER = 64
 COUNTED_TOGETHER = 64
+# Names of the validation loss at times in [0, 0.1), [0.1, 0.2), ... [0.9, 1].
+TIME_BINS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
 
 
 class StepBatches(NamedTuple):
@@ -275,6 +277,7 @@ class ValidationBatches:
         self.t_min = config.noise.t_min
         self.document_end = corpus.eos_id if config.model.document_attention else None
         self.skipped: set[Shard] = set()
+        self._by_time: dict[str, float] = {}
         self.blocks, self.tokens_n = self._choose_blocks(reader)
         micro_batch = config.training.micro_batch
         unit = micro_batch * layout.data
@@ -286,10 +289,34 @@ class ValidationBatches:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """How many damaged shards of the validation split other blocks stand for."""
+        """The loss by noise level that `bound` found last, and damaged shards passed over.
+
+        The first is nats per token of the blocks whose time lies in each tenth of [0, 1], nan where
+        none does, under the names of `TIME_BINS`; a causal network has no times.
+        """
         if self.config.data.on_bad_shard == "stop":
+            return dict(self._by_time)
+        return {**self._by_time, "skipped_valid_shards": float(len(self.skipped))}
+
+    def _loss_by_time(self, nats_n: Tensor) -> dict[str, float]:
+        if self.objective.causal:
             return {}
-        return {"skipped_valid_shards": float(len(self.skipped))}
+        times_n = self.objective.on_grid(
+            stratified_times(
+                seed=self.config.training.seed,
+                step=0,
+                global_batch=len(self.blocks),
+                sample_ids_B=np.arange(len(self.blocks)),
+                t_min=self.objective.first_time(self.t_min),
+                stream="validation",
+            )
+        )
+        bin_n = (times_n * len(TIME_BINS)).long().clamp(max=len(TIME_BINS) - 1)
+        sums, tokens = (
+            torch.zeros(len(TIME_BINS), dtype=torch.float64).index_add(0, bin_n, values_n)
+            for values_n in (nats_n.double(), self.tokens_n)
+        )
+        return dict(zip(TIME_BINS, (sums / tokens).tolist(), strict=True))
 
     def _choose_blocks(self, reader: JointReader) -> tuple[IntArray, Tensor]:
         """The blocks, all of them readable, and the text tokens of each; alike on all ranks."""
@@ -351,7 +378,9 @@ class ValidationBatches:
         smaller.
         """
         mean_tokens = self.tokens_n.mean()
-        nats_n = torch.cat(list(nats_of_ranks))[: len(self.blocks)] / mean_tokens
+        nats_n = torch.cat(list(nats_of_ranks))[: len(self.blocks)]
+        self._by_time = self._loss_by_time(nats_n)
+        nats_n = nats_n / mean_tokens
         # Of blocks with more text more nats are expected: only the rest is error.
         rest_n = nats_n - nats_n.mean() * self.tokens_n / mean_tokens
         width, closing = self.objective.closing(self.graph, self.schedule, self.t_min)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 TRAINING_KEYS = ("loss", "grad_norm", "lr", "tokens_per_second")
 VALIDATION_KEYS = ("valid_nats_per_token", "valid_stderr")
+# Of a validation, the loss at times in each tenth of [0, 1], as training names it.
+TIME_KEYS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
 # How far the smoothed loss looks back: this share of a run's lines, and at least so many.
 SMOOTHED_SHARE = 0.05
 SMOOTHED_LINES = 10
@@ -37,12 +39,14 @@ class RunMetrics:
         validation: per validation `step` and VALIDATION_KEYS.
         unigram_nats: unigram entropy of the validation text in nats/token; None where the run's
             dataset is not there any more.
+        by_time: per validation that has it `step` and TIME_KEYS, nats/token.
     """
 
     name: str
     training: dict[str, FloatArray]
     validation: dict[str, FloatArray]
     unigram_nats: float | None
+    by_time: dict[str, FloatArray]
 
 
 def read_run(run_dir: Path, *, name: str | None = None) -> RunMetrics:
@@ -80,6 +84,7 @@ def read_run(run_dir: Path, *, name: str | None = None) -> RunMetrics:
         name=name or run_dir.resolve().name,
         training=_columns(training, TRAINING_KEYS),
         validation=_columns(validation, VALIDATION_KEYS),
+        by_time=_columns([line for line in validation if TIME_KEYS[0] in line], TIME_KEYS),
         unigram_nats=unigram_entropy_of(run_dir),
     )
 
@@ -140,8 +145,8 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: directory {output.parent} does not exist; make it")
     figure, axes = pyplot.subplot_mosaic(
-        [["loss"] * 3, ["grad_norm", "lr", "tokens_per_second"]],
-        figsize=(11, 8),
+        [["loss"] * 4, ["grad_norm", "lr", "tokens_per_second", "by_time"]],
+        figsize=(13, 8),
         height_ratios=[2.2, 1],
         layout="constrained",
     )
@@ -151,11 +156,16 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
         steps = run.training["step"]
         for key in ("grad_norm", "lr", "tokens_per_second"):
             axes[key].plot(steps, run.training[key], color=color, linewidth=1.2)
+        if len(run.by_time["step"]):
+            tenths = (np.arange(len(TIME_KEYS)) + 0.5) / len(TIME_KEYS)
+            nats = [run.by_time[key][-1] for key in TIME_KEYS]
+            axes["by_time"].plot(tenths, nats, "o-", color=color, markersize=3, linewidth=1.2)
     _finish_loss(axes["loss"], runs)
     for key, title in (
         ("grad_norm", "gradient norm, before clipping"),
         ("lr", "learning rate"),
         ("tokens_per_second", "tokens/s"),
+        ("by_time", "last validation loss by time, nats/token"),
     ):
         axes[key].set_title(title, fontsize=10)
     if any((run.training["grad_norm"] > 0).any() for run in runs):
@@ -168,7 +178,7 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
     axes["lr"].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
     for panel in axes.values():
-        panel.set_xlabel("step")
+        panel.set_xlabel("time" if panel is axes["by_time"] else "step")
         panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
@@ -241,7 +251,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON ({error}): {fix}") from error
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise DataError(f"{where} is not an object with an integer step: {fix}")
-    for key in (*TRAINING_KEYS, *VALIDATION_KEYS):
+    for key in (*TRAINING_KEYS, *VALIDATION_KEYS, *TIME_KEYS):
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise DataError(f"{where}: {key}={value!r} is no number: {fix}")
