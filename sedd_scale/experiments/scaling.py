@@ -1,0 +1,214 @@
+"""How bits per character fall with size at equal compute: score entropy beside autoregressive.
+
+    python -m sedd_scale.experiments.scaling --data books.jsonl.xz --output runs/scaling
+
+Every size is trained with the same FLOPs, so that small networks see more tokens, once for each
+objective and seed, and evaluated alike. Through the sizes of an objective goes a power law,
+bits = a N^-b with N the parameters of the blocks, fitted to logarithms by least squares; the error
+of b comes from the scatter about it. Killed and started again, the same command goes on.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sedd_scale.cli import make_parser, run_command
+from sedd_scale.config import Config
+from sedd_scale.errors import ConfigError
+
+OBJECTIVES = ("autoregressive", "score_entropy")
+_SYMBOLS = 27
+_HEAD_WIDTH = 32
+
+
+class PowerLaw(NamedTuple):
+    """bits = factor * N^-exponent, and the standard error of the exponent (None: two points)."""
+
+    factor: float
+    exponent: float
+    stderr: float | None
+
+
+def fit_power_law(sizes: Sequence[float], bits: Sequence[float]) -> PowerLaw:
+    """The least-squares line through logarithms; raises ConfigError for fewer than two sizes."""
+    if len(set(sizes)) < 2:
+        raise ConfigError("a power law needs at least two sizes: give more to --widths")
+    x, y = np.log(sizes), np.log(bits)
+    slope, offset = np.polyfit(x, y, 1)
+    stderr = None
+    if len(x) > 2:
+        rest = float(((y - slope * x - offset) ** 2).sum()) / (len(x) - 2)
+        stderr = math.sqrt(rest / float(((x - x.mean()) ** 2).sum()))
+    return PowerLaw(math.exp(offset), -float(slope), stderr)
+
+
+def block_parameters(width: int, layers: int) -> int:
+    """Matrix entries of the blocks: attention 4 and MLP 8 times the width squared."""
+    return 12 * width * width * layers
+
+
+def flops_per_token(width: int, layers: int, length: int) -> int:
+    """Forward and backward: 6 a matrix entry, head included, and 12 a channel and position seen."""
+    return 6 * (block_parameters(width, layers) + width * _SYMBOLS) + 12 * layers * length * width
+
+
+def variants_of(arguments: argparse.Namespace) -> dict[str, Config]:
+    """Name -> configuration of every size and objective; --steps are the largest size's."""
+    sizes = {width: max(1, width // _HEAD_WIDTH) for width in sorted(arguments.widths)}
+    length = arguments.block_length
+    budget = arguments.steps * max(flops_per_token(*size, length) for size in sizes.items())
+    made = {}
+    for width, layers in sizes.items():
+        if width % _HEAD_WIDTH:
+            raise ConfigError(f"--widths {width}: give multiples of {_HEAD_WIDTH}")
+        steps = round(budget / flops_per_token(width, layers, length))
+        for objective in OBJECTIVES:
+            made[f"{objective}-{width}"] = Config().override(
+                f"model.hidden_size={width}",
+                f"model.num_layers={layers}",
+                f"model.num_heads={layers}",
+                "model.cond_dim=64",
+                "model.dropout=0",
+                "optimizer.lr=0.002",
+                "optimizer.beta2=0.98",
+                "optimizer.schedule=cosine",
+                f"optimizer.warmup_steps={min(50, steps // 4)}",
+                "optimizer.ema_decay=0.99",
+                f"training.objective={objective}",
+                f"training.steps={steps}",
+                "training.global_batch=8",
+                "training.micro_batch=8",
+                "training.precision=fp32",
+                "training.valid_every=0",
+            )
+    return made
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bits of every run and the power law of each objective."""
+    rows = []
+    for result in results:
+        objective, _, width = result["variant"].rpartition("-")
+        rows.append(
+            {
+                "objective": objective,
+                "width": int(width),
+                "parameters": block_parameters(int(width), max(1, int(width) // _HEAD_WIDTH)),
+                "seed": result["seed"],
+                "bits_per_char": result["evaluation"]["bits_per_char"],
+                "train_seconds": result["train_seconds"],
+            }
+        )
+    laws = {}
+    for objective in OBJECTIVES:
+        own = [row for row in rows if row["objective"] == objective]
+        law = fit_power_law(
+            [row["parameters"] for row in own], [row["bits_per_char"] for row in own]
+        )
+        laws[objective] = law._asdict()
+    return {"rows": rows, "power_laws": laws}
+
+
+def write_report(summary: dict[str, Any], output: Path, command: str) -> None:
+    """report.json, report.md and report.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    (output / "report.json").write_text(
+        json.dumps({**summary, "command": command}, indent=1) + "\n"
+    )
+    lines = [
+        "# Scaling at equal compute",
+        "",
+        "| objective | width | parameters | seed | bits/char |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    lines += [
+        f"| {row['objective']} | {row['width']} | {row['parameters']:,} | {row['seed']} | "
+        f"{row['bits_per_char']:.4f} |"
+        for row in summary["rows"]
+    ]
+    lines += ["", "| objective | bits = a N^-b: a | b | standard error of b |", "|---|---|---|---|"]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for objective, law in summary["power_laws"].items():
+        error = "two points" if law["stderr"] is None else f"{law['stderr']:.4f}"
+        lines.append(f"| {objective} | {law['factor']:.3f} | {law['exponent']:.4f} | {error} |")
+        own = [row for row in summary["rows"] if row["objective"] == objective]
+        sizes = np.array(sorted({row["parameters"] for row in own}), dtype=float)
+        (points,) = axes.loglog(
+            [row["parameters"] for row in own], [row["bits_per_char"] for row in own], "o"
+        )
+        fitted = law["factor"] * sizes ** -law["exponent"]
+        axes.loglog(sizes, fitted, color=points.get_color(), label=objective)
+    lines += ["", f"Command: `{command}`", "", "![bits over parameters](report.png)"]
+    (output / "report.md").write_text("\n".join(lines) + "\n")
+    axes.set_xlabel("parameters of the blocks")
+    axes.set_ylabel("bits per character")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(output / "report.png", dpi=110)
+    plt.close(figure)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "Train several sizes of score entropy and autoregressive models with equal FLOPs and fit a "
+        "power law to each: report.md, report.json and report.png.",
+        "python -m sedd_scale.experiments.scaling --data books.jsonl.xz --output runs/scaling",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="PATH", help="text, or a dataset of text8's 27")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
+    add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
+    add("--steps", type=int, default=800, metavar="K", help="of the largest size (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
+    add("--block-length", type=int, default=128, metavar="L", help="(%(default)s)")
+    add("--jobs", type=int, default=2, metavar="K", help="runs at a time (%(default)s)")
+    return parser
+
+
+def scaling_command(arguments: argparse.Namespace) -> None:
+    """Run what is missing, fit and report."""
+    from sedd_scale.experiments.comparison import Comparison, find_dataset
+    from sedd_scale.experiments.experiment import DataSettings, EvaluationSettings, Experiment
+
+    if len(set(arguments.widths)) < 3:
+        raise ConfigError(f"--widths {arguments.widths}: give at least three different ones")
+    if arguments.steps < 1 or arguments.jobs < 1:
+        raise ConfigError("--steps and --jobs have to be at least 1")
+    variants = variants_of(arguments)
+    experiment = Experiment(
+        title="Scaling at equal compute",
+        variants=variants,
+        changes={name: [] for name in variants},
+        baseline=next(iter(variants)),
+        seeds=arguments.seeds,
+        data=DataSettings(block_length=arguments.block_length),
+        evaluation=EvaluationSettings(),
+        jobs=arguments.jobs,
+        threads=1,
+    )
+    comparison = Comparison(
+        experiment,
+        find_dataset(experiment, arguments.data, arguments.output),
+        arguments.output,
+        Path(__file__).resolve().parents[2] / "tools",
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    words = ["python", "-m", "sedd_scale.experiments.scaling", *sys.argv[1:]]
+    write_report(summarise(comparison.results()), arguments.output, shlex.join(words))
+    print((arguments.output / "report.md").read_text(), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(build_parser(), scaling_command))
