@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the judge runs, such as cpu or cuda:1 (the first GPU, if any)",
     )
     add("--report", type=Path, metavar="FILE.json", help="also write the report as JSON")
+    add(
+        "--track",
+        type=Path,
+        metavar="RUN_DIR",
+        help="also send the samples, as a table, to the trackers of the run that they are from "
+        "(its logging.wandb and logging.tensorboard)",
+    )
     show = parser.add_mutually_exclusive_group()
     show.add_argument(
         "--show-trace",
@@ -58,8 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse combinations that would leave an option without effect."""
     reports = not arguments.show_trace and arguments.trace is None
-    if not reports and (arguments.judge is not None or arguments.report is not None):
-        raise ConfigError("--judge and --report go with the report: leave out the trace")
+    if not reports:
+        for name in ("judge", "report", "track"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name} goes with the report: leave out the trace")
     if arguments.device is not None and arguments.judge is None:
         raise ConfigError("--device goes with --judge: give one or leave it out")
     for name in ("id", "steps_per_second"):
@@ -136,6 +145,35 @@ def report(arguments: argparse.Namespace) -> None:
     if arguments.report is not None:
         write_report(arguments.report, found)
     print(format_quality(found))
+    if arguments.track is not None:
+        send_to_trackers(arguments.samples, arguments.track)
+
+
+def send_to_trackers(samples: Path, run_dir: Path) -> None:
+    """Send samples to the trackers of a run, at the step of its last checkpoint."""
+    from sedd_scale.config import load_config
+    from sedd_scale.sampling.samples_file import read_samples
+    from sedd_scale.training.checkpoint_directory import find_checkpoint, read_meta
+    from sedd_scale.training.trackers import open_trackers
+
+    step = int(read_meta(find_checkpoint(run_dir))["step"])
+    config = load_config(run_dir / "config.yaml")
+    trackers = open_trackers(
+        run_dir, config.logging, config.to_dict(), resumed_step=config.training.steps
+    )
+    if not trackers:
+        raise ConfigError(
+            f"--track {run_dir}: the run has no tracker: train it with logging.wandb or "
+            "logging.tensorboard=true"
+        )
+    rows = [
+        {"id": str(record.get("id")), "text": record.get("text") or str(record.get("tokens"))}
+        for record in read_samples(samples)
+    ]
+    for tracker in trackers:
+        tracker.log_samples(step, rows)
+    for tracker in trackers:
+        tracker.close()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from sedd_scale.config import LoggingConfig
+from sedd_scale.cli import run_command
+from sedd_scale.config import Config, LoggingConfig
 from sedd_scale.training.trackers import TrackerProcess, open_trackers
+from tools.samples import build_parser, samples_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD, BAD = "tests.training.bad_trackers:Good", "tests.training.bad_trackers:Bad"
@@ -123,6 +125,21 @@ def test_wandb_offline_holds_numbers_samples_config_and_code(
         assert part in content, part
     with tarfile.open(folder / "files" / "code.tar.gz") as code:
         assert {"sedd_scale/diffusion/score_entropy.py", "tools/train.py"} <= {*code.getnames()}
+
+
+def test_samples_are_sent_to_no_run_without_trackers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    step = tmp_path / "checkpoints" / "step-3"
+    step.mkdir(parents=True)
+    (step / "meta.json").write_text('{"format": "sedd_scale", "step": 3}')
+    (tmp_path / "samples.jsonl").write_text('{"id": "0", "tokens": [1], "text": "a"}\n')
+    words = [str(tmp_path / "samples.jsonl"), "--track", str(tmp_path)]
+    assert run_command(build_parser(), samples_command, words) == 2
+    assert "error: " in capsys.readouterr().err
+    assert run_command(build_parser(), samples_command, [*words, "--show-trace"]) == 2
+    assert "--track goes with the report" in capsys.readouterr().err
 
 
 class Service(http.server.BaseHTTPRequestHandler):
