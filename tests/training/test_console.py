@@ -41,11 +41,11 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self._process, self._terminal = pty.fork()
         if self._process == 0:
-            for name in ("SLURM_JOB_ID", "COLUMNS", "LINES"):
-                os.environ.pop(name, None)
-            os.environ.update(TERM="xterm-256color", PYTHONPATH=str(REPOSITORY), **environment)
-            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
-            os.execv(PROGRAM[0], PROGRAM)
+            # A dictionary of its own: readline, if it is loaded, sets COLUMNS behind os.environ.
+            unset = ("SLURM_JOB_ID", "COLUMNS", "LINES")
+            inherited = {name: value for name, value in os.environ.items() if name not in unset}
+            added = {"TERM": "xterm-256color", "PYTHONPATH": str(REPOSITORY), **environment}
+            os.execve(PROGRAM[0], PROGRAM, {**inherited, **added})
         self.resize(columns)
         mode = termios.tcgetattr(self._terminal)
         mode[3] &= ~termios.ECHO
