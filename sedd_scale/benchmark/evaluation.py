@@ -82,6 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
+    from sedd_scale.data.shards import Dataset
     from sedd_scale.errors import ConfigError
     from sedd_scale.evaluation.bound import evaluate_bound
     from sedd_scale.evaluation.corpora import open_corpus
@@ -97,6 +98,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("--checkpoint needs --data: give the dataset to measure it on")
         if data is None:
             data = _python_text(Path(folder) / "data", arguments.block_length)
+        length = Dataset(data).block_length
+        if length != arguments.block_length:
+            raise ConfigError(
+                f"--data {data} has blocks of {length} tokens: give --block-length {length}"
+            )
         if checkpoint is None:
             checkpoint = _train(Path(folder) / "run", data, arguments)
         model: ScoreModel = load_pretrained(checkpoint)
@@ -107,11 +113,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             block_length=arguments.block_length,
             max_blocks=arguments.blocks,
         )
-        if corpus.block_length != arguments.block_length:
-            raise ConfigError(
-                f"--data {data} has blocks of {corpus.block_length} tokens: give --block-length "
-                f"{corpus.block_length}"
-            )
         found: dict[str, Any] = {}
         for protocol, draws in (
             ("paper", arguments.paper_draws),
