@@ -134,7 +134,7 @@ def check_command(line: str) -> None:
             assert all((ROOT / word).exists() for word in rest[2:] if word[0] != "-"), line
         return
     assert (ROOT / rest[0]).is_file(), line
-    if rest[0].startswith("tests/"):
+    if rest[0].startswith(("tests/", "examples/")):
         return
     if rest[0] == "tools/train.py":
         check_training(rest[1:], num_processes or 1)

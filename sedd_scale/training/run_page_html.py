@@ -73,7 +73,7 @@ const PANELS = [
   {id: "lr", title: "learning rate", unit: "", zero: true, series: atStep("lr")},
   {id: "tokens_per_second", title: "throughput", unit: "tokens/s", zero: true,
     series: atStep("tokens_per_second")},
-  {id: "by_time", title: "validation loss by noise level", unit: "nats/token at time t", time: true,
+  {id: "by_time", title: "validation by time t", unit: "nats/token", time: true,
     zero: true, series: run => {
       const all = run.by_time.nats, line = (values, kind, name) =>
         ({x: ones(values), y: values, kind, name});
