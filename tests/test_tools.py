@@ -18,7 +18,7 @@ TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 COMMANDS = [[f"tools/{name}"] for name in TOOLS] + [["-m", "sedd_scale"]]
 HEAVY = ("torch", "deepspeed", "megatron", "matplotlib", "wandb", "transformers", "rich")
 # Shown in place of a value; a flag has one of these in every command, or several that say the same.
-SAME = [{"FILE.jsonl", "FILE.png", "FILE.html", "FILE.json", "DIR", "PATH"}]
+SAME = [{"FILE", "FILE.jsonl", "FILE.png", "FILE.html", "FILE.json", "DIR", "PATH"}]
 
 
 def run(words: list[str], *options: str) -> subprocess.CompletedProcess[str]:
