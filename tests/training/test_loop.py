@@ -15,8 +15,9 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from sedd_scale.training.batches import TrainBatches, ValidationBatches
+from sedd_scale.training.batches import TIME_BINS, TrainBatches, ValidationBatches
 from sedd_scale.training.loop import fit_to_dataset, train
+from sedd_scale.training.plots import TIME_KEYS
 from sedd_scale.training.resume import find_resume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -195,6 +196,28 @@ def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> Non
         return batches.bound(nats)
 
     assert len({bound(data) for data in (1, 2, 4)}) == 1
+
+
+def test_validation_loss_by_time_is_that_of_the_blocks_at_those_times(dataset: Path) -> None:
+    config, opened = fit_to_dataset(tiny(dataset, "training.valid_blocks=30"))
+    graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
+
+    def by_time(data: int) -> dict[str, float]:
+        nats = []
+        for rank in range(data):
+            batches = ValidationBatches(opened, config, graph, schedule, layout(data, rank))
+            sigma_B = torch.cat([batch.inputs[1] for batch in batches.micro_batches]).double()
+            # In the place of the loss: t nats a token, from the noise that the network is told.
+            nats.append(-torch.expm1(-sigma_B) / (1 - config.noise.eps) * opened.block_length)
+        batches.bound(nats)
+        return batches.metrics()
+
+    found = by_time(1)
+    assert found == by_time(2)
+    assert list(found) == [f"valid_loss_t{tenth}" for tenth in range(10)]
+    for tenth, value in enumerate(found.values()):
+        assert tenth / 10 - 1e-4 <= value <= (tenth + 1) / 10 + 1e-4
+    assert tuple(found) == TIME_BINS == TIME_KEYS
 
 
 def test_layout_of_one_process() -> None:
