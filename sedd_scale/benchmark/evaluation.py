@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.cli import add_command
 
 if TYPE_CHECKING:
     from sedd_scale.model.score_model import ScoreModel
@@ -39,8 +40,11 @@ SMALL = (
 
 def add_arguments(subparsers: Any) -> None:
     """Register `eval` and its options."""
-    parser = subparsers.add_parser(
-        "eval", help="network calls of the bound's protocols for the same standard error"
+    parser = add_command(
+        subparsers,
+        "eval",
+        help="network calls of the bound's protocols for the same standard error",
+        example="python tools/benchmark.py eval --json",
     )
     add = parser.add_argument
     add(
@@ -59,7 +63,7 @@ def add_arguments(subparsers: Any) -> None:
     add("--blocks", type=int, default=32, metavar="K", help="measured (%(default)s)")
     add("--paper-draws", type=int, default=16, metavar="K", help="times a block (%(default)s)")
     add("--draws", type=int, default=16, metavar="K", help="of low-variance (%(default)s)")
-    add("--seeds", type=int, default=3, metavar="K", help="of the draws (%(default)s)")
+    add("--num-seeds", type=int, default=3, metavar="K", help="of the draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (16)")
     add("--train-steps", type=int, default=300, metavar="K", help="of a small model (%(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
@@ -129,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     block_ids_n=corpus.block_ids_n,
                     text_n=corpus.text_n,
                 )
-                for seed in range(arguments.seeds)
+                for seed in range(arguments.num_seeds)
             ]
             variances = [result.stderr**2 for result in results]
             name = protocol.replace("-", "_")
@@ -152,7 +156,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "vocab_size": model.graph.num_tokens,
         "block_length": corpus.block_length,
         "blocks": len(corpus.blocks_nL),
-        "seeds": arguments.seeds,
+        "seeds": arguments.num_seeds,
         **found,
         # For the error of one, the other needs as many calls as the ratio of calls x variance.
         "paper_calls_for_that_stderr": cost[0] / found["low_variance_stderr"] ** 2,

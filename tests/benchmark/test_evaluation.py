@@ -27,7 +27,7 @@ def test_calls_for_the_same_error(tmp_path: Path) -> None:
         valid_fraction=0.5,
     )
     words = ("--data", tmp_path / "data", "--block-length", 32, "--blocks", 8, "--threads", 1)
-    words += ("--train-steps", 2, "--seeds", 2, "--draws", 8, "--paper-draws", 8)
+    words += ("--train-steps", 2, "--num-seeds", 2, "--draws", 8, "--paper-draws", 8)
     result = evaluation.measure(parsed(*words, "model.hidden_size=32", "model.num_layers=1"))
     assert result["paper_calls"] == 8 * 8
     assert 8 * 8 < result["low_variance_calls"] <= 2 * 8 * 8
