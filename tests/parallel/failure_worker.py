@@ -65,7 +65,12 @@ PLANTS: dict[str, Callable[[Engine, Layout], None]] = {
 def fail(plant: str, overrides: list[str]) -> str:
     """Make one good step, plant the fault, and return what the next step says."""
     arguments = argparse.Namespace(
-        model="tiny", vocab=50, batch=2, length=16, accumulate=4, overrides=overrides
+        model="tiny",
+        vocab_size=50,
+        batch_size=2,
+        block_length=16,
+        accumulate=4,
+        overrides=overrides,
     )
     config = synthetic_config(arguments, "model.num_layers=2", world_size=launched_world_size())
     parallel = config.parallel

@@ -170,7 +170,12 @@ def flip_the_lowest_bit(tensor: torch.Tensor | None) -> None:
 def of_layout(name: str, folder: Path) -> dict[str, Any]:
     """A bad step and flipped bits under one layout."""
     arguments = Namespace(
-        model="tiny", vocab=50, batch=2, length=16, accumulate=2, overrides=list(LAYOUTS[name])
+        model="tiny",
+        vocab_size=50,
+        batch_size=2,
+        block_length=16,
+        accumulate=2,
+        overrides=list(LAYOUTS[name]),
     )
     config = synthetic_config(arguments, "model.num_layers=2", world_size=2)
     parallel = config.parallel
