@@ -69,10 +69,12 @@ class Terminal:
             assert time.monotonic() < deadline, "\n".join(self.screen.display)
             quiet = not select.select([self._terminal], [], [], 0.1)[0]
             if not quiet:
-                with contextlib.suppress(OSError):
+                try:
                     part = os.read(self._terminal, 65536)
-                    self.raw += part
-                    self._stream.feed(part)
+                except OSError:  # the program has ended
+                    quiet, part = True, b""
+                self.raw += part
+                self._stream.feed(part)
         return [line.rstrip() for line in self.screen.display]
 
     def close(self) -> None:
