@@ -42,7 +42,7 @@ def configured(mixture: str, steps: int, *overrides: str) -> Config:
 
 def history(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "step_ms")
+    timed = ("tokens_per_second", "step_ms", "mfu", "memory_bytes")
     return [
         {key: value for key, value in line.items() if key not in timed}
         for line in lines

@@ -217,8 +217,10 @@ def test_an_array_draws_what_one_process_does(chain: Chain) -> None:
 
 def test_a_conversion_gives_the_run_in_the_published_format(chain: Chain) -> None:
     assert chain.jobs["convert"].state == "COMPLETED", chain.jobs["convert"].text()
-    exported = load_pretrained(chain.folder / "exported").state_dict()
-    of_run = load_pretrained(chain.run_dir).state_dict()
+    exported, of_run = (
+        dict(load_pretrained(path).named_parameters())
+        for path in (chain.folder / "exported", chain.run_dir)
+    )
     assert exported.keys() == of_run.keys()
     assert all(torch.equal(weight, of_run[name]) for name, weight in exported.items())
 
