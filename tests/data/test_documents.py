@@ -94,7 +94,11 @@ def test_builtin_text() -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-9], r"gz is cut short"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "x"}' * 99)[:-9], r"xz is cut short"),
         ("a.jsonl.xz", b"not xz at all", r"xz is cut short or not a \.xz"),
-        ("a.txt.gz", gzip.compress(b"ok\xff", mtime=0), r"byte 0xff at offset 2 of the decompressed text"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"ok\xff", mtime=0),
+            r"byte 0xff at offset 2 of the decompressed text",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
