@@ -45,7 +45,7 @@ setup(
         "hub": ["huggingface_hub==2.4.0", "pyarrow==25.0.1"],
         # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.
         "judge": ["transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0"],
-        # Tasks of lm-evaluation-harness; the tests of it are left out, aloud, where it is not there.
+        # Tasks of lm-evaluation-harness; without it its tests are left out, aloud.
         "harness": ["lm_eval==0.4.13"],
         "flash": ["flash-attn>=2.6,<3"],
         "tensorboard": ["tensorboard==2.21.0"],
