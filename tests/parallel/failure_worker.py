@@ -62,6 +62,17 @@ PLANTS: dict[str, Callable[[Engine, Layout], None]] = {
 }
 
 
+@torch.no_grad()
+def plant_in_masters(engine: Engine) -> None:
+    """Let the masters hold what was planted: an update that is left out rewrites weights by them."""
+    for logical in engine.parameters:
+        master = engine.fragments.get(logical, "master")
+        for copy in engine.fragments.working_copies(logical):
+            assert master is not None
+            planted = copy != master.flat.to(copy.dtype)
+            master.flat[planted] = copy[planted].float()
+
+
 def fail(plant: str, overrides: list[str]) -> str:
     """Make one good step, plant the fault, and return what the next step says."""
     arguments = argparse.Namespace(
@@ -83,6 +94,7 @@ def fail(plant: str, overrides: list[str]) -> str:
     engine = run.engine()
     run.train_step(engine, 0)
     PLANTS[plant](engine, layout)
+    plant_in_masters(engine)
     try:
         run.train_step(engine, 1)
     except TrainingError as error:
