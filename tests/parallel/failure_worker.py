@@ -64,7 +64,7 @@ PLANTS: dict[str, Callable[[Engine, Layout], None]] = {
 
 @torch.no_grad()
 def plant_in_masters(engine: Engine) -> None:
-    """Let the masters hold what was planted: an update that is left out rewrites weights by them."""
+    """Let the masters hold what was planted: an update left out rewrites weights by them."""
     for logical in engine.parameters:
         master = engine.fragments.get(logical, "master")
         for copy in engine.fragments.working_copies(logical):
