@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.evaluation.corpora import open_corpus
     from sedd_scale.interop.pretrained import load_pretrained
 
-    for name in ("blocks", "seeds", "train_steps", "threads"):
+    for name in ("blocks", "num_seeds", "train_steps", "threads"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
     torch.set_num_threads(arguments.threads)
