@@ -1,10 +1,11 @@
 """Why a step's loss or gradient is not finite: which weight, which layer, or the exponential.
 
-Looked for only after such a step, whose update DeepSpeed has left out, so that the weights are
-still those that made it.
+Looked for only after such a step, whose update was left out: the masters are still those that made
+it, and the working weights are the masters again. So a fault of a master is named on the rank that
+updates it, which has handed it to the others by then; one of a working weight alone is gone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Fault(NamedTuple):
     """Something not finite that one rank found; the least of all ranks' faults came first."""
 
     kind: int
-    """0 a weight, 1 what a layer makes, 2 a loss."""
+    """0 a master, 1 a working weight, 2 what a layer makes, 3 a loss."""
     stage: int
     """Pipeline stage."""
     rank: int
@@ -33,6 +34,8 @@ def explain_failure(
     fragments: ZeroFragments,
     layout: Layout,
     evaluate: Callable[[], Tensor],
+    *,
+    loss_was_finite: bool,
 ) -> str:
     """One clause that names the rank, the pipeline stage and the first thing that is not finite.
 
@@ -42,22 +45,24 @@ def explain_failure(
         network: this rank's layers, those of the list with a `logical_name`.
         evaluate: runs the step's batch forwards through all stages; losses in nats of this rank's
             sequences, on every stage.
+        loss_was_finite: in the step itself.
     """
-    weights = [
-        logical.name
-        for logical in parameters
-        if not all(torch.isfinite(part).all() for part in _held(logical, fragments))
-    ]
     layers, losses = _layers_not_finite(network, evaluate)
     faults = []
-    if weights:
-        faults.append((0, f"weight {weights[0]} ({len(weights)} in all) is not finite"))
+    for kind, held in enumerate((_master, _working)):
+        weights = [
+            logical.name
+            for logical in parameters
+            if not torch.isfinite(held(logical, fragments)).all()
+        ]
+        if weights:
+            faults.append((kind, f"weight {weights[0]} ({len(weights)} in all) is not finite"))
     if layers:
-        faults.append((1, f"the hidden states that {layers[0]} makes are not finite"))
+        faults.append((2, f"the hidden states that {layers[0]} makes are not finite"))
     if layout.is_last_stage and not torch.isfinite(losses).all():
         faults.append(
             (
-                2,
+                3,
                 "the score entropy overflows: a score e^u is too large for float32, from finite "
                 "weights and hidden states",
             )
@@ -66,18 +71,26 @@ def explain_failure(
     of_ranks: list[list[Fault]] = [[] for _ in range(layout.world_size)]
     dist.all_gather_object(of_ranks, mine)
     found = [fault for faults_of_rank in of_ranks for fault in faults_of_rank]
+    if not found and not loss_was_finite:
+        return (
+            "made again its loss is finite: a working weight was not its master's, which has "
+            "replaced it, or a device miscounted"
+        )
     if not found:
         return "the gradient overflows in the backward pass: weights and losses are finite"
     first = min(found)
     return f"on rank {first.rank}, pipeline stage {first.stage}, {first.text}"
 
 
-def _held(logical: LogicalParameter, fragments: ZeroFragments) -> Iterator[Tensor]:
-    """The parameter as far as this rank holds it: to compute with, and to update in float32."""
-    yield logical.parameter.detach()  # empty under ZeRO 3
+def _master(logical: LogicalParameter, fragments: ZeroFragments) -> Tensor:
+    """What this rank updates of the parameter in float32; maybe nothing."""
     master = fragments.get(logical, "master")
-    if master is not None:
-        yield master.flat
+    return torch.empty(0) if master is None else master.flat
+
+
+def _working(logical: LogicalParameter, _: ZeroFragments) -> Tensor:
+    """What this rank computes with; empty under ZeRO 3."""
+    return logical.parameter.detach()
 
 
 def _layers_not_finite(

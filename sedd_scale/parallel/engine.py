@@ -7,6 +7,7 @@ on the host, and give the same losses and gradient norms.
 
 import contextlib
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -138,9 +139,9 @@ class Engine(ABC):
         return float(self._gate.loss_part()) * self.layout.data
 
     def explain(self, micro_batches: Sequence[MicroBatch]) -> str:
-        """Which rank, stage and weight or layer makes these micro-batches' step not finite.
+        """Which rank, stage and weight or layer made the step of these micro-batches not finite.
 
-        Collective: every rank calls it, with the weights that made the step, and gets the same.
+        Collective: every rank calls it after that step, and gets the same.
         """
         return explain_failure(
             self._deepspeed.module,
@@ -148,6 +149,7 @@ class Engine(ABC):
             self.fragments,
             self.layout,
             lambda: self.evaluate(micro_batches),
+            loss_was_finite=math.isfinite(self._gate.outcome()[0].loss),
         )
 
     @torch.no_grad()

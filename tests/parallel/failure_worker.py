@@ -43,34 +43,36 @@ def nan_weight(engine: Engine, layout: Layout) -> None:
 
 def huge_weights(engine: Engine, layout: Layout) -> None:
     """A finite block weight that makes infinite hidden states."""
-    for logical in engine.parameters:
-        if logical.name == "blocks.1.mlp.linear_fc2.weight":
-            logical.parameter.detach().fill_(torch.finfo(torch.float32).max)
+    fill(engine, "blocks.1.mlp.linear_fc2.weight", torch.finfo(torch.float32).max)
 
 
 def huge_logits(engine: Engine, layout: Layout) -> None:
     """A finite bias whose exponential is too large."""
+    fill(engine, "head.linear.bias", 200.0)
+
+
+def fill(engine: Engine, name: str, value: float) -> None:
+    """Give a weight one value, in the masters and in what the network computes with."""
     for logical in engine.parameters:
-        if logical.name == "head.linear.bias":
-            logical.parameter.detach().fill_(200.0)
+        fragment = engine.fragments.get(logical, "master")
+        if logical.name == name and fragment is not None:
+            fragment.flat.fill_(value)
+    engine.fragments.refresh_parameters()
+
+
+def stray_weight(engine: Engine, layout: Layout) -> None:
+    """A number that the network computes with and that is not its master's."""
+    for logical in engine.parameters:
+        if logical.name == "blocks.1.mlp.linear_fc1.weight":
+            logical.parameter.detach().view(-1)[0] = math.nan
 
 
 PLANTS: dict[str, Callable[[Engine, Layout], None]] = {
     "nan_weight": nan_weight,
     "huge_weights": huge_weights,
     "huge_logits": huge_logits,
+    "stray_weight": stray_weight,
 }
-
-
-@torch.no_grad()
-def plant_in_masters(engine: Engine) -> None:
-    """Let the masters hold what was planted: an update left out rewrites weights by them."""
-    for logical in engine.parameters:
-        master = engine.fragments.get(logical, "master")
-        for copy in engine.fragments.working_copies(logical):
-            assert master is not None
-            planted = copy != master.flat.to(copy.dtype)
-            master.flat[planted] = copy[planted].float()
 
 
 def fail(plant: str, overrides: list[str]) -> str:
@@ -94,7 +96,6 @@ def fail(plant: str, overrides: list[str]) -> str:
     engine = run.engine()
     run.train_step(engine, 0)
     PLANTS[plant](engine, layout)
-    plant_in_masters(engine)
     try:
         run.train_step(engine, 1)
     except TrainingError as error:

@@ -23,11 +23,12 @@ CASES = [
     (1, "huge_logits", (FP32,), ("loss inf", "rank 0, pipeline stage 0", OVERFLOW)),
     (1, "huge_logits", (BF16,), ("loss inf", OVERFLOW)),
     (1, "huge_logits", (FP32, "graph.name=uniform"), ("loss inf", OVERFLOW)),
-    (2, "nan_weight", (FP32, "parallel.tensor=2"), ("pipeline stage 0", WEIGHT)),
+    (2, "nan_weight", (FP32, "parallel.tensor=2"), ("rank 1, pipeline stage 0", WEIGHT)),
     (2, "nan_weight", (FP32, "parallel.pipeline=2"), ("rank 1, pipeline stage 1", WEIGHT)),
-    (2, "nan_weight", (BF16, "parallel.zero_stage=3"), ("pipeline stage 0", WEIGHT)),
+    (2, "nan_weight", (BF16, "parallel.zero_stage=3"), ("rank 1, pipeline stage 0", WEIGHT)),
     (2, "huge_weights", (FP32, "parallel.pipeline=2"), ("rank 1, pipeline stage 1", HIDDEN)),
     (2, "huge_logits", (FP32, "parallel.tensor=2"), ("loss inf", OVERFLOW)),
+    (1, "stray_weight", (BF16,), ("loss nan", "a working weight was not its master's")),
 ]
 
 
