@@ -9,7 +9,6 @@ so the error at rate 0 is that of training and the rest is the damage's.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from sedd_scale.cli import make_parser, run_command
 from sedd_scale.errors import ConfigError
+from sedd_scale.experiments.report_files import write_report_files
 from sedd_scale.experiments.support_coverage import (
     GRAPHS,
     LENGTH,
@@ -25,6 +25,7 @@ from sedd_scale.experiments.support_coverage import (
     chain_law,
     drawn,
     measure,
+    outside_of,
 )
 
 KINDS = ("noise", "missing")
@@ -57,14 +58,6 @@ def damaged(kind: str, rate: float) -> Callable[[int, Any], Any]:
 
 def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, command: str) -> None:
     """report.json, report.md and report.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    output.mkdir(parents=True, exist_ok=True)
-    report = {"steps": steps, "command": command, "rows": rows}
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         "# Robustness: errors of learned scores after training on damaged sequences",
         "",
@@ -75,24 +68,22 @@ def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, comman
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        beyond = f"{row['outside']:.5f}" if "outside" in row else "everything is possible"
         lines.append(
             f"| {row['graph']} | {row['damage']} | {row['rate']} | {row['log_error']:.4f} | "
-            f"{beyond} |"
+            f"{outside_of(row)} |"
         )
-    lines += ["", f"Command: `{command}`", "", "![errors over the rate](report.png)"]
-    (output / "report.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for graph, kind in dict.fromkeys((row["graph"], row["damage"]) for row in rows):
-        own = [row for row in rows if (row["graph"], row["damage"]) == (graph, kind)]
-        rates, errors = [row["rate"] for row in own], [row["log_error"] for row in own]
-        axes.plot(rates, errors, marker="o", label=f"{graph}, {kind}")
-    axes.set_xlabel("rate of damage")
-    axes.set_ylabel("mean error of log scores, nats")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(output / "report.png", dpi=110)
-    plt.close(figure)
+
+    def draw(axes: Any) -> None:
+        for graph, kind in dict.fromkeys((row["graph"], row["damage"]) for row in rows):
+            own = [row for row in rows if (row["graph"], row["damage"]) == (graph, kind)]
+            rates, errors = [row["rate"] for row in own], [row["log_error"] for row in own]
+            axes.plot(rates, errors, marker="o", label=f"{graph}, {kind}")
+        axes.set_xlabel("rate of damage")
+        axes.set_ylabel("mean error of log scores, nats")
+        axes.legend(frameon=False)
+
+    report = {"steps": steps, "rows": rows}
+    write_report_files(output, report, lines, draw, command=command, picture="errors over the rate")
 
 
 def build_parser() -> argparse.ArgumentParser:

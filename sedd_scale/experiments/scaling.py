@@ -9,7 +9,6 @@ of b comes from the scatter about it. Killed and started again, the same command
 """
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 from sedd_scale.cli import make_parser, run_command
 from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
+from sedd_scale.experiments.report_files import write_report_files
 
 OBJECTIVES = ("autoregressive", "score_entropy")
 _SYMBOLS = 27
@@ -118,45 +118,38 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_report(summary: dict[str, Any], output: Path, command: str) -> None:
     """report.json, report.md and report.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    (output / "report.json").write_text(
-        json.dumps({**summary, "command": command}, indent=1) + "\n"
-    )
     lines = [
         "# Scaling at equal compute",
         "",
         "| objective | width | parameters | seed | bits/char |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|")
     lines += [
         f"| {row['objective']} | {row['width']} | {row['parameters']:,} | {row['seed']} | "
         f"{row['bits_per_char']:.4f} |"
         for row in summary["rows"]
     ]
     lines += ["", "| objective | bits = a N^-b: a | b | standard error of b |", "|---|---|---|---|"]
-    figure, axes = plt.subplots(figsize=(6, 4))
     for objective, law in summary["power_laws"].items():
         error = "two points" if law["stderr"] is None else f"{law['stderr']:.4f}"
         lines.append(f"| {objective} | {law['factor']:.3f} | {law['exponent']:.4f} | {error} |")
-        own = [row for row in summary["rows"] if row["objective"] == objective]
-        sizes = np.array(sorted({row["parameters"] for row in own}), dtype=float)
-        (points,) = axes.loglog(
-            [row["parameters"] for row in own], [row["bits_per_char"] for row in own], "o"
-        )
-        fitted = law["factor"] * sizes ** -law["exponent"]
-        axes.loglog(sizes, fitted, color=points.get_color(), label=objective)
-    lines += ["", f"Command: `{command}`", "", "![bits over parameters](report.png)"]
-    (output / "report.md").write_text("\n".join(lines) + "\n")
-    axes.set_xlabel("parameters of the blocks")
-    axes.set_ylabel("bits per character")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(output / "report.png", dpi=110)
-    plt.close(figure)
+
+    def draw(axes: Any) -> None:
+        for objective, law in summary["power_laws"].items():
+            own = [row for row in summary["rows"] if row["objective"] == objective]
+            sizes = np.array(sorted({row["parameters"] for row in own}), dtype=float)
+            (points,) = axes.loglog(
+                [row["parameters"] for row in own], [row["bits_per_char"] for row in own], "o"
+            )
+            fitted = law["factor"] * sizes ** -law["exponent"]
+            axes.loglog(sizes, fitted, color=points.get_color(), label=objective)
+        axes.set_xlabel("parameters of the blocks")
+        axes.set_ylabel("bits per character")
+        axes.legend(frameon=False)
+
+    write_report_files(
+        output, summary, lines, draw, command=command, picture="bits over parameters"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

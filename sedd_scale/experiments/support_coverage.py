@@ -14,7 +14,6 @@ compared with them, at times spread over the move probability:
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 from sedd_scale.cli import make_parser, run_command
 from sedd_scale.errors import ConfigError
+from sedd_scale.experiments.report_files import write_report_files
 
 GRAPHS = ("absorb", "uniform")
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
@@ -177,16 +177,13 @@ def _compared(graph: Any, states_SL: Any) -> Any:
     return (states_SL == graph.mask_id)[..., None] & (tokens_V != graph.mask_id)
 
 
+def outside_of(row: dict[str, Any]) -> str:
+    """A row's share outside the support, for a table."""
+    return f"{row['outside']:.5f}" if "outside" in row else "everything is possible"
+
+
 def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, command: str) -> None:
     """report.json, report.md and report.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    output.mkdir(parents=True, exist_ok=True)
-    report = {"steps": steps, "command": command, "rows": rows}
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         "# Support coverage: learned scores beside the true ratios",
         "",
@@ -196,20 +193,25 @@ def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, comman
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        beyond = f"{row['outside']:.5f}" if "outside" in row else "everything is possible"
         lines.append(
             f"| {row['graph']} | {row['schedule']} | {row['seed']} | {row['log_error']:.4f} | "
-            f"{beyond} |"
+            f"{outside_of(row)} |"
         )
-    lines += ["", f"Command: `{command}`", "", "![log errors](report.png)"]
-    (output / "report.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
-    names = [f"{row['graph']}, {row['schedule']}, seed {row['seed']}" for row in rows]
-    axes.barh(names[::-1], [row["log_error"] for row in rows][::-1])
-    axes.set_xlabel("mean error of log scores, nats")
-    figure.tight_layout()
-    figure.savefig(output / "report.png", dpi=110)
-    plt.close(figure)
+
+    def draw(axes: Any) -> None:
+        names = [f"{row['graph']}, {row['schedule']}, seed {row['seed']}" for row in rows]
+        axes.barh(names[::-1], [row["log_error"] for row in rows][::-1])
+        axes.set_xlabel("mean error of log scores, nats")
+
+    write_report_files(
+        output,
+        {"steps": steps, "rows": rows},
+        lines,
+        draw,
+        command=command,
+        picture="log errors",
+        size=(7.0, 0.5 * len(rows) + 1.2),
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

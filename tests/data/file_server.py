@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class FileServer(ThreadingHTTPServer):
@@ -84,7 +87,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(directory: Path, *, ranges: bool = True) -> Iterator[FileServer]:
     """A server of a directory, for the length of a `with`."""
-    server = FileServer(directory, ranges=ranges)
+    with running(FileServer(directory, ranges=ranges)) as server:
+        yield server
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Any server, answering in a thread of its own, for the length of a `with`."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

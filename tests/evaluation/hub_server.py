@@ -1,12 +1,13 @@
 """A stand-in for the Hugging Face hub: the files of dataset repositories, as its client asks."""
 
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+from tests.data.file_server import running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,12 +71,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving_hub(files: Mapping[str, bytes]) -> Iterator[HubServer]:
     """The hub, for the length of a `with`."""
-    server = HubServer(files)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with running(HubServer(files)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
