@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from sedd_scale.config import LoggingConfig
 from sedd_scale.data.atomic import write_atomically
 from sedd_scale.training.console import Console, open_console
-from sedd_scale.training.trackers import TrackerProcess, open_trackers
+from sedd_scale.training.trackers import TrackerProcess, finite_or_null, open_trackers
 from sedd_scale.training.utilisation import Utilisation
 
 # For trackers of a run that ends with an error.
@@ -199,8 +199,7 @@ def keep_history(path: Path, resumed_step: int | None) -> None:
 
 def metrics_line(step: int, values: Mapping[str, float]) -> str:
     """One line of metrics.jsonl; numbers that are not finite become null, which JSON can hold."""
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
+    return json.dumps({"step": step, **finite_or_null(values)}, allow_nan=False) + "\n"
 
 
 def _step_of(line: str) -> int | None:

@@ -73,6 +73,11 @@ def open_trackers(
     return trackers
 
 
+def finite_or_null(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers that JSON can hold: those that are not finite become null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def warn_on_stderr(line: str) -> None:
     """Say a warning where it is seen, whatever becomes of the numbers."""
     print(line, file=sys.stderr, flush=True)
@@ -123,8 +128,7 @@ class TrackerProcess:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Hand over one step's numbers, without waiting."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._put({"step": step, "values": finite})
+        self._put({"step": step, "values": finite_or_null(values)})
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Hand over samples of the model as it was after `step` updates, without waiting."""
