@@ -12,6 +12,7 @@ from sedd_scale.cluster.task_environment import adopt_slurm_task
 from sedd_scale.errors import SeddScaleError
 
 EXIT_USER_ERROR = 2
+EXIT_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 COMMON_EXIT_CODES = {
     0: "done",
     1: "a fault of this program, with a traceback",
@@ -102,7 +103,8 @@ def run_command(
 
     A `SeddScaleError` or an error of the operating system becomes one line on stderr and its exit
     code, mostly 2; with --debug the traceback is shown. In a job of several processes each rank
-    that fails says so and leaves at once, so that the launcher stops the others.
+    that fails says so and leaves at once, so that the launcher stops the others. A reader of the
+    output that has seen enough, as in `... | head`, ends it without a word.
     """
     # Megatron-core warns of every optional package that is not installed, in every process, and
     # DeepSpeed calls collectives under names that torch is about to retire.
@@ -112,7 +114,13 @@ def run_command(
     arguments = parse(argv)
     try:
         adopt_slurm_task(os.environ)
-        return command(arguments) or 0
+        code = command(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
     except (SeddScaleError, OSError) as error:
         if arguments.debug:
             raise

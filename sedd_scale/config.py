@@ -268,7 +268,7 @@ def _expected_type(key: Field[Any]) -> tuple[type[Any], bool]:
     """The type of a key's values and whether null is one of them."""
     if isinstance(key.type, types.UnionType):
         (expected,) = (part for part in typing.get_args(key.type) if part is not types.NoneType)
-        return expected, True
+        return typing.get_origin(expected) or expected, True
     return cast(type[Any], key.type), False
 
 

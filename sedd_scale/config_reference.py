@@ -55,7 +55,7 @@ def allowed(key: Field[Any]) -> str:
         return ", ".join(f"`{scalar_text(choice)}`" for choice in key.metadata["choices"])
     kind = str(getattr(key.type, "__name__", key.type))
     names = {"int": "integer", "float": "number", "bool": "`true`, `false`", "str": "text"}
-    names |= {"list": "list"}
+    names |= {"list[typing.Any]": "list"}
     words = " or ".join(
         "`null`" if part == "None" else names[part] for part in kind.replace(" ", "").split("|")
     )

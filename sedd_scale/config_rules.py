@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sedd_scale.config import Config
 
 
-LIMITS = {
+LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "at_least": ("at least", lambda value, limit: value >= limit),
     "at_most": ("at most", lambda value, limit: value <= limit),
     "above": ("above", lambda value, limit: value > limit),

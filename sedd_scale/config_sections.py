@@ -90,11 +90,11 @@ class DataConfig:
         None,
         "Dataset of tools/prepare_data.py: a directory, a URL, or pipe: and a command.",
     )
-    mixture: list | None = _key(
+    mixture: list[Any] | None = _key(
         None,
         "Instead of path, a list of {path, weight} or {path, tokens}; tokens: of the whole run.",
     )
-    stages: list | None = _key(
+    stages: list[Any] | None = _key(
         None, "A list of {step, weights}: from this step on, these weights of the mixture."
     )
     block_length: int | None = _key(
@@ -198,7 +198,7 @@ class TrainingConfig:
         "At a loss or gradient norm that is not finite; skip: go on without that update.",
         choices=("stop", "skip"),
     )
-    skip_steps: list | None = _key(
+    skip_steps: list[Any] | None = _key(
         None, "Steps whose updates are left out: numbers and [first, last] ranges, from 1."
     )
     spike_window: int = _key(

@@ -56,6 +56,13 @@ def test_help_is_quick_and_imports_nothing_heavy(command: list[str]):
     assert seconds < 2.0
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    command = f"{sys.executable} tools/plan.py configs/models/small.yaml --vocab-size 50257"
+    line = f"{command} --block-length 1024 | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
 def test_version_and_an_unknown_option(command: list[str]):
     done = run([*command, "--version"])

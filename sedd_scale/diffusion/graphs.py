@@ -219,7 +219,7 @@ class Uniform(Graph):
         other = -torch.expm1(-sigma.double()) / self.num_tokens
         same = torch.exp(-sigma.double()) + other
         others = self.num_tokens - 1
-        nats = -torch.special.xlogy(same, same) - others * torch.special.xlogy(other, other)
+        nats: Tensor = -torch.special.xlogy(same, same) - others * torch.special.xlogy(other, other)
         return nats.to(sigma.dtype)
 
     def sample_prior(
