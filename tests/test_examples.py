@@ -1,6 +1,7 @@
 """The examples run, one after the other, and the Python API does what its docstrings say."""
 
 import ast
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_the_examples_run_in_order(
         "sample_and_infill.py",
         "evaluate_text.py",
     }
+
+
+def test_the_notebook_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    exec(compile(snippet, "docs/python.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[0]) < 5.5  # ln 257 = 5.55: untrained
+    assert sedd_scale.load_pretrained(tmp_path / "notebook-model").block_length == 64
 
 
 def test_training_takes_less_than_20_lines_of_code() -> None:

@@ -23,7 +23,8 @@ def sizes_for_plan(
             [path for path in locations_of(config.data) if not has_index(path)] if named else []
         )
         if absent or not named:
-            missing = "--vocab-size N" if vocab_size is None else "--block-length L"
+            options = {"--vocab-size N": vocab_size, "--block-length L": block_length}
+            missing = " and ".join(name for name, size in options.items() if size is None)
             raise ConfigError(
                 f"there is no dataset at data.path={', '.join(absent) or 'null'} to take sizes "
                 f"from: give {missing} (GPT-2's vocabulary has 50257 tokens, the paper's blocks "
