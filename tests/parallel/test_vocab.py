@@ -250,6 +250,25 @@ def test_bf16_weight_gradients_add_up_over_chunks_in_float32() -> None:
         assert relative(part, same) < 4e-3  # one rounding to 8 bits, where 200 would be 20 times it
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_memory_held_before_does_not_matter(dtype: torch.dtype) -> None:
+    """Some processors' products read whole tiles, past the last column (bfloat16 with AMX)."""
+    problem = make_problem("absorb", True, 257, dtype=dtype, length=60)
+    leaves = problem.leaves
+    expected = torch.autograd.grad(
+        linear_score_entropy(*leaves, problem.targets, problem.shard()), leaves
+    )
+    torch.use_deterministic_algorithms(True)  # which fills every empty tensor with NaN
+    try:
+        found = torch.autograd.grad(
+            linear_score_entropy(*leaves, problem.targets, problem.shard()), leaves
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for part, same in zip(found, expected):
+        assert torch.equal(part, same)
+
+
 class Allocations(TorchDispatchMode):
     """The most bytes of new tensors that were alive at once, of everything run inside."""
 
