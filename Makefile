@@ -32,10 +32,12 @@ coverage: $(READY) ## Run the tests and print what of each file they ran, in all
 torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, 4 to 15 minutes).
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/training/torture.py --rounds $(ROUNDS)
 
-lint: $(READY) ## Check style, formatting and types.
+lint: $(READY) ## Check style, formatting, and types under the oldest and the newest Python.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sedd_scale
+	$(BIN)/mypy --python-version 3.10 sedd_scale
+	$(BIN)/mypy --python-version 3.12 sedd_scale
 
 clean: ## Remove .venv and caches; runs and prepared data stay.
 	rm -rf $(VENV) build sedd_scale.egg-info .mypy_cache .pytest_cache .ruff_cache
