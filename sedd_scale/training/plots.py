@@ -165,7 +165,7 @@ def plot_runs(runs: Sequence[RunMetrics], output: Path) -> None:
         ("grad_norm", "gradient norm, before clipping"),
         ("lr", "learning rate"),
         ("tokens_per_second", "tokens/s"),
-        ("by_time", "last validation loss by time, nats/token"),
+        ("by_time", "validation by time, nats/token"),
     ):
         axes[key].set_title(title, fontsize=10)
     if any((run.training["grad_norm"] > 0).any() for run in runs):
