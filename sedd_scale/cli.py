@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from sedd_scale.cluster.task_environment import adopt_slurm_task
 from sedd_scale.errors import SeddScaleError
 
 EXIT_USER_ERROR = 2
+STDOUT = 1
 EXIT_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 COMMON_EXIT_CODES = {
     0: "done",
@@ -83,6 +85,13 @@ def add_command(
     return parser
 
 
+def _nobody_reads_stdout() -> bool:
+    """Whether standard output is a pipe without a reader; other pipes and sockets break too."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def _epilog(example: str, exit_codes: Mapping[int, str] | None) -> str:
     codes = sorted({**COMMON_EXIT_CODES, **(exit_codes or {})}.items())
     lines = "\n".join(f"  {code:<3} {meaning}" for code, meaning in codes)
@@ -117,11 +126,11 @@ def run_command(
         code = command(arguments) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED_PIPE
     except (SeddScaleError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            # Python flushes once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+            return EXIT_CLOSED_PIPE
         if arguments.debug:
             raise
         message = " ".join(str(error).split())

@@ -11,6 +11,7 @@ import pytest
 
 from sedd_scale import __version__
 from sedd_scale.__main__ import build_parser
+from sedd_scale.cli import make_parser, run_command
 from sedd_scale.completion import all_parsers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,14 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
     line = f"{command} --block-length 1024 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]):
+    def command(_: argparse.Namespace) -> None:
+        raise BrokenPipeError("pipe:fetch broke: try again")
+
+    assert run_command(make_parser("Fetch.", "fetch", prog="fetch"), command, []) == 2
+    assert capsys.readouterr().err == "fetch: error: pipe:fetch broke: try again\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
