@@ -294,13 +294,13 @@ def _reconstruction_nats(
     nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
     sigma_B = model.schedule.sigma(t_B)
     move = float(model.schedule.move_probability(t_B[:1]))
-    documents_BL = model.documents_of(clean_BL)
+    ends_BE = model.document_ends(clean_BL)
     chunks = logit_chunks(
         model,
         noisy_BL.to(model.device),
         sigma_B.to(model.device),
         rows_M,
-        documents_BL=None if documents_BL is None else documents_BL.to(model.device),
+        ends_BE=None if ends_BE is None else ends_BE.to(model.device),
     )
     for chunk, logits_mV in chunks:
         weights_mN = logits_mV[:, : graph.num_tokens].double()

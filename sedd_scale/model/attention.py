@@ -1,6 +1,10 @@
 """Attention, bidirectional or causal: one function, two backends, and what Megatron-core calls.
 
-L positions, B sequences, h heads of this rank, D head width.
+L positions, B sequences, h heads of this rank, D head width, E ends of documents.
+
+Documents packed into a block are told by where they end, [B, E] with E the most of a sequence:
+exclusive positions in growing order, L for the last one and for those that a sequence has fewer.
+The host knows their number with the batch: no layer waits for a device to tell.
 """
 
 import importlib.util
@@ -25,15 +29,15 @@ def attention(
     key_LBhD: Tensor,
     value_LBhD: Tensor,
     *,
-    documents_BL: Tensor | None = None,
+    ends_BE: Tensor | None = None,
     causal: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over all positions, or those of the same document; [L, B, h, D].
 
     Args:
-        documents_BL: the document each position belongs to, in runs of equal integers; None: every
-            position attends to every other of its sequence.
+        ends_BE: where each sequence's documents end; None: every position attends to every other of
+            its sequence.
         causal: a position attends to itself and those before it only.
         backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": flash-attn where it is
             installed, on a GPU and given half precision, else PyTorch.
@@ -51,13 +55,14 @@ def attention(
                 f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
                 "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
             )
-        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, documents_BL, causal)
+        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, ends_BE, causal)
     assert backend == "sdpa", backend
     query, key, value = (
         tensor.permute(1, 2, 0, 3) for tensor in (query_LBhD, key_LBhD, value_LBhD)
     )
     mask = None
-    if documents_BL is not None:
+    if ends_BE is not None:
+        documents_BL = documents_of(ends_BE, len(query_LBhD))
         mask = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
         if causal:
             mask = mask.tril()
@@ -71,40 +76,51 @@ def _flash_attention(
     query_LBhD: Tensor,
     key_LBhD: Tensor,
     value_LBhD: Tensor,
-    documents_BL: Tensor | None,
+    ends_BE: Tensor | None,
     causal: bool,
 ) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     inputs = [tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)]
-    if documents_BL is None:
+    if ends_BE is None:
         return flash_attn_func(*inputs, causal=causal).transpose(0, 1)
-    batch, length = documents_BL.shape
-    bounds = document_bounds(documents_BL)
+    batch, length = inputs[0].shape[:2]
+    bounds = document_bounds(ends_BE, length)
     output = flash_attn_varlen_func(
         *(tensor.flatten(0, 1) for tensor in inputs), bounds, bounds, length, length, causal=causal
     )
     return output.unflatten(0, (batch, length)).transpose(0, 1)
 
 
-def document_bounds(documents_BL: Tensor) -> Tensor:
-    """Where documents begin in the flattened [B * L] positions, and the end: int32 [n + 1]."""
-    first_BL = torch.ones_like(documents_BL, dtype=torch.bool)
-    first_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
-    begins = first_BL.flatten().nonzero().squeeze(1)
-    return torch.cat([begins, begins.new_tensor([documents_BL.numel()])]).int()
+def document_ends(clean_BL: Tensor, eos_id: int) -> Tensor:
+    """Where the documents of each sequence end, int64 [B, E]: after an EOS, and with the block."""
+    length = clean_BL.shape[1]
+    place_L = torch.arange(1, length + 1, device=clean_BL.device)
+    ends_BL = torch.where(clean_BL == eos_id, place_L, length).sort(dim=1).values
+    most = int((ends_BL < length).sum(dim=1).max()) + 1 if ends_BL.numel() else 1
+    return ends_BL[:, :most].contiguous()
 
 
-def documents_of(clean_BL: Tensor, eos_id: int) -> Tensor:
-    """The document of each position, counted from 0 in its block: EOS ends the one before it."""
-    ends_BL = (clean_BL == eos_id).long()
-    return ends_BL.cumsum(dim=1) - ends_BL
+def documents_of(ends_BE: Tensor, length: int) -> Tensor:
+    """The document of each position, counted from 0 in its sequence, int64 [B, L]."""
+    place_L = torch.arange(length, device=ends_BE.device)
+    place_BL = place_L.expand(len(ends_BE), -1).contiguous()
+    return torch.searchsorted(ends_BE.contiguous(), place_BL, right=True)
+
+
+def document_bounds(ends_BE: Tensor, length: int) -> Tensor:
+    """Where documents begin in the flattened [B * L] positions, and the end: int32 [B * E + 1].
+
+    Those that a sequence has fewer than another are of no length.
+    """
+    first_B1 = length * torch.arange(len(ends_BE), device=ends_BE.device)[:, None]
+    return F.pad((first_B1 + ends_BE).flatten(), (1, 0)).int()
 
 
 class CoreAttention(nn.Module):
     """The core attention of Megatron-core's `SelfAttention`, without dropout.
 
-    What Megatron-core passes through as the attention mask is the document of each position.
+    What Megatron-core passes through as the attention mask is where documents end.
 
     Attributes:
         cache: keys and values of positions that went before, while a causal network is run a few
@@ -142,7 +158,7 @@ class CoreAttention(nn.Module):
                 query,
                 key,
                 value,
-                documents_BL=attention_mask,
+                ends_BE=attention_mask,
                 causal=self.causal,
                 backend=self.backend,
             )

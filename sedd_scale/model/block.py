@@ -33,7 +33,7 @@ Stream = tuple[Tensor, Tensor, Tensor]
 """What flows from layer to layer: hidden_LBH, cond_BC and context_BK.
 
 The context is integers: each sequence's dropout key, then, where attention stays within documents,
-the document of each of its positions.
+where they end (see `attention`).
 """
 
 
@@ -189,11 +189,9 @@ class Block(nn.Module):
 
     def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
-        keys_B, documents_BL = context_BK[:, 0], context_BK[:, 1:]
+        keys_B, ends_BE = context_BK[:, 0], context_BK[:, 1:]
         normed = self.norm1(hidden_LBH, shift_BH, scale_BH)
-        update, _ = self.attention(
-            normed, attention_mask=documents_BL if documents_BL.numel() else None
-        )
+        update, _ = self.attention(normed, attention_mask=ends_BE if ends_BE.numel() else None)
         keep = self._keep(hidden_LBH, keys_B, site=2 * self.index)
         return gated_residual(
             hidden_LBH, update, gate_BH, keep_LBH=keep, keep_rate=1 - self.dropout

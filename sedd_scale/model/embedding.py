@@ -43,7 +43,7 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
         """(noisy_BL, sigma_B, context) to (hidden_LBH, cond_BC, context_BK).
 
-        The context is the dropout keys_B alone, or [B, 1 + L]: keys, then documents_BL. Without
+        The context is the dropout keys_B alone, or [B, 1 + E]: keys, then ends_BE. Without
         time conditioning the conditioning vector is that of sigma 0, whatever sigma is
         (arXiv 2406.03736: the scores of absorb depend on time only through a known factor).
         """

@@ -127,11 +127,11 @@ def layer_builders(
     return [functools.partial(initialized, build) for build in builders]
 
 
-def context_of(keys_B: Tensor, documents_BL: Tensor | None) -> Tensor:
-    """The integers [B, 1] or [B, 1 + L] that travel with the hidden states; see `Stream`."""
-    if documents_BL is None:
+def context_of(keys_B: Tensor, ends_BE: Tensor | None) -> Tensor:
+    """The integers [B, 1] or [B, 1 + E] that travel with the hidden states; see `Stream`."""
+    if ends_BE is None:
         return keys_B[:, None]
-    return torch.cat([keys_B[:, None], documents_BL], dim=1)
+    return torch.cat([keys_B[:, None], ends_BE], dim=1)
 
 
 def _mark_split_parameters(layer: nn.Module) -> None:
@@ -181,23 +181,21 @@ class ScoreNetwork(nn.Module):
             for core in cores:
                 core.cache = None
 
-    def hidden(
-        self, noisy_BL: Tensor, sigma_B: Tensor, documents_BL: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, noisy_BL: Tensor, sigma_B: Tensor, ends_BE: Tensor | None = None) -> Tensor:
         """The head's input [L, B, H] for noisy tokens at noise sigma.
 
         Args:
-            documents_BL: the document of each position, for attention within documents.
+            ends_BE: where each sequence's documents end, for attention within documents.
         """
         no_keys_B = torch.zeros_like(noisy_BL[:, 0])
-        return self.head_input((noisy_BL, sigma_B, context_of(no_keys_B, documents_BL)))
+        return self.head_input((noisy_BL, sigma_B, context_of(no_keys_B, ends_BE)))
 
     def hidden_of_rows(
         self,
         noisy_BL: Tensor,
         sigma_B: Tensor,
         rows_M: Tensor,
-        documents_BL: Tensor | None = None,
+        ends_BE: Tensor | None = None,
     ) -> Tensor:
         """`hidden` at chosen positions only, [M, H], in eval mode.
 
@@ -208,9 +206,9 @@ class ScoreNetwork(nn.Module):
         rows_M = rows_M % length * batch + rows_M // length
         last = self.layers[-2]
         if not isinstance(last, Block) or self.head.layout.sequence_parallel:
-            hidden_LBH = self.hidden(noisy_BL, sigma_B, documents_BL)
+            hidden_LBH = self.hidden(noisy_BL, sigma_B, ends_BE)
             return hidden_LBH.flatten(0, 1).index_select(0, rows_M)
-        stream = (noisy_BL, sigma_B, context_of(torch.zeros_like(noisy_BL[:, 0]), documents_BL))
+        stream = (noisy_BL, sigma_B, context_of(torch.zeros_like(noisy_BL[:, 0]), ends_BE))
         for layer in self.layers[:-2]:
             stream = layer(stream)
         hidden_1MH: Tensor = self.head(last.of_rows(stream, rows_M))

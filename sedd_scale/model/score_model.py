@@ -11,7 +11,7 @@ from sedd_scale.diffusion.objectives import ScoreEntropy, make_objective, shifte
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
-from sedd_scale.model.attention import documents_of
+from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
@@ -106,18 +106,18 @@ class ScoreModel(nn.Module):
         tokens_BL: Tensor,
         sigma_B: Tensor,
         rows_M: Tensor,
-        documents_BL: Tensor | None = None,
+        ends_BE: Tensor | None = None,
     ) -> Tensor:
         """Raw head outputs, float32 [M, V], at chosen positions only.
 
         Args:
             rows_M: indices into the flattened [B * L] positions.
-            documents_BL: the document of each position, for attention within documents.
+            ends_BE: where each sequence's documents end, for attention within documents.
         """
-        if documents_BL is not None:
-            documents_BL = documents_BL.to(self.device)
+        if ends_BE is not None:
+            ends_BE = ends_BE.to(self.device)
         hidden_MH = self.network.hidden_of_rows(
-            tokens_BL.to(self.device), sigma_B.to(self.device), rows_M.to(self.device), documents_BL
+            tokens_BL.to(self.device), sigma_B.to(self.device), rows_M.to(self.device), ends_BE
         )
         return self.network.head.logits(hidden_MH)
 
@@ -223,12 +223,12 @@ class ScoreModel(nn.Module):
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
-        inputs = (xt_BL, noise_B3[:, 0].float(), context_of(keys_B, self.documents_of(x0_BL)))
+        inputs = (xt_BL, noise_B3[:, 0].float(), context_of(keys_B, self.document_ends(x0_BL)))
         hidden_LBH = self.network.head_input(tuple(tensor.to(self.device) for tensor in inputs))
         return hidden_LBH, targets.to(self.device)
 
-    def documents_of(self, clean_BL: Tensor) -> Tensor | None:
-        """The document of each position, or None where the model attends to whole blocks.
+    def document_ends(self, clean_BL: Tensor) -> Tensor | None:
+        """Where documents end, [B, E], or None where the model attends to whole blocks.
 
         Raises:
             DataError: the model attends within documents, but its tokenizer, which knows the token
@@ -241,7 +241,7 @@ class ScoreModel(nn.Module):
                 "this model attends within documents (model.document_attention=true) and needs its "
                 "tokenizer to find them; give the tokenizer it was trained with"
             )
-        return documents_of(clean_BL, self.tokenizer.eos_id)
+        return document_ends(clean_BL, self.tokenizer.eos_id)
 
     def _checked(self, tokens_BL: Tensor, limit: int) -> Tensor:
         if tokens_BL.numel() and not 0 <= int(tokens_BL.min()) <= int(tokens_BL.max()) < limit:

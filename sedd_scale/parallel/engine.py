@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -240,8 +240,12 @@ class PipelineStageEngine(Engine):
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
+        batches = self._for_stages(micro_batches)
         self._deepspeed.train_batch(batches)
+
+    def _for_stages(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Any, Any]]:
+        inputs = self._module.padded([batch.inputs for batch in micro_batches])
+        return iter([(part, tuple(batch.targets)) for part, batch in zip(inputs, micro_batches)])
 
     def _loss_part(self) -> Tensor:
         if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
@@ -250,7 +254,7 @@ class PipelineStageEngine(Engine):
         return total / (self._deepspeed.micro_batches * self.layout.data)
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        batches = ((inputs, tuple(targets)) for inputs, targets in micro_batches)
+        batches = self._for_stages(micro_batches)
         # DeepSpeed adds what it finds here to the losses of sequences.
         self._deepspeed.total_loss = None
         outputs = self._deepspeed.eval_batch(

@@ -2,8 +2,11 @@
 
 Between stages travel one floating-point tensor, the hidden states with the conditioning vector
 appended as further positions, and the integers of the context: DeepSpeed runs a backward pass for
-each floating-point tensor, so one is better than two.
+each floating-point tensor, so one is better than two. It wants what travels to be of one shape
+always, so a context with ends of documents travels as wide as if every position were one.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,22 @@ class PipelineStage(PipelineModule):
         )
         self.layout = layout
         self.cond_dim = cond_dim
+        self.context_width = 1
+
+    def padded(
+        self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(noisy_BL, sigma_B, context_BK) of the coming micro-batches, whose contexts can travel.
+
+        Every stage calls it, and so learns how much of them its layers need.
+        """
+        self.context_width = max(context_BK.shape[1] for _, _, context_BK in inputs)
+        if self.context_width == 1:
+            return list(inputs)
+        return [
+            (noisy_BL, sigma_B, _widened(context_BK, noisy_BL.shape[1]))
+            for noisy_BL, sigma_B, context_BK in inputs
+        ]
 
     @property
     def grid(self) -> PipeModelDataParallelTopology:
@@ -56,8 +75,12 @@ class PipelineStage(PipelineModule):
         """
         if not self.layout.is_first_stage:
             inputs = self._unpack(*inputs)
-        outputs = super().forward(inputs)
-        return outputs if self.layout.is_last_stage else self._pack(*outputs)
+        *others, whole_context_BK = inputs
+        outputs = super().forward((*others, whole_context_BK[:, : self.context_width]))
+        if self.layout.is_last_stage:
+            return outputs
+        hidden_LBH, cond_BC, _ = outputs
+        return self._pack(hidden_LBH, cond_BC, whole_context_BK)
 
     def _pack(
         self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor
@@ -82,3 +105,9 @@ class PipelineStage(PipelineModule):
         head = self.forward_funcs[-1]
         assert isinstance(head, Head)
         return head.linear(hidden_LBH, ScoreTargets(*labels), per_sequence=not self.training)
+
+
+def _widened(context_BK: Tensor, length: int) -> Tensor:
+    """The context with as many ends of documents as positions; those added are the block's end."""
+    wide_BK = F.pad(context_BK, (0, 1 + length - context_BK.shape[1]), value=length)
+    return wide_BK.pin_memory() if context_BK.is_pinned() else wide_BK

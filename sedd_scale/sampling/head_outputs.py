@@ -33,11 +33,11 @@ class HeadOutputs:
         model: LogitModel,
         shape: torch.Size,
         *,
-        documents_BL: Tensor | None = None,
+        ends_BE: Tensor | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.model = model
-        self.documents_BL = documents_BL
+        self.ends_BE = ends_BE
         self.calls = self.sequences = self.rows = 0
         self.chunk_rows = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
         self._tokens_BL = torch.full(shape, -1, dtype=torch.int64, device=model.device)
@@ -97,8 +97,8 @@ class HeadOutputs:
         rows_n = rows_M[run_M]
         place_b = torch.cumsum(run_B, dim=0) - 1
         within_n = place_b[sequence_M[run_M]] * length + rows_n % length
-        documents_bL = None if self.documents_BL is None else self.documents_BL[which_b]
-        rows_nW = self._outputs(state_BL[which_b], sigma_B[which_b], within_n, documents_bL)
+        ends_bE = None if self.ends_BE is None else self.ends_BE[which_b]
+        rows_nW = self._outputs(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
         if self._kept_RW is None:
             self._kept_RW = rows_nW.new_empty(batch * length, rows_nW.shape[1])
         self._is_kept_R.view(batch, length)[which_b] = False
@@ -108,12 +108,12 @@ class HeadOutputs:
         self._sigma_B[which_b] = sigma_B[which_b]
 
     def _outputs(
-        self, tokens_bL: Tensor, sigma_b: Tensor, rows_n: Tensor, documents_bL: Tensor | None
+        self, tokens_bL: Tensor, sigma_b: Tensor, rows_n: Tensor, ends_bE: Tensor | None
     ) -> Tensor:
         model = self.model
         if isinstance(model, ScoreModel):
-            return model.network.hidden_of_rows(tokens_bL, sigma_b, rows_n, documents_bL)
-        return model.logits(tokens_bL, sigma_b, rows_n, documents_bL)
+            return model.network.hidden_of_rows(tokens_bL, sigma_b, rows_n, ends_bE)
+        return model.logits(tokens_bL, sigma_b, rows_n, ends_bE)
 
 
 def row_log_sum(logits_MN: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class LogitModel(Protocol):
         tokens_BL: Tensor,
         sigma_B: Tensor,
         rows_M: Tensor,
-        documents_BL: Tensor | None = None,
+        ends_BE: Tensor | None = None,
     ) -> Tensor:
         """[M, V] at the positions `rows_M` of the flattened [B * L]; as `ScoreModel.logits`."""
         ...
@@ -53,7 +53,7 @@ def logit_chunks(
     sigma_B: Tensor,
     rows_M: Tensor,
     *,
-    documents_BL: Tensor | None = None,
+    ends_BE: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[tuple[slice, Tensor]]:
     """One network call, then (slice of `rows_M`, logits [m, V]) chunk by chunk.
@@ -62,7 +62,7 @@ def logit_chunks(
         tokens_BL: noisy tokens.
         sigma_B: total noise of each sequence, nats.
         rows_M: positions of the flattened [B * L]; none: no network call is made.
-        documents_BL: the document of each position, for attention within documents.
+        ends_BE: where each sequence's documents end, for attention within documents.
         chunk_bytes: memory for a chunk of logits, counted in float32.
 
     Raises:
@@ -73,7 +73,7 @@ def logit_chunks(
     step = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
     chunks = [slice(start, start + step) for start in range(0, len(rows_M), step)]
     if isinstance(model, ScoreModel):
-        hidden_MH = model.network.hidden_of_rows(tokens_BL, sigma_B, rows_M, documents_BL)
+        hidden_MH = model.network.hidden_of_rows(tokens_BL, sigma_B, rows_M, ends_BE)
         for chunk in chunks:
             yield chunk, _finite(model.network.head.logits(hidden_MH[chunk]))
     else:

@@ -168,7 +168,7 @@ def start_batch(
         if values is not None and len(values) != batch:
             raise DataError(f"{name} has {len(values)} entries for {batch} samples: give one each")
     free_BL, given_BL = ~fixed_BL.bool().cpu(), tokens_BL.cpu().long()
-    documents_BL = None
+    ends_BE = None
     if lengths_B is not None:
         for number in lengths_B:
             if not 0 <= number <= length:
@@ -178,7 +178,7 @@ def start_batch(
         given_BL = torch.where(within_BL, given_BL, 0)
         if not bool(within_BL.all()):
             # What fills the batch up is a document of its own, which no other position attends to.
-            documents_BL = (~within_BL).long().to(model.device)
+            ends_BE = torch.tensor([[number, length] for number in lengths_B], device=model.device)
     if settings.sampler == LEFT_TO_RIGHT:
         for row in range(batch):
             check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
@@ -201,7 +201,7 @@ def start_batch(
         state_BL=state_BL,
         free_R=free_BL.flatten(),
         draws=draws,
-        outputs=HeadOutputs(model, state_BL.shape, documents_BL=documents_BL),
+        outputs=HeadOutputs(model, state_BL.shape, ends_BE=ends_BE),
         law=TokenLaw(settings),
         observer=on_step,
     )

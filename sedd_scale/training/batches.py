@@ -22,7 +22,7 @@ from sedd_scale.diffusion.corruption import NoisyBatch, keyed_uniform_rows, stra
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.schedules import Schedule
-from sedd_scale.model.attention import documents_of
+from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import context_of
 from sedd_scale.parallel.engine import MicroBatch
 from sedd_scale.parallel.layout import Layout
@@ -82,8 +82,8 @@ def micro_batch_of(
         counted_BL=mask_BL,
         mean_over=mean_over,
     )
-    documents_BL = None if document_end is None else documents_of(noisy.clean_BL, document_end)
-    context_BK = context_of(noisy.dropout_key_B, documents_BL)
+    ends_BE = None if document_end is None else document_ends(noisy.clean_BL, document_end)
+    context_BK = context_of(noisy.dropout_key_B, ends_BE)
     batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), context_BK), targets)
     return batch.pin_memory() if pin else batch
 

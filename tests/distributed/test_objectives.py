@@ -100,7 +100,7 @@ def test_the_first_loss_is_the_definition_s(
     )
     rows = torch.arange(shown.noisy_BL.numel())
     logits = model.logits(
-        shown.noisy_BL, shown.sigma_B.float(), rows, model.documents_of(shown.clean_BL)
+        shown.noisy_BL, shown.sigma_B.float(), rows, model.document_ends(shown.clean_BL)
     )
     nats_R = torch.nn.functional.cross_entropy(
         logits[:, : corpus.vocab_size].double(), shown.clean_BL.flatten(), reduction="none"

@@ -1,16 +1,23 @@
 """Bidirectional attention against the formula in float64."""
 
+import functools
+import itertools
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.model import attention as module
 from sedd_scale.model.attention import (
     CoreAttention,
     attention,
     document_bounds,
+    document_ends,
     documents_of,
 )
 
@@ -78,27 +85,85 @@ def test_flash_attention_that_cannot_run_is_an_error(dtype: torch.dtype) -> None
         attention(*query_key_value(dtype), backend="flash")
 
 
+ENDS_BE = torch.tensor([[3, 5, 8], [1, 8, 8]])
+"""Documents of 3, 2 and 3 positions, and of 1 and 7."""
+
+
+by_pytorch = functools.partial(attention, backend="sdpa")
+
+
+def alone(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+    """Attention on each of the documents of `ENDS_BE` by itself."""
+    output = torch.empty_like(value)
+    for sequence, ends in enumerate(ENDS_BE.tolist()):
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+            here = (slice(begin, end), slice(sequence, sequence + 1))
+            output[here] = by_pytorch(query[here], key[here], value[here], causal=causal)
+    return output
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
-    """Attention with document ids is attention on each document by itself."""
+def test_documents_do_not_see_each_other(dtype: torch.dtype, causal: bool) -> None:
+    """Attention with the ends of documents is attention on each document by itself."""
     generator = torch.Generator().manual_seed(2)
-    documents_BL = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
-    query, key, value = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
-    found = attention(query, key, value, documents_BL=documents_BL)
-    for sequence, documents in enumerate(documents_BL):
-        for document in documents.unique():
-            here = documents == document
-            parts = (tensor[here, sequence : sequence + 1] for tensor in (query, key, value))
-            alone = attention(*parts)
-            torch.testing.assert_close(found[here, sequence : sequence + 1], alone)
+    inputs = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
+    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal)
+    torch.testing.assert_close(found, alone(*inputs, causal=causal))
 
 
-def test_bounds_of_documents_are_those_of_flattened_runs() -> None:
-    documents_BL = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
-    assert document_bounds(documents_BL).tolist() == [0, 2, 4, 8, 9, 10, 11, 12]
-    assert document_bounds(documents_BL).dtype == torch.int32
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_is_told_the_documents(
+    monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    """What is called in its place keeps its contract: runs of [total, h, D] between the bounds."""
+
+    def varlen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds_q: Tensor,
+        bounds_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        causal: bool = False,
+    ) -> Tensor:
+        assert bounds_q is bounds_k and bounds_q.dtype == torch.int32
+        assert bounds_q[0] == 0 and bounds_q[-1] == len(query) and longest_q == longest_k
+        assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
+        parts = [
+            by_pytorch(*(part[begin:end, None] for part in (query, key, value)), causal=causal)
+            for begin, end in itertools.pairwise(bounds_q.tolist())
+            if begin < end
+        ]
+        return torch.cat(parts).squeeze(1)
+
+    package = types.ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(package, "flash_attn_varlen_func", varlen, raising=False)
+    monkeypatch.setattr(package, "flash_attn_func", None, raising=False)
+    monkeypatch.setattr(module, "flash_attention_available", lambda device: True)
+    inputs = torch.randn(3, 8, 2, 2, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal, backend="flash")
+    torch.testing.assert_close(found, alone(*inputs, causal=causal), rtol=0.02, atol=0.02)
 
 
-def test_the_end_of_a_document_belongs_to_it() -> None:
-    tokens_BL = torch.tensor([[5, 9, 3, 9, 9, 1], [9, 1, 2, 3, 4, 5]])
-    assert documents_of(tokens_BL, 9).tolist() == [[0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1]]
+def test_ends_are_where_positions_count_up() -> None:
+    tokens_BL = torch.tensor([[5, 9, 3, 9, 9, 1], [9, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9]])
+    ends_BE = document_ends(tokens_BL, 9)
+    assert ends_BE.tolist() == [[2, 4, 5, 6], [1, 6, 6, 6], [6, 6, 6, 6]]
+    assert documents_of(ends_BE, 6).tolist() == [
+        [0, 0, 1, 1, 2, 3],
+        [0, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert document_bounds(ends_BE, 6).tolist() == [0, 2, 4, 5, 6, 7, *[12] * 3, *[18] * 4]
+
+
+def test_bounds_are_found_without_waiting_for_a_device() -> None:
+    """Nothing of a layer's arithmetic needs a number from the device: tensors without any do."""
+    with FakeTensorMode():
+        inputs = torch.empty(3, 8, 2, 2, 4)
+        ends_BE = torch.empty(2, 3, dtype=torch.int64)
+        assert attention(*inputs, ends_BE=ends_BE).shape == (8, 2, 2, 4)
+        assert document_bounds(ends_BE, 8).shape == (7,)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import (
@@ -16,7 +17,7 @@ from sedd_scale.interop.published import to_published
 from sedd_scale.model.network import ScoreNetwork, context_of
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from sedd_scale.parallel.vocab import score_targets
+from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.plain_network import PlainNetwork
 
@@ -149,14 +150,14 @@ def test_half_precision_stays_near_full(
 
 @pytest.mark.parametrize(("name", "scaled"), KINDS)
 def test_packed_documents_are_as_if_alone(layout: Layout, name: str, scaled: bool) -> None:
-    """With document ids the loss of a packed block is the sum of its documents' own losses.
+    """Given the ends of documents a packed block's loss is the sum of its documents' own losses.
 
     Rotary positions are relative, so a document's place in the block does not matter.
     """
     graph = make_graph(name, 50)
     network = small_network(graph, layout, scaled=scaled)
     (noisy_BL, sigma_B, keys_B), targets, clean_BL = noisy_batch(graph, batch=2, length=12)
-    documents_BL = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
+    ends_BE = torch.tensor([[5, 12], [5, 12]])
 
     def nats(part: slice, documents: Tensor | None) -> Tensor:
         part_targets = score_targets(
@@ -168,6 +169,26 @@ def test_packed_documents_are_as_if_alone(layout: Layout, name: str, scaled: boo
         inputs = (noisy_BL[:, part], sigma_B, context_of(keys_B, documents))
         return network(inputs, part_targets, per_sequence=True)
 
-    packed_B = nats(slice(0, 12), documents_BL)
+    packed_B = nats(slice(0, 12), ends_BE)
     torch.testing.assert_close(packed_B, nats(slice(0, 5), None) + nats(slice(5, 12), None))
     assert not torch.allclose(packed_B, nats(slice(0, 12), None), rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute_every", [0, 1])
+@pytest.mark.parametrize(("name", "scaled"), KINDS)
+def test_a_step_waits_for_no_number_of_the_device(
+    layout: Layout, name: str, scaled: bool, recompute_every: int
+) -> None:
+    """Forward and backward run on tensors that have shapes and no values."""
+    graph = make_graph(name, 50)
+    network = small_network(
+        graph, layout, scaled=scaled, recompute_every=recompute_every, dropout=0.1
+    )
+    (noisy_BL, sigma_B, keys_B), targets, _ = noisy_batch(graph, batch=2, length=12)
+    inputs = (noisy_BL, sigma_B, context_of(keys_B, torch.tensor([[5, 12], [3, 12]])))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        loss = network(
+            tuple(mode.from_tensor(tensor) for tensor in inputs),
+            ScoreTargets(*(mode.from_tensor(tensor) for tensor in targets)),
+        )
+        loss.backward()

@@ -73,9 +73,9 @@ class ExactScores:
         tokens_BL: Tensor,
         sigma_B: Tensor,
         rows_M: Tensor,
-        documents_BL: Tensor | None = None,
+        ends_BE: Tensor | None = None,
     ) -> Tensor:
-        assert documents_BL is None
+        assert ends_BE is None
         self.calls += 1
         logits = self.log_scores(tokens_BL, sigma_B)
         if self.scaled:
