@@ -59,6 +59,11 @@ def _check_model(config: Config) -> None:
             f"gives heads of odd width {config.head_dim}, which rotary embedding cannot turn: "
             "change one of them to make it even"
         )
+    if 0 < model.rotary_base < 1:
+        raise ConfigError(
+            f"model.rotary_base={model.rotary_base} would turn later entries faster: give at least "
+            "1, or 0 for no positions"
+        )
     if not model.time_conditioning and not config.resolved_scale_by_sigma:
         raise ConfigError(
             f"model.time_conditioning=false with graph.name={config.graph.name} and "

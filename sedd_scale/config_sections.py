@@ -45,6 +45,11 @@ class ModelConfig:
     document_attention: bool = _key(
         False, "Attend only to positions of the same document of a packed block."
     )
+    rotary_base: float = _key(
+        10_000.0,
+        "Base of the rotary angles; smaller tells near positions apart better; 0: no positions.",
+        at_least=0,
+    )
     residual_dtype: str = _key(
         "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")
     )

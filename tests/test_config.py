@@ -294,6 +294,7 @@ ILLEGAL: list[tuple[list[str], int | None, list[str]]] = [
     (["parallel.recompute_every=-1"], None, ["at least 0"]),
     (["graph.name=uniform", "model.scale_by_sigma=true"], None, ["model.scale_by_sigma=null"]),
     (["model.time_conditioning=false", "graph.name=uniform"], None, ["graph.name=absorb"]),
+    (["model.rotary_base=0.5"], None, ["at least 1", "0 for no positions"]),
     (
         ["model.time_conditioning=false", "model.scale_by_sigma=false"],
         None,
@@ -371,6 +372,8 @@ def test_illegal_combination_is_refused(
         (["noise.sigma_min=20"], 1),
         (["graph.name=uniform", "model.scale_by_sigma=false"], 1),
         (["model.time_conditioning=false"], 1),
+        (["model.rotary_base=1"], 1),
+        (["model.rotary_base=0"], 1),
         (["training.resume=runs/old/checkpoints/step-5"], 1),
     ],
 )

@@ -35,7 +35,15 @@ BIAS = "head.linear.bias"
 VOCABULARY_PARAMETERS = ("embedding.tokens.weight", "head.linear.weight", BIAS)
 
 # What the source and the run must have in common, besides the graph and the vocabulary.
-_ALIKE = ("hidden_size", "num_layers", "num_heads", "cond_dim", "mlp_ratio", "time_conditioning")
+_ALIKE = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "cond_dim",
+    "mlp_ratio",
+    "rotary_base",
+    "time_conditioning",
+)
 
 
 class InitialWeights:

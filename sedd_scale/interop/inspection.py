@@ -82,7 +82,7 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     yield (
         f"model       {num_parameters:,} parameters: hidden_size {model.hidden_size}, num_layers "
         f"{model.num_layers}, num_heads {model.num_heads}, cond_dim {model.cond_dim}, mlp_ratio "
-        f"{model.mlp_ratio}"
+        f"{model.mlp_ratio}, rotary_base {model.rotary_base:g}"
     )
     yield f"graph       {config.graph.name}, {described.num_tokens} tokens"
     yield f"noise       {noise.name} ({about_noise})"

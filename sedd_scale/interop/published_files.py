@@ -16,6 +16,7 @@ from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
 from sedd_scale.interop.published import (
     INV_FREQ,
     PUBLISHED_MLP_RATIO,
+    ROTARY_BASE,
     our_rows,
     published_config,
     published_names,
@@ -171,6 +172,11 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
         raise CheckpointError(
             f"model.mlp_ratio={config.model.mlp_ratio} cannot be written in the published format, "
             f"whose models all have {PUBLISHED_MLP_RATIO}"
+        )
+    if config.model.rotary_base != ROTARY_BASE:
+        raise CheckpointError(
+            f"model.rotary_base={config.model.rotary_base:g} cannot be written in the published "
+            f"format, whose readers all turn by {ROTARY_BASE:g}"
         )
     if not config.model.time_conditioning:
         raise CheckpointError(

@@ -52,7 +52,13 @@ COSTLY = [
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron-core's self-attention with rotary positions applied where q, k and v are made."""
+    """Megatron-core's self-attention with rotary positions applied where q, k and v are made.
+
+    Attributes:
+        rotary_base: see `rotary_table`.
+    """
+
+    rotary_base: float
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *_: Any, **__: Any
@@ -61,7 +67,8 @@ class RotarySelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
         first, last = self.core_attention.places(len(mixed))
-        table = rotary_table(last, self.hidden_size_per_attention_head, mixed.dtype, mixed.device)
+        width = self.hidden_size_per_attention_head
+        table = rotary_table(last, width, self.rotary_base, mixed.dtype, mixed.device)
         return rotated_query_key_value(mixed, *(part[first : first + len(mixed)] for part in table))
 
 
@@ -136,6 +143,7 @@ class Block(nn.Module):
             layer_number=index + 1,
             attn_mask_type=AttnMaskType.no_mask,
         )
+        self.attention.rotary_base = model.rotary_base
         self.mlp = BiasGeluMLP(
             mlp_config,
             MLPSubmodules(

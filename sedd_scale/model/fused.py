@@ -206,19 +206,20 @@ def _bias_gelu(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
     return F.gelu(inner_LBF + bias_F, approximate="tanh")
 
 
-ROTARY_BASE = 10_000.0
-
-
 @functools.lru_cache(maxsize=8)
 def rotary_table(
-    length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, [L, 1, 1, 1, D / 2] each (Su et al., 2104.09864)."""
+    """Cosines and sines of the rotary angles, [L, 1, 1, 1, D / 2] each (Su et al., 2104.09864).
+
+    Entry i turns by position / base^(2i / D); base 0 turns nothing.
+    """
     # The table outlives the call: made in inference mode it could not serve training after.
     with torch.inference_mode(False):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
         position = torch.arange(length, dtype=torch.float32, device=device)
-        angle = position[:, None] / ROTARY_BASE**exponent
+        turn = base**exponent if base else torch.full_like(exponent, torch.inf)
+        angle = position[:, None] / turn
         angle = angle[:, None, None, None]
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

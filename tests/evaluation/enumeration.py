@@ -1,6 +1,7 @@
 """Exact answers for networks small enough to visit every state: the oracle of the bound."""
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -22,11 +23,16 @@ def tiny_model(
     block_length: int = 2,
     seed: int = 0,
     tensor: int = 1,
+    changes: Mapping[str, object] | None = None,
     time_conditioning: bool = True,
     objective: str = "score_entropy",
     **training: object,
 ) -> ScoreModel:
-    """A random network over a handful of tokens, in eval mode, with far from equal scores."""
+    """A random network over a handful of tokens, in eval mode, with far from equal scores.
+
+    Args:
+        changes: of the model's section.
+    """
     config = config_from_dict(
         {
             "model": {
@@ -37,6 +43,7 @@ def tiny_model(
                 "zero_init": False,
                 "time_conditioning": time_conditioning,
                 "vocab_size": num_tokens,
+                **(changes or {}),
             },
             "graph": {"name": graph},
             "noise": {"name": noise, "sigma_max": 8.0},

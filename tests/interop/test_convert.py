@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sedd_scale import load_pretrained
 from sedd_scale.cli import run_command
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.convert import convert
+from sedd_scale.interop.convert import convert, write_native
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.model.parameters import logical_parameters
@@ -112,6 +113,25 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run("--from", "native", "--to", "sedd-hf", native, tmp_path / "there") == 2
     assert "there exists already" in capsys.readouterr().err
     assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"mlp_ratio": 2}, "whose models all have 4"),
+        ({"rotary_base": 100.0}, "whose readers all turn by 10000"),
+        ({"time_conditioning": False}, "all conditioned on sigma"),
+    ],
+)
+def test_what_the_published_format_cannot_say_is_not_written(
+    change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = tiny_model("absorb", "loglinear", changes=change)
+    write_native(model, tmp_path / "native", None)
+    (key,) = change
+    with pytest.raises(CheckpointError, match=rf"model\.{key}=.* cannot be written .*{reason}"):
+        convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_mdlm_is_read_only(tmp_path: Path) -> None:

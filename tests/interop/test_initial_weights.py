@@ -237,6 +237,8 @@ REFUSED = {
     "has 2: set model.num_heads=2",
     "native graph.name=uniform": "graph.name=uniform does not fit model.init_from={native}, which "
     "was trained with absorb: set graph.name=absorb",
+    "native model.rotary_base=9": "model.rotary_base=9.0 does not fit model.init_from={native}, "
+    "which has 10000.0: set model.rotary_base=10000.0",
     "native model.scale_by_sigma=false": "set model.scale_by_sigma=true",
     "mdlm": "model.time_conditioning=true does not fit model.init_from={mdlm}, which has false: "
     "set model.time_conditioning=false",

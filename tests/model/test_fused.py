@@ -92,7 +92,7 @@ def test_bias_gelu(overwrite: bool) -> None:
 
 
 def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
-    cos, sin = rotary_table(LENGTH, HEAD_DIM, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, HEAD_DIM, 1e4, torch.float64, torch.device("cpu"))
     mixed = numbers(1, BATCH, HEADS, 3, HEAD_DIM, dtype=torch.float64)
     query, key, value = rotated_query_key_value(mixed.expand(LENGTH, -1, -1, -1, -1), cos, sin)
     torch.testing.assert_close(query.norm(dim=-1), mixed[..., 0, :].norm(dim=-1).expand(5, -1, -1))
@@ -106,7 +106,7 @@ def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
 
 
 def test_rotation_has_the_right_gradient() -> None:
-    cos, sin = rotary_table(LENGTH, HEAD_DIM, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, HEAD_DIM, 1e4, torch.float64, torch.device("cpu"))
     mixed = numbers(LENGTH, 1, HEADS, 3, HEAD_DIM, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotated_query_key_value(x * 1, cos, sin), mixed)
 
@@ -117,7 +117,7 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
     scale, shift, bias = numbers(BATCH, WIDTH).detach(), x[0], x[0, 0]
     keep = x > 0
     _, normed, rstd = fused._norm_forward(x, scale, shift, 1e-5, torch.float32)
-    cos, sin = rotary_table(LENGTH, 4, torch.float32, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, 4, 1e4, torch.float32, torch.device("cpu"))
     pair = x.view(LENGTH, BATCH, 1, 2, 4)
 
     def turned(turn: Callable[..., None]) -> Tensor:

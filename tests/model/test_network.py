@@ -192,3 +192,15 @@ def test_a_step_waits_for_no_number_of_the_device(
             ScoreTargets(*(mode.from_tensor(tensor) for tensor in targets)),
         )
         loss.backward()
+
+
+@pytest.mark.parametrize("rotary_base", [0.0, 10_000.0])
+def test_only_rotation_tells_positions_apart(layout: Layout, rotary_base: float) -> None:
+    """Without it permuted tokens give permuted outputs."""
+    network = small_network(make_graph("absorb", 50), layout, scaled=True, rotary_base=rotary_base)
+    (noisy_BL, sigma_B, _), _, _ = noisy_batch(make_graph("absorb", 50), batch=2, length=12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole_LBH = network.hidden(noisy_BL, sigma_B)
+        permuted_LBH = network.hidden(noisy_BL[:, order], sigma_B)
+    assert (relative(permuted_LBH, whole_LBH[order]) < 1e-5) == (rotary_base == 0)
