@@ -51,16 +51,18 @@ class PipelineStage(PipelineModule):
     def padded(
         self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(noisy_BL, sigma_B, context_BK) of the coming micro-batches, whose contexts can travel.
+        """What `Embedding` takes, for the coming micro-batches, with contexts that can travel.
 
         Every stage calls it, and so learns how much of them its layers need.
         """
-        self.context_width = max(context_BK.shape[1] for _, _, context_BK in inputs)
-        if self.context_width == 1:
-            return list(inputs)
+        contexts = [context.view(len(noisy_BL), -1) for noisy_BL, _, context in inputs]
+        self.context_width = max(context_BK.shape[1] for context_BK in contexts)
+        if self.context_width > 1:
+            length = inputs[0][0].shape[1]
+            contexts = [_widened(context_BK, length) for context_BK in contexts]
         return [
-            (noisy_BL, sigma_B, _widened(context_BK, noisy_BL.shape[1]))
-            for noisy_BL, sigma_B, context_BK in inputs
+            (noisy_BL, sigma_B, context_BK)
+            for (noisy_BL, sigma_B, _), context_BK in zip(inputs, contexts, strict=True)
         ]
 
     @property

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,9 @@ from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.skip_worker import damage
+from tests.distributed.runs import launch
 
-ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("skip_worker.py")
 LENGTH = 48
 ALONE = Layout(
     tensor=1,
@@ -63,29 +60,8 @@ def batches_of(
     return TrainBatches(*arguments), ValidationBatches(*arguments)
 
 
-def launch(path: Path, *arguments: object, ranks: int) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.data.skip_worker", str(path), *map(str, arguments)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **common,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, errors
+def skip(path: Path, *arguments: object, ranks: int) -> list[dict[str, Any]]:
+    launch(ranks, [str(WORKER), str(path), *map(str, arguments)])
     return [json.loads(path.with_name(f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -93,13 +69,13 @@ def test_ranks_skip_a_damaged_shard_alike_and_a_resumed_run_goes_on(tmp_path: Pa
     path = make(tmp_path)
     chosen = batches_of(path, "training.valid_blocks=40")[1].blocks
     damage(path, 1, split="valid")
-    two = launch(path, 0, 30, 4, "skip", "[]", ranks=2)
+    two = skip(path, 0, 30, 4, "skip", "[]", ranks=2)
     assert two[0]["skipped"] == two[1]["skipped"] == [[0, 1]]
     assert two[0]["order"] == two[1]["order"]
     assert two[0]["metrics"] == two[1]["metrics"]
     assert two[0]["metrics"]["skipped_shards"] == 1.0
     # Another number of ranks goes on from what the checkpoint says, with the same batches.
-    (one,) = launch(path, 12, 30, -1, "skip", json.dumps(two[0]["last"]), ranks=1)
+    (one,) = skip(path, 12, 30, -1, "skip", json.dumps(two[0]["last"]), ranks=1)
     together = [first + second for first, second in zip(two[0]["digests"], two[1]["digests"])]
     assert one["digests"] == together[12:]
     assert one["order"] == two[0]["order"]

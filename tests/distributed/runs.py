@@ -1,15 +1,23 @@
 """Real training runs for the tests: many runs to a launch, so that imports are paid for once."""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("train_worker.py")
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["sedd_scale.training.loop", "sedd_scale.evaluation.likelihood"])
 
 
 @dataclass(frozen=True)
@@ -29,21 +37,64 @@ class Run:
 
 
 def launch(num_processes: int, arguments: list[str], timeout: float = 600.0) -> str:
-    """Run a Python program in `num_processes` processes; its output, or a failure that shows it."""
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_processes), *arguments),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    output = finished.stdout + finished.stderr
-    assert finished.returncode == 0, output[-6000:]
-    return output
+    """Run a Python program in `num_processes` processes; its output, or a failure that shows it.
+
+    As torchrun does, but for the imports: processes are forked from one that has made them, before
+    it started any thread.
+    """
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        common = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
+        }
+        probe.close()
+        output = Path(folder, "output")
+        processes = [
+            _FORKS.Process(
+                target=_run,
+                args=(arguments, {**common, "RANK": rank, "LOCAL_RANK": rank}, output),
+            )
+            for rank in map(str, range(num_processes))
+        ]
+        for process in processes:
+            process.start()
+        codes = _wait(processes, timeout)
+        text = output.read_text(errors="replace")
+    assert codes == [0] * num_processes, f"exit codes {codes}\n{text[-6000:]}"
+    return text
+
+
+def _run(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """One process: what `python ARGUMENTS` would do."""
+    with output.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _wait(processes: list[Any], timeout: float) -> list[int | None]:
+    """The processes' exit codes, once all are done, one failed or the time is over."""
+    deadline = time.monotonic() + timeout
+    running = {process.sentinel: process for process in processes}
+    while running and time.monotonic() < deadline:
+        for sentinel in connection.wait(list(running), deadline - time.monotonic()):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode != 0:
+                deadline = 0.0
+    for process in running.values():
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def train_runs(num_processes: int, runs: list[Run], jobs_file: Path) -> None:
