@@ -64,12 +64,20 @@ def _check_model(config: Config) -> None:
             f"model.rotary_base={model.rotary_base} would turn later entries faster: give at least "
             "1, or 0 for no positions"
         )
-    if not model.time_conditioning and not config.resolved_scale_by_sigma:
+    if model.parametrisation == "mean" and config.graph.name != "uniform":
         raise ConfigError(
-            f"model.time_conditioning=false with graph.name={config.graph.name} and "
-            f"model.scale_by_sigma={str(config.resolved_scale_by_sigma).lower()} leaves scores no "
-            "way to depend on sigma: set model.time_conditioning=true, or graph.name=absorb with "
-            "model.scale_by_sigma=true"
+            f"model.parametrisation=mean is of the uniform graph, not graph.name="
+            f"{config.graph.name}, where model.scale_by_sigma=true does the same: set "
+            "model.parametrisation=score"
+        )
+    sigma_is_known = config.resolved_scale_by_sigma or model.parametrisation == "mean"
+    if not model.time_conditioning and not sigma_is_known:
+        raise ConfigError(
+            f"model.time_conditioning=false with graph.name={config.graph.name}, "
+            f"model.scale_by_sigma={str(config.resolved_scale_by_sigma).lower()} and "
+            f"model.parametrisation={model.parametrisation} leaves scores no way to depend on "
+            "sigma: set model.time_conditioning=true, or graph.name=absorb with "
+            "model.scale_by_sigma=true, or graph.name=uniform with model.parametrisation=mean"
         )
     if model.residual_dtype == "bf16" and precision == "fp32":
         raise ConfigError(

@@ -34,6 +34,11 @@ class ModelConfig:
         None,
         "Divide the score by expm1(sigma) times N; null: true for absorb, false for uniform.",
     )
+    parametrisation: str = _key(
+        "score",
+        "What outputs are; mean (uniform only): logits of the clean token's law, giving scores.",
+        choices=("score", "mean"),
+    )
     vocab_size: int | None = _key(
         None, "Number of real tokens N, without the mask; null: the dataset's.", at_least=2
     )

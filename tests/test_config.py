@@ -294,6 +294,12 @@ ILLEGAL: list[tuple[list[str], int | None, list[str]]] = [
     (["parallel.recompute_every=-1"], None, ["at least 0"]),
     (["graph.name=uniform", "model.scale_by_sigma=true"], None, ["model.scale_by_sigma=null"]),
     (["model.time_conditioning=false", "graph.name=uniform"], None, ["graph.name=absorb"]),
+    (["model.parametrisation=mean"], None, ["graph.name=absorb", "parametrisation=score"]),
+    (
+        ["model.time_conditioning=false", "graph.name=uniform"],
+        None,
+        ["model.parametrisation=mean"],
+    ),
     (["model.rotary_base=0.5"], None, ["at least 1", "0 for no positions"]),
     (
         ["model.time_conditioning=false", "model.scale_by_sigma=false"],
@@ -373,6 +379,7 @@ def test_illegal_combination_is_refused(
         (["graph.name=uniform", "model.scale_by_sigma=false"], 1),
         (["model.time_conditioning=false"], 1),
         (["model.rotary_base=1"], 1),
+        (["model.parametrisation=mean", "graph.name=uniform", "model.time_conditioning=false"], 1),
         (["model.rotary_base=0"], 1),
         (["training.resume=runs/old/checkpoints/step-5"], 1),
     ],

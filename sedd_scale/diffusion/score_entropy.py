@@ -12,6 +12,14 @@ the scores are never stored.
 Counted columns y: absorb counts all N tokens, and its rows are masked positions only (other
 positions lose nothing); uniform counts every token but x itself. Letters: z logits,
 e1 = e^sigma - 1, a = e1 / (e1 + N).
+
+Under uniform the logits may also be those of the clean token's law q = softmax(z) given the noisy
+tokens of all other positions, the mean parametrisation (arXiv 2412.10193, section 3). Then
+
+    s_y = (1 + w_y) / (1 + w_x),   w = q N / e1,
+
+which is the true ratio where q is the true law, lies in [a, 1 / a] whatever the network says, and
+knows of sigma by itself.
 """
 
 import math
@@ -58,6 +66,35 @@ class RowLoss(NamedTuple):
     grad_exp: Tensor
     grad_rest: Tensor
     grad_target: Tensor
+
+
+class MeanStatistics(NamedTuple):
+    """What the loss needs to know of each row's w under the mean parametrisation, [M] each."""
+
+    own: Tensor
+    """w of the noisy token x."""
+    target: Tensor
+    """w of the clean token."""
+    others: Tensor
+    """Sum of w over tokens other than x."""
+    log_total: Tensor
+    """Sum of ln(1 + w) over them."""
+    share_total: Tensor
+    """Sum of w / (1 + w) over them."""
+
+
+class MeanRowLoss(NamedTuple):
+    """Loss of each row in nats and its gradient, [M] each, in the dtype of the statistics.
+
+    dloss/dz_y = w_y (grad_w - grad_share / (1 + w_y)) + grad_target [y = x0] for y other than x,
+    and grad_own for x.
+    """
+
+    loss: Tensor
+    grad_w: Tensor
+    grad_share: Tensor
+    grad_target: Tensor
+    grad_own: Tensor
 
 
 def row_statistics(logits_MN: Tensor, target_M: Tensor, own_M: Tensor | None = None) -> Statistics:
@@ -137,13 +174,22 @@ def check_finite(rows: RowLoss) -> None:
 
 
 def log_scores_from_logits(
-    logits_V: Tensor, states: Tensor, sigma: Tensor, *, graph: Graph, scaled: bool
+    logits_V: Tensor,
+    states: Tensor,
+    sigma: Tensor,
+    *,
+    graph: Graph,
+    scaled: bool,
+    mean: bool = False,
 ) -> Tensor:
     """Log-scores [.., V] from logits [.., V]: shifted by sigma where scaled, own entry 0.
 
     states [..] are the noisy ids, sigma has their leading shape. Scaled: z - ln(e^sigma - 1) - ln N
-    on every column (arXiv 2310.16834, appendix C). Raises ConfigError for a scaled uniform graph.
+    on every column (arXiv 2310.16834, appendix C). Mean: see `mean_log_scores`. Raises ConfigError
+    for a scaled uniform graph.
     """
+    if mean:
+        return mean_log_scores(logits_V, states, over_positions(sigma.double(), states))
     if scaled:
         if not isinstance(graph, Absorb):
             raise ConfigError(
@@ -172,6 +218,65 @@ def log_score_score_entropy(
     cross_BLV = torch.where(ratio_BLV > 0, ratio_BLV.to(dtype) * log_score_BLV, 0.0)
     term_BLV = log_score_BLV.exp() - cross_BLV + constant_BLV.to(dtype)
     return torch.where(rates_BLV > 0, weight_BLV.to(dtype) * term_BLV, 0.0).sum(-1)
+
+
+def clean_odds(sigma: Tensor, num_tokens: int) -> Tensor:
+    """N / (e^sigma - 1), float64: how much likelier uniform noise leaves a token than gives it."""
+    return num_tokens * torch.exp(-log_expm1(sigma.double()))
+
+
+def mean_log_scores(logits_N: Tensor, own: Tensor, sigma: Tensor) -> Tensor:
+    """Log-scores [.., N] of the uniform graph from logits of the clean token's law; own entry 0.
+
+    own [..] are the noisy tokens, sigma is their noise. In the dtype of the logits.
+    """
+    odds = clean_odds(sigma, logits_N.shape[-1]).unsqueeze(-1).to(logits_N.dtype)
+    log_N = torch.log1p(odds * torch.softmax(logits_N, dim=-1))
+    return log_N - log_N.gather(-1, own.long().unsqueeze(-1))
+
+
+def mean_row_loss(
+    statistics: MeanStatistics, noise: RowNoise, *, num_tokens: int, unchanged_M: Tensor
+) -> MeanRowLoss:
+    """Score entropy of the uniform graph in nats under the mean parametrisation, weighted.
+
+    As `row_loss`: [M], in float64 within, and `unchanged_M` marks rows whose token is the clean
+    one.
+    """
+    noise = RowNoise(*(part.double() for part in noise))
+    own, target, others, log_total, share_total = (part.double() for part in statistics)
+    odds = clean_odds(noise.sigma, num_tokens)
+    log_a = -torch.log1p(odds)
+    a = torch.exp(log_a)
+    scale = noise.rate / num_tokens
+    rest = 1.0 + own  # what every score is divided by
+    log_rest = torch.log1p(own)
+    sum_of_scores = (num_tokens - 1 + others) / rest
+    # Unchanged: every other token has ratio a. Changed: x0 has 1/a = 1 + odds, the others 1.
+    ratio = torch.where(unchanged_M, a, 1.0)
+    same = a * (log_total - (num_tokens - 1) * (log_rest + log_a - 1.0))
+    log_target = torch.log1p(target)
+    differs = log_total - log_target - (num_tokens - 2) * (log_rest - 1.0)
+    differs = differs + (1.0 + odds) * (log_target - log_rest + log_a + 1.0)
+    sum_of_ratios = torch.where(unchanged_M, (num_tokens - 1) * a, num_tokens - 1 + odds)
+    # With D = d loss / d w, d loss / d z_y = w_y (D_y - sum of D q), where q = w / odds.
+    own_slope = (sum_of_ratios - sum_of_scores) / rest
+    # Sum of ratio q / (1 + w) over tokens other than x; what x0 has more of it, being changed.
+    extra = torch.where(unchanged_M, 0.0, target / (1.0 + target))
+    weighed = ratio * share_total / odds + extra
+    own_share, other_share = own / odds, others / odds
+    return MeanRowLoss(
+        *(
+            part.to(statistics.own.dtype)
+            for part in (
+                scale * (sum_of_scores - torch.where(unchanged_M, same, differs)),
+                scale * (own_share / rest + weighed - own_slope * own_share),
+                scale * ratio,
+                -scale * odds * extra,
+                scale * own * (own_slope * other_share - other_share / rest + weighed),
+            )
+        )
+    )
 
 
 def log_expm1(x: Tensor) -> Tensor:

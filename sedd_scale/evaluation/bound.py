@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.objectives import D3PMAbsorb
+from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation.chain_rule import (
     counted_positions,
@@ -306,7 +307,10 @@ def _reconstruction_nats(
         weights_mN = logits_mV[:, : graph.num_tokens].double()
         if graph.mask_id is None:
             jump, stay = move / graph.num_tokens, 1.0 - move + move / graph.num_tokens
-            own_m1 = noisy_R[rows_M[chunk]][:, None]
+            own_m = noisy_R[rows_M[chunk]]
+            if model.mean:
+                weights_mN = mean_log_scores(weights_mN, own_m, sigma_B[:1].to(model.device))
+            own_m1 = own_m[:, None]
             weights_mN = (weights_mN + math.log(jump)).scatter(1, own_m1, math.log(stay))
         target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
         nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m

@@ -31,12 +31,13 @@ def weighted_times(
     """Times at the quantiles u of a density that follows the integrand, and 1 / density.
 
     On the scale of the move probability m the integrand of scaled absorb is about the masked
-    tokens' mean loss, whatever the schedule, so there the density is that of a uniform m. Other
-    parametrisations also lose something wherever noise still grows, up to the largest sigma: half
-    of their density is that of a uniform sigma.
+    tokens' mean loss, and that of the mean parametrisation no larger, whatever the schedule, so
+    there the density is that of a uniform m. Scores that the network gives itself also lose
+    something wherever noise still grows, up to the largest sigma: half of their density is that of
+    a uniform sigma.
 
     Args:
-        bounded: whether the loss vanishes like 1 / (e^sigma - 1) for large sigma (scaled absorb).
+        bounded: whether the loss vanishes like 1 / (e^sigma - 1) or faster for large sigma.
     """
     ends = torch.tensor([t_min, 1.0], dtype=torch.float64)
     move_0, move_1 = schedule.move_probability(ends)

@@ -9,7 +9,8 @@ scaled parametrisation log s_y = z_y - ln(e^sigma - 1) - ln N, so that the same 
 scores smaller by the factor N / N'. The true score of a token, p(y | what is unmasked) /
 (e^sigma - 1), does not depend on how many others there are: the biases of old tokens take up
 ln(N' / N), and their scores stay what they were. Unscaled outputs are log-scores and stay as they
-are. (Objectives of normalised scores share their unit out among old and new tokens.)
+are. (Objectives of normalised scores, and the mean parametrisation, share their unit out among old
+and new tokens.)
 """
 
 import math
@@ -42,6 +43,7 @@ _ALIKE = (
     "cond_dim",
     "mlp_ratio",
     "rotary_base",
+    "parametrisation",
     "time_conditioning",
 )
 

@@ -6,8 +6,8 @@ or in safetensors. Their outputs are logits of a distribution over clean tokens.
 Of absorb (MDLM) these are scaled log-scores up to the constant that a softmax divides out: a
 network of `training.objective=masked_cross_entropy`, whose bound is the one that MDLM reports.
 
-Of uniform (Duo) the score is a sum over clean tokens, which no shift of logits gives: such weights
-are a place to start training from, and no scores until then.
+Of uniform (Duo, UDLM) scores follow from them: `model.parametrisation=mean`, whose score entropy
+is the bound that both report.
 """
 
 import json
@@ -33,8 +33,6 @@ from sedd_scale.interop.published_files import (
 from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
 from sedd_scale.interop.safetensors_files import SafetensorsFiles
 from sedd_scale.interop.source import (
-    CLEAN_LOGITS,
-    OUTPUTS,
     CheckpointSource,
     Described,
     Shape,
@@ -83,9 +81,14 @@ class MdlmSource(CheckpointSource):
         if not shapes:
             raise CheckpointError(f"{path} has no tensors whose names begin with {PREFIX}")
         graph = assumptions.graph or "absorb"
-        told: dict[str, dict[str, Any]] = {"model": {"time_conditioning": graph != "absorb"}}
+        told: dict[str, dict[str, Any]]
         if graph == "absorb":
-            told["training"] = {"objective": MaskedCrossEntropy.name}
+            told = {
+                "model": {"time_conditioning": False},
+                "training": {"objective": MaskedCrossEntropy.name},
+            }
+        else:
+            told = {"model": {"time_conditioning": True, "parametrisation": "mean"}}
         if path.is_dir():
             _add_told(path, told, assumptions)
         config = config_of_shapes(path, shapes, assumptions, told=told)
@@ -111,7 +114,6 @@ class MdlmSource(CheckpointSource):
         self.described = Described(
             config=config,
             block_length=config.data.block_length,
-            details={} if graph == "absorb" else {OUTPUTS: CLEAN_LOGITS},
         )
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}

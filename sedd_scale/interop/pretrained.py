@@ -1,10 +1,7 @@
 """One door to every checkpoint that can be run: our own and those of other programs."""
 
-import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +11,8 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import write_native, write_published
 from sedd_scale.interop.formats import detect_format, open_checkpoint
-from sedd_scale.interop.native import DETAILS_KEY
 from sedd_scale.interop.published import to_published
 from sedd_scale.interop.published_files import TOKENIZER_DIRECTORY
-from sedd_scale.interop.source import OUTPUTS
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
@@ -53,16 +48,9 @@ def load_pretrained(
     layout = layout or initialize_layout()
     # A run's own shards are read box by box, which no other format can do.
     if detect_format(path) == "native" and assumptions is None:
-        model, details = _load_native(path, layout, weights=weights)
+        model = _load_native(path, layout, weights=weights)
     else:
-        model, details = _load_foreign(path, layout, weights=weights, assumptions=assumptions)
-    if OUTPUTS in details and layout.rank == 0:
-        print(
-            f"warning: the outputs of {path} are {details[OUTPUTS]}, not the log-scores that they "
-            "are taken for: train from it first, with model.init_from",
-            file=sys.stderr,
-            flush=True,
-        )
+        model = _load_foreign(path, layout, weights=weights, assumptions=assumptions)
     return model.to(device=device or layout.device, dtype=dtype).eval()
 
 
@@ -91,9 +79,7 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         writers[format](model, directory, None if model.tokenizer is None else Path(files))
 
 
-def _load_native(
-    path: Path, layout: Layout, *, weights: str
-) -> tuple[ScoreModel, Mapping[str, Any]]:
+def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
     from sedd_scale.config import config_from_dict
     from sedd_scale.training.checkpoint import find_checkpoint, load_weights, read_meta
 
@@ -108,12 +94,12 @@ def _load_native(
     )
     parameters = list(logical_parameters(model.network, layout))
     load_weights(step_directory, parameters, layout, weights=weights)
-    return model, meta.get(DETAILS_KEY) or {}
+    return model
 
 
 def _load_foreign(
     path: Path, layout: Layout, *, weights: str, assumptions: Assumptions | None
-) -> tuple[ScoreModel, Mapping[str, Any]]:
+) -> ScoreModel:
     source = open_checkpoint(path, assumptions=assumptions)
     described = source.described
     model = ScoreModel(
@@ -126,7 +112,7 @@ def _load_foreign(
     with torch.no_grad():
         for logical in logical_parameters(model.network, layout):
             logical.parameter.copy_(logical.slice_of(source.read(logical.name, weights)))
-    return model, described.details
+    return model
 
 
 def _tokenizer_in(checkpoint: Path) -> Tokenizer | None:

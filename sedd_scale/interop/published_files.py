@@ -33,7 +33,6 @@ from sedd_scale.interop.safetensors_files import (
     write_safetensors,
 )
 from sedd_scale.interop.source import (
-    OUTPUTS,
     CheckpointSource,
     Described,
     Shape,
@@ -189,10 +188,10 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
             "format, whose readers take a network's outputs for scores as they are: train on with "
             "training.objective=score_entropy, from model.init_from"
         )
-    if described.details.get(OUTPUTS) is not None:
+    if config.model.parametrisation != "score":
         raise CheckpointError(
-            f"the network's outputs are {described.details[OUTPUTS]}, and the format would call "
-            "them log-scores: train from the checkpoint first, with model.init_from"
+            f"model.parametrisation={config.model.parametrisation} cannot be written in the "
+            "published format, whose readers take a network's outputs for log-scores"
         )
     if described.block_length is None:
         raise CheckpointError("the checkpoint does not name its block length")

@@ -20,9 +20,6 @@ from sedd_scale.planning.parameters import layer_shapes
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 WEIGHTS = ("ema", "master")
-# Among the details: what the network's outputs are, where they are no log-scores.
-OUTPUTS = "outputs"
-CLEAN_LOGITS = "logits of clean tokens"
 Shape = tuple[int, ...]
 
 
@@ -102,12 +99,10 @@ class WeightsOnly(CheckpointSource):
     def __init__(self, source: CheckpointSource, weights: str) -> None:
         self.format = source.format  # type: ignore[misc]
         self.path = source.path
-        details = source.described.details
         self.described = Described(
             config=source.described.config,
             block_length=source.described.block_length,
             tokenizer_directory=source.described.tokenizer_directory,
-            details={key: value for key, value in details.items() if key == OUTPUTS},
         )
         self.holds = frozenset({"ema"})
         self._source, self._weights = source, weights

@@ -66,6 +66,7 @@ class Head(nn.Module):
         layout: Layout,
         *,
         cross_entropy: bool = False,
+        mean: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = "head"
@@ -90,6 +91,7 @@ class Head(nn.Module):
             length=max(0, min(columns, graph.num_tokens - start)),
             group=layout.tensor_group,
             cross_entropy=cross_entropy,
+            mean=mean,
         )
 
     def forward(self, stream: Stream) -> Tensor:

@@ -113,6 +113,7 @@ def layer_builders(
             mlp_config,
             layout,
             cross_entropy=objective.cross_entropy,
+            mean=model.parametrisation == "mean",
         )
 
     def initialized(build: LayerBuilder) -> nn.Module:

@@ -33,6 +33,8 @@ class ScoreModel(nn.Module):
         graph: the forward process; `graph.num_tokens` is N and `graph.num_states` is V.
         schedule: the noise schedule sigma(t).
         objective: what it was trained for.
+        scaled: whether outputs are log-scores up to the known shift of sigma.
+        mean: whether they are logits of the clean token's law, of which scores follow.
         tokenizer: the tokenizer of its training data, or None where the format carries none.
         block_length: L of its training.
     """
@@ -53,6 +55,7 @@ class ScoreModel(nn.Module):
         self.schedule = schedule_of(config)
         self.objective = make_objective(config)
         self.scaled = config.resolved_scale_by_sigma
+        self.mean = config.model.parametrisation == "mean"
         self.block_length = block_length
         self.tokenizer = tokenizer
         self.network = ScoreNetwork(
@@ -97,7 +100,12 @@ class ScoreModel(nn.Module):
         rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
         logits_BLV = self.network.head.logits(rows).view(batch, length, -1)
         return log_scores_from_logits(
-            logits_BLV, tokens_BL, sigma_B, graph=self.graph, scaled=self.scaled
+            logits_BLV,
+            tokens_BL,
+            sigma_B,
+            graph=self.graph,
+            scaled=self.scaled,
+            mean=self.mean,
         )
 
     @torch.no_grad()

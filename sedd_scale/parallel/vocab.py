@@ -29,6 +29,7 @@ from sedd_scale.diffusion.score_entropy import (
     cross_entropy_rows,
     row_loss,
 )
+from sedd_scale.parallel.mean_chunk import mean_chunk_loss
 from sedd_scale.parallel.score_kernel import (
     Coefficients,
     RowColumns,
@@ -127,6 +128,7 @@ class VocabShard:
         group: the tensor-parallel processes, or None for one process.
         chunk_bytes: memory for one chunk of logits, in bytes; None for what suits the device.
         cross_entropy: the loss is cross-entropy times the third column of the noise.
+        mean: logits are those of the clean token's law, of which the scores follow (uniform only).
     """
 
     graph: Graph
@@ -136,6 +138,7 @@ class VocabShard:
     group: dist.ProcessGroup | None
     chunk_bytes: int | None = None
     cross_entropy: bool = False
+    mean: bool = False
 
     def chunk_rows(self, num_columns: int, device_type: str = "cpu") -> int:
         """Rows whose float32 logits over `num_columns` fit in the memory for a chunk.
@@ -144,7 +147,8 @@ class VocabShard:
         alike to meet in each reduction, though `length` differs from rank to rank.
         """
         budget = self.chunk_bytes or CHUNK_BYTES[device_type]
-        return max(16, budget // (4 * num_columns))
+        copies = 2 if self.mean and not self.cross_entropy else 1
+        return max(16, budget // (4 * copies * num_columns))
 
     def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce over the tensor-parallel ranks, in place."""
@@ -152,11 +156,10 @@ class VocabShard:
             dist.all_reduce(tensor, op=operation, group=self.group)
         return tensor
 
-
-def _columns(token_m: Tensor, shard: VocabShard) -> Tensor:
-    """Where each row's token lies in the shard, -1 where another rank holds it."""
-    local_m = token_m - shard.start
-    return torch.where((local_m >= 0) & (local_m < shard.length), local_m, -1)
+    def column_of(self, token_m: Tensor) -> Tensor:
+        """Where each row's token lies in the shard, -1 where another rank holds it."""
+        local_m = token_m - self.start
+        return torch.where((local_m >= 0) & (local_m < self.length), local_m, -1)
 
 
 def _chunk_loss(
@@ -172,8 +175,10 @@ def _chunk_loss(
     The logits are overwritten.
     """
     uniform = isinstance(shard.graph, Uniform) and not shard.cross_entropy
+    if uniform and shard.mean:
+        return mean_chunk_loss(logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m)
     columns = RowColumns(
-        target=_columns(clean_m, shard), own=_columns(noisy_m, shard) if uniform else None
+        target=shard.column_of(clean_m), own=shard.column_of(noisy_m) if uniform else None
     )
     chunk = chunk_statistics(logits_mW, columns)
     max_m = shard.reduce(chunk.max.clone(), dist.ReduceOp.MAX)

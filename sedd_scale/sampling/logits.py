@@ -22,6 +22,7 @@ class LogitModel(Protocol):
         graph: the forward process.
         schedule: the noise schedule.
         scaled: whether logits are log-scores up to the known shift of sigma (absorb only).
+        mean: whether they are those of the clean token's law (uniform only).
         time_conditioned: whether logits depend on sigma.
         device: where its tensors live.
     """
@@ -29,6 +30,7 @@ class LogitModel(Protocol):
     graph: Graph
     schedule: Schedule
     scaled: bool
+    mean: bool
 
     @property
     def time_conditioned(self) -> bool: ...

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.time_grid import Step, time_steps
 from sedd_scale.sampling.token_law import check_finite
@@ -48,7 +49,10 @@ def uniform_step(batch: BatchState, step: Step) -> bool:
     law = euler_rows if batch.settings.sampler == "euler" and not step.is_last else analytic_rows
     sigma_B = batch.sigma_B(step.sigma_t)
     for chunk, logits_mN in batch.outputs.chunks(batch.state_BL, sigma_B, rows_M):
-        leave_m, weights_mN = law(logits_mN, before_M[chunk], step)
+        own_m = before_M[chunk]
+        if batch.model.mean:
+            logits_mN = mean_log_scores(logits_mN, own_m, step.sigma_t.to(own_m.device))
+        leave_m, weights_mN = law(logits_mN, own_m, step)
         check_finite(leave_m)
         jumping = leave_R[rows_M[chunk]] < leave_m
         after_M[chunk][jumping] = batch.law.draw_weights(

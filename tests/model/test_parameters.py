@@ -9,14 +9,20 @@ import torch
 from torch import nn
 
 from sedd_scale.config import ModelConfig
-from sedd_scale.diffusion.graphs import Absorb, make_graph
+from sedd_scale.diffusion.graphs import Absorb
 from sedd_scale.interop.published import published_names
 from sedd_scale.model import network as network_module
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import LogicalParameter, logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.model.small_network import small_model
-from tests.parallel.vocab_worker import NETWORK_CASES, NetworkCase, run_network, two_processes
+from tests.parallel.vocab_worker import (
+    NETWORK_CASES,
+    NetworkCase,
+    graph_of,
+    run_network,
+    two_processes,
+)
 
 GRAPH = Absorb(50)
 
@@ -40,7 +46,7 @@ def test_names_shapes_and_initial_values_know_no_tensor_parallelism(
     case: NetworkCase, layout: Layout, ranks: list[dict[str, Any]]
 ) -> None:
     alone = run_network(dataclasses.replace(case, sequence_parallel=False), layout)
-    states = make_graph(case.name, case.num_tokens).num_states
+    states = graph_of(case.name, case.num_tokens).num_states
     found = [rank["networks"][case] for rank in ranks]
     assert list(alone["places"]) == list(found[0]["places"]) == list(found[1]["places"])
     num_split = 0

@@ -60,7 +60,12 @@ def by_definition(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor
     logits_BLV = (hidden @ weight[:states].t() + bias[:states]).transpose(0, 1)
     noise = RowNoise(*problem.noise_B3.unbind(1))
     log_score_BLV = log_scores_from_logits(
-        logits_BLV, problem.noisy_BL, noise.sigma, graph=problem.graph, scaled=problem.scaled
+        logits_BLV,
+        problem.noisy_BL,
+        noise.sigma,
+        graph=problem.graph,
+        scaled=problem.scaled,
+        mean=problem.mean,
     )
     return log_score_score_entropy(
         log_score_BLV, problem.noisy_BL, problem.clean_BL, noise, graph=problem.graph
@@ -91,6 +96,8 @@ def test_losses_and_gradients_are_the_definitions(
     gradient_tolerance: float,
 ) -> None:
     problem = make_problem(name, scaled, size, dtype=dtype, length=3 if size > 9999 else 6)
+    if problem.mean:  # where all is noise, scores near 1 are compared with ratios near 1
+        tolerance *= 5
     truth = in_double(problem)
     expected_leaves = truth.leaves
     expected_BL = by_definition(truth, *expected_leaves)
@@ -219,6 +226,12 @@ def test_bf16_weights_have_float32_statistics(name: str, scaled: bool) -> None:
     in_full = by_definition(rounded, *rounded_leaves).mean()
     assert abs(loss.item() / in_full.item() - 1) < 1e-2
 
+    truth = torch.autograd.grad(in_full, rounded_leaves)
+    for part, true_part in zip(torch.autograd.grad(loss, leaves), truth):
+        assert part.dtype == torch.bfloat16
+        assert relative(part, true_part) < 1e-2
+    if problem.mean:
+        return
     rows = problem.hidden_LBH.flatten(0, 1)[targets.rows_M]
     logits_MN = torch.addmm(problem.bias[:32768], rows, problem.weight[:32768].t()).double()
     uniform = name == "uniform"
@@ -232,11 +245,6 @@ def test_bf16_weights_have_float32_statistics(name: str, scaled: bool) -> None:
     expected = exact.loss.sum().item() / problem.clean_BL.numel()
     assert abs(loss.item() / expected - 1) < 1e-6
     assert abs(loss_B.sum().item() / exact.loss.sum().item() - 1) < 1e-6
-
-    truth = torch.autograd.grad(in_full, rounded_leaves)
-    for part, true_part in zip(torch.autograd.grad(loss, leaves), truth):
-        assert part.dtype == torch.bfloat16
-        assert relative(part, true_part) < 1e-2
 
 
 def test_bf16_weight_gradients_add_up_over_chunks_in_float32() -> None:
@@ -309,7 +317,7 @@ def test_memory_is_the_gradients_and_one_chunk(
     num_rows, columns = len(targets.rows_M), len(problem.weight)
     shard = problem.shard(chunk_bytes=4 * columns * (num_rows // 16))
     # A chunk's rows of hidden states and of their gradient; a few numbers of each row.
-    small = 2 * 4 * width * shard.chunk_rows(columns) + 100 * num_rows
+    small = 2 * 4 * width * (num_rows // 16) + 100 * num_rows
     with Allocations() as training:
         function(*leaves, targets, shard).sum().backward()
     gradients = sum(leaf.grad.nbytes for leaf in leaves)

@@ -33,7 +33,8 @@ from sedd_scale.parallel.vocab import (
 )
 from tests.model.small_network import gradients, noisy_batch, small_network
 
-KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
+# The graph, or "mean": uniform under the mean parametrisation; and whether logits are scaled.
+KINDS = [("absorb", True), ("absorb", False), ("uniform", False), ("mean", False)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -42,6 +43,7 @@ class Problem(NamedTuple):
 
     graph: Graph
     scaled: bool
+    mean: bool
     hidden_LBH: Tensor
     weight: Tensor
     bias: Tensor
@@ -64,8 +66,13 @@ class Problem(NamedTuple):
 
     def shard(self, **changes: Any) -> VocabShard:
         """All of the vocabulary in one process."""
-        whole = VocabShard(self.graph, self.scaled, 0, self.graph.num_tokens, None)
+        whole = VocabShard(self.graph, self.scaled, 0, self.graph.num_tokens, None, mean=self.mean)
         return dataclasses.replace(whole, **changes)
+
+
+def graph_of(name: str, num_tokens: int) -> Graph:
+    """The graph of one of `KINDS`."""
+    return make_graph("uniform" if name == "mean" else name, num_tokens)
 
 
 def make_problem(
@@ -80,7 +87,7 @@ def make_problem(
     seed: int = 0,
 ) -> Problem:
     """Four sequences, from almost clean to almost all noise; padding columns hold nan and inf."""
-    graph = make_graph(name, num_tokens)
+    graph = graph_of(name, num_tokens)
     generator = torch.Generator().manual_seed(seed)
     sigma_B = torch.tensor([0.02, 0.5, 2.0, 6.0], dtype=torch.float64)
     rate_B = sigma_B * 3.0
@@ -99,6 +106,7 @@ def make_problem(
     return Problem(
         graph,
         scaled,
+        name == "mean",
         normal(length, 4, width).to(dtype),
         weight.to(dtype),
         bias.to(dtype),
@@ -145,6 +153,8 @@ NETWORK_CASES = [
     NetworkCase("uniform", False, 51),
     NetworkCase("uniform", False, 50, sequence_parallel=True, recompute_every=1),
     NetworkCase("uniform", False, 2),
+    NetworkCase("mean", False, 51),
+    NetworkCase("mean", False, 2, sequence_parallel=True),
     NetworkCase("absorb", True, 50, dropout=0.3, recompute_every=2),
     NetworkCase("absorb", True, 50, dropout=0.3, sequence_parallel=True),
 ]
@@ -169,13 +179,14 @@ def loss_on_shard(problem: Problem, shard: VocabShard, weight: Tensor, bias: Ten
 def run_network(case: NetworkCase, layout: Layout) -> dict[str, Any]:
     """Losses, log-scores' logits, shards of weights and gradients of one network."""
     layout = dataclasses.replace(layout, sequence_parallel=case.sequence_parallel)
-    graph = make_graph(case.name, case.num_tokens)
+    graph = graph_of(case.name, case.num_tokens)
     network = small_network(
         graph,
         layout,
         scaled=case.scaled,
         recompute_every=case.recompute_every,
         dropout=case.dropout,
+        parametrisation="mean" if case.name == "mean" else "score",
     )
     inputs, targets, _ = noisy_batch(graph)
     places = {

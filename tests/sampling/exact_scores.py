@@ -28,11 +28,19 @@ class ExactScores:
     time_conditioned = True
 
     def __init__(
-        self, graph: str, noise: str, *, num_tokens: int = 3, length: int = 2, scaled: bool = False
+        self,
+        graph: str,
+        noise: str,
+        *,
+        num_tokens: int = 3,
+        length: int = 2,
+        scaled: bool = False,
+        mean: bool = False,
     ) -> None:
         self.graph: Graph = make_graph(graph, num_tokens)
         self.schedule: Schedule = make_schedule(noise, sigma_max=10.0)
         self.scaled = scaled
+        self.mean = mean
         self.length = length
         generator = torch.Generator().manual_seed(1)
         self.data_C = torch.softmax(
@@ -60,6 +68,20 @@ class ExactScores:
                 score[:, place, y] = self.marginal(other_SL, sigma) / own_S
         return score.clamp(min=1e-300).log()
 
+    def clean_laws(self, state_L: Tensor, sigma: Tensor) -> Tensor:
+        """p(clean token | noisy tokens of all other positions), [L, N], times any constants."""
+        law_CLV = self.graph.transition_probabilities(
+            self.clean_CL, sigma.expand(len(self.clean_CL))
+        )
+        laws = torch.zeros(self.length, self.graph.num_tokens, dtype=torch.float64)
+        for place in range(self.length):
+            others = [other for other in range(self.length) if other != place]
+            seen_C = self.data_C * torch.stack(
+                [law_CLV[:, other, state_L[other]] for other in others]
+            ).prod(dim=0)
+            laws[place].index_add_(0, self.clean_CL[:, place], seen_C)
+        return 3.0 * laws
+
     def log_scores(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
         """[B, L, V], each sequence at its own noise level."""
         scores = torch.empty(*tokens_BL.shape, self.graph.num_states, dtype=torch.float64)
@@ -77,6 +99,9 @@ class ExactScores:
     ) -> Tensor:
         assert ends_BE is None
         self.calls += 1
+        if self.mean:
+            laws = [self.clean_laws(*pair) for pair in zip(tokens_BL, sigma_B, strict=True)]
+            return torch.stack(laws).log().flatten(0, 1)[rows_M]
         logits = self.log_scores(tokens_BL, sigma_B)
         if self.scaled:
             logits += (log_expm1(sigma_B) + math.log(self.graph.num_tokens))[:, None, None]

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.sampling import SAMPLERS
 from sedd_scale.sampling.keyed_draws import KeyedDraws
@@ -256,6 +257,23 @@ def test_scaled_logits_give_the_same_samples() -> None:
             for scaled in (False, True)
         )
         assert torch.equal(plain, scaled)
+
+
+def test_laws_of_clean_tokens_give_the_same_samples() -> None:
+    """Of the true law given all other positions the true scores follow (mean parametrisation)."""
+    blank = torch.zeros(50, 2, dtype=torch.int64)
+    free = torch.zeros(50, 2, dtype=torch.bool)
+    known, told = (ExactScores("uniform", "loglinear", mean=mean) for mean in (False, True))
+    state_BL, sigma_B = torch.tensor([[0, 2], [1, 1]]), torch.tensor([0.1, 2.0])
+    own_R = state_BL.flatten()
+    expected = known.logits(state_BL, sigma_B, torch.arange(4))
+    logits = told.logits(state_BL, sigma_B, torch.arange(4))
+    found = mean_log_scores(logits, own_R, sigma_B.repeat_interleave(2))
+    torch.testing.assert_close(
+        found.scatter(1, own_R[:, None], 0.0), expected.scatter(1, own_R[:, None], 0.0)
+    )
+    for sampler in ("analytic", "euler"):
+        assert torch.equal(*(sample(model, blank, free, 6, sampler) for model in (known, told)))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
