@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.report import environment, print_report
 from sedd_scale.cli import add_command
+from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,9 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
     parser.add_argument(
         "--unscaled", action="store_true", help="absorb: the logits are the log-scores themselves"
+    )
+    parser.add_argument(
+        "--mean", action="store_true", help="uniform: the logits are of the clean token's law"
     )
     parser.add_argument(
         "--masked-fraction", type=float, default=0.5, help="of the positions (default: 0.5)"
@@ -59,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     batch, length, width = arguments.batch_size, arguments.block_length, arguments.width
     graph = make_graph(arguments.graph, arguments.vocab_size)
     scaled = arguments.graph == "absorb" and not arguments.unscaled
+    if arguments.mean and graph.mask_id is not None:
+        raise ConfigError("--mean is of --graph uniform: add it, or leave --mean out")
     torch.manual_seed(0)
     weight = torch.randn(graph.num_states, width, device=device) / width**0.5
     bias = torch.randn(graph.num_states, device=device)
@@ -81,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     targets = score_targets(graph, clean_BL=clean_BL, noisy_BL=noisy_BL, noise_B3=noise_B3)
     num_rows = len(targets.rows_M)
     targets = targets.to(device)
-    shard = VocabShard(graph, scaled, 0, graph.num_tokens, None)
+    shard = VocabShard(graph, scaled, 0, graph.num_tokens, None, mean=arguments.mean)
     on_device = [tensor.to(device) for tensor in (clean_BL, noisy_BL, noise_B3)]
 
     def forget_gradients() -> None:
@@ -96,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def baseline() -> "Tensor":
         forget_gradients()
-        loss = textbook_loss(*leaves, *on_device, graph=graph, scaled=scaled)
+        loss = textbook_loss(*leaves, *on_device, graph=graph, scaled=scaled, mean=arguments.mean)
         loss.backward()
         return loss.detach()
 
@@ -115,6 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
             "part": "loss",
             "graph": graph.name,
             "scaled": scaled,
+            "mean": arguments.mean,
             "batch": batch,
             "length": length,
             "vocab": graph.num_tokens,
@@ -149,11 +156,13 @@ def textbook_loss(
     *,
     graph: "Graph",
     scaled: bool,
+    mean: bool = False,
 ) -> "Tensor":
     """Mean score entropy in nats per token from log-scores [B, L, V] of every state and position.
 
     Source: arXiv 2310.16834, the diffusion-weighted denoising score entropy of section 3 with the
-    ratios of the graph written out, and the scaling of appendix C.
+    ratios of the graph written out, and the scaling of appendix C; of the mean parametrisation,
+    arXiv 2412.10193, section 3.
     """
     import torch
     import torch.nn.functional as F
@@ -167,6 +176,10 @@ def textbook_loss(
             log_score_BLV
             - (expm1_BL.log() + torch.log(torch.tensor(float(num_tokens))))[:, :, None]
         )
+    if mean:
+        law_BLV = torch.softmax(log_score_BLV, dim=-1)
+        log_score_BLV = torch.log1p(num_tokens / expm1_BL[:, :, None] * law_BLV)
+        log_score_BLV = log_score_BLV - log_score_BLV.gather(-1, noisy_BL[:, :, None])
     log_score_BLV = log_score_BLV.scatter(-1, noisy_BL[:, :, None], 0.0)
     if graph.mask_id is not None:
         masked_BL = noisy_BL == graph.mask_id

@@ -28,6 +28,7 @@ def test_the_textbook_side_is_the_same_loss(name: str, scaled: bool) -> None:
         problem.noise_B3,
         graph=problem.graph,
         scaled=scaled,
+        mean=problem.mean,
     )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
     loss.backward()
@@ -37,7 +38,13 @@ def test_the_textbook_side_is_the_same_loss(name: str, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--unscaled",), ("--graph", "uniform", "--precision=bf16")]
+    "options",
+    [
+        (),
+        ("--unscaled",),
+        ("--graph", "uniform", "--precision=bf16"),
+        ("--graph", "uniform", "--mean"),
+    ],
 )
 def test_the_command_reports_one_json_object_last(options: tuple[str, ...]) -> None:
     small = ("--block-length=32", "--vocab-size=1000", "--width=64", "--repeats=1", "--threads=1")
