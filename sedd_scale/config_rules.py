@@ -123,6 +123,12 @@ def _check_objective(config: Config) -> None:
                 f"training.objective={objective} learns normalised scores, but "
                 "model.scale_by_sigma=false: set model.scale_by_sigma=null"
             )
+    softening = config.training.weight_softening
+    if softening > 0 and objective not in ("score_entropy", "masked_cross_entropy"):
+        raise ConfigError(
+            f"training.weight_softening={softening} has no effect with training.objective="
+            f"{objective}: leave it out or set training.objective=score_entropy"
+        )
     if objective != "d3pm_absorb":
         standard = type(config.training)()
         for key in ("d3pm_steps", "d3pm_ce_weight"):

@@ -186,6 +186,11 @@ class TrainingConfig:
     d3pm_ce_weight: float = _key(
         0.01, "Weight of plain cross-entropy, for objective d3pm_absorb alone.", at_least=0
     )
+    weight_softening: float = _key(
+        0.0,
+        "Train with weights m' / (m + this) of the move probability m; 0: m' / m, the bound's.",
+        at_least=0,
+    )
     steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1)
     global_batch: int = _key(512, "Sequences in one optimizer step, over all ranks.", at_least=1)
     micro_batch: int = _key(8, "Sequences in one forward pass of one rank.", at_least=1)

@@ -300,6 +300,11 @@ ILLEGAL: list[tuple[list[str], int | None, list[str]]] = [
         None,
         ["model.parametrisation=mean"],
     ),
+    (
+        ["training.weight_softening=0.1", "training.objective=autoregressive"],
+        None,
+        ["training.objective=score_entropy"],
+    ),
     (["model.rotary_base=0.5"], None, ["at least 1", "0 for no positions"]),
     (
         ["model.time_conditioning=false", "model.scale_by_sigma=false"],
@@ -379,6 +384,7 @@ def test_illegal_combination_is_refused(
         (["graph.name=uniform", "model.scale_by_sigma=false"], 1),
         (["model.time_conditioning=false"], 1),
         (["model.rotary_base=1"], 1),
+        (["training.weight_softening=0.1", "training.objective=masked_cross_entropy"], 1),
         (["model.parametrisation=mean", "graph.name=uniform", "model.time_conditioning=false"], 1),
         (["model.rotary_base=0"], 1),
         (["training.resume=runs/old/checkpoints/step-5"], 1),

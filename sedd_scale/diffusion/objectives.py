@@ -17,7 +17,7 @@ B sequences, L positions, K draws.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -120,23 +120,37 @@ def _noise(schedule: Schedule, t_B: Tensor) -> Tensor:
     )
 
 
-class ScoreEntropy(Objective):
+@dataclass(frozen=True)
+class _ContinuousTime(Objective):
+    """The integral over time of a rate times a divergence.
+
+    Training may soften its weights by c: times m / (m + c), with m the move probability. Of absorb
+    rows, which lose g / (e^sigma - 1) = m' / m times a cross-entropy, the weight is then
+    m' / (m + c): the few rows of little noise count for less than in the bound, and so does how
+    much their number varies.
+    """
+
+    softening: float = 0.0
+
+    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
+        columns = _noise(schedule, t_B)
+        if training and self.softening > 0:
+            move_B = schedule.move_probability(t_B.double())
+            columns[:, 1:] *= (move_B / (move_B + self.softening))[:, None]
+        return columns
+
+
+class ScoreEntropy(_ContinuousTime):
     """Diffusion-weighted score entropy."""
 
     name = "score_entropy"
     cross_entropy = False
 
-    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
-        return _noise(schedule, t_B)
 
-
-class MaskedCrossEntropy(Objective):
+class MaskedCrossEntropy(_ContinuousTime):
     """Cross-entropy of masked tokens, weighted by g / (e^sigma - 1) = m' / m."""
 
     name = "masked_cross_entropy"
-
-    def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
-        return _noise(schedule, t_B)
 
 
 @dataclass(frozen=True)
@@ -245,8 +259,7 @@ def make_objective(config: Config) -> Objective:
     training = config.training
     if training.objective == D3PMAbsorb.name:
         return D3PMAbsorb(training.d3pm_steps, training.d3pm_ce_weight)
-    kinds: dict[str, Any] = {
-        kind.name: kind for kind in (ScoreEntropy, MaskedCrossEntropy, Autoregressive)
-    }
-    made: Objective = kinds[training.objective]()
-    return made
+    if training.objective == Autoregressive.name:
+        return Autoregressive()
+    kinds = {kind.name: kind for kind in (ScoreEntropy, MaskedCrossEntropy)}
+    return kinds[training.objective](training.weight_softening)

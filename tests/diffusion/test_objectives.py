@@ -143,3 +143,24 @@ def test_an_autoregressive_batch_shows_each_position_the_token_before() -> None:
     # What is keyed by sample and step alone is that of every objective.
     other = ScoreEntropy().corrupt(clean_BL, **place)
     assert shown.dropout_key_B.tolist() == other.dropout_key_B.tolist()
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+@pytest.mark.parametrize("objective", ["score_entropy", "masked_cross_entropy"])
+def test_softened_weights_are_of_training_alone(objective: str, noise: str) -> None:
+    schedule = make_schedule(noise)
+    t_B = torch.linspace(0.01, 1.0, 7, dtype=torch.float64)
+    plain, soft = (
+        make_objective(
+            Config().override(
+                f"training.objective={objective}", f"training.weight_softening={softening}"
+            )
+        )
+        for softening in (0, 0.3)
+    )
+    bound_B3 = plain.noise_columns(schedule, t_B, training=True)
+    assert torch.equal(soft.noise_columns(schedule, t_B, training=False), bound_B3)
+    found_B3 = soft.noise_columns(schedule, t_B, training=True)
+    move_B = schedule.move_probability(t_B)
+    torch.testing.assert_close(found_B3[:, 0], bound_B3[:, 0], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(found_B3[:, 1:] * (1 + 0.3 / move_B)[:, None], bound_B3[:, 1:])
