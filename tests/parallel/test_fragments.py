@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
-from tests.training.launch import Launch
+from tests.distributed.runs import launch
+
+WORKER = Path(__file__).parents[1] / "training" / "checkpoint_worker.py"
 
 
 def test_every_engine_gives_its_fragments(tmp_path: Path) -> None:
     """The laws are asserted in the workers; here, that every engine and optimizer was met."""
-    Launch(2, "fragments", tmp_path).wait()
+    launch(2, [str(WORKER), "fragments", str(tmp_path)])
     checked = json.loads((tmp_path / "fragments.json").read_text())["checked"]
     for kind in (
         "DeepSpeedEngine DeepSpeedZeroOptimizer",

@@ -9,10 +9,8 @@ them with one process. `two_processes` starts both, once in a test session.
 import dataclasses
 import functools
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +29,11 @@ from sedd_scale.parallel.vocab import (
     linear_score_entropy_per_sequence,
     score_targets,
 )
+from tests.distributed.runs import launch
 from tests.model.small_network import gradients, noisy_batch, small_network
 
 # The graph, or "mean": uniform under the mean parametrisation; and whether logits are scaled.
 KINDS = [("absorb", True), ("absorb", False), ("uniform", False), ("mean", False)]
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Problem(NamedTuple):
@@ -262,7 +260,7 @@ def _simulated_coordinates() -> dict[tuple[int, int, int], list[dict[str, Any]]]
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rank = int(os.environ["RANK"])
     # A file to meet at, where a port might be taken.
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -282,45 +280,9 @@ def main(folder: Path) -> None:
 @functools.cache
 def two_processes() -> list[dict[str, Any]]:
     """What each of the two processes found."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "PYTHONWARNINGS": "ignore",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        logs = [folder / f"{rank}.log" for rank in range(2)]
-        processes = []
-        for rank, log in enumerate(logs):
-            with log.open("wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, name],
-                        env={**environment, "RANK": str(rank)},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        deadline = time.monotonic() + 240
-        try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() not in (None, 0) for process in processes):
-                    break
-                assert time.monotonic() < deadline, "the two processes wait for each other"
-                time.sleep(0.05)
-            time.sleep(0.1)
-            codes = [process.poll() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
-        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        launch(2, [__file__, folder])
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
 
 
 if __name__ == "__main__":

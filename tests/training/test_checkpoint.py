@@ -20,8 +20,9 @@ from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.boxes import LogicalTensor, boxes_of_range, logical_boxes
 from sedd_scale.training.checkpoint import find_checkpoint, has_checkpoint, load_weights, read_meta
 from sedd_scale.training.checkpoint_manifest import write_manifest
-from tests.training.launch import Launch
+from tests.distributed.runs import launch
 
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
 VOCAB, WIDTH = 101, 24
 
 
@@ -31,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "tokenizer" / "model").mkdir(parents=True)
     (folder / "tokenizer" / "model" / "vocab.txt").write_text("x")
-    Launch(4, "resume", folder).wait()
+    launch(4, [str(WORKER), "resume", str(folder)])
     return folder
 
 
