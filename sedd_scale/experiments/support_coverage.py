@@ -25,7 +25,8 @@ from sedd_scale.cli import make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
 
-GRAPHS = ("absorb", "uniform")
+# The last is uniform too, under the mean parametrisation.
+GRAPHS = ("absorb", "uniform", "uniform-mean")
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
 TOKENS, LENGTH = 4, 3
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # move probabilities at which scores are compared
@@ -42,6 +43,7 @@ def measure(
     """Train one model and compare its scores.
 
     Args:
+        graph: of `GRAPHS`.
         steps: of 256 sequences each.
         seed: of weights and data.
         draw: gives [count, LENGTH] training sequences; those of the source by default.
@@ -53,11 +55,13 @@ def measure(
     from sedd_scale.parallel.layout import initialize_layout
 
     start = time.perf_counter()
+    name, _, parametrisation = graph.partition("-")
     config = config_from_dict(
         {
             "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "cond_dim": 32,
-                      "dropout": 0.0, "vocab_size": TOKENS},
-            "graph": {"name": graph},
+                      "dropout": 0.0, "vocab_size": TOKENS,
+                      "parametrisation": parametrisation or "score"},
+            "graph": {"name": name},
             "noise": {"name": schedule, "sigma_max": 8.0},
             "training": {"seed": seed},
         }

@@ -88,7 +88,8 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     yield f"noise       {noise.name} ({about_noise})"
     yield (
         f"scores      scale_by_sigma {str(config.resolved_scale_by_sigma).lower()}, "
-        f"time_conditioning {str(model.time_conditioning).lower()}"
+        f"time_conditioning {str(model.time_conditioning).lower()}, parametrisation "
+        f"{model.parametrisation}"
     )
     yield f"length      {described.block_length}"
     tokenizer = described.tokenizer_directory

@@ -10,6 +10,7 @@ import torch
 from sedd_scale.cli import run_command
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.experiments.support_coverage import (
+    GRAPHS,
     LENGTH,
     TOKENS,
     build_parser,
@@ -55,7 +56,7 @@ def test_training_comes_nearer_to_the_ratios_and_one_report_says_so(
         assert run_command(build_parser(), coverage_command, arguments) == 0
         report = json.loads((tmp_path / str(steps) / "report.json").read_text())
         errors.append({row["graph"]: row for row in report["rows"]})
-    for graph in ("absorb", "uniform"):
+    for graph in GRAPHS:
         assert errors[1][graph]["log_error"] < 0.9 * errors[0][graph]["log_error"]
     assert errors[1]["absorb"]["outside"] < errors[0]["absorb"]["outside"]
     assert (tmp_path / "40/report.png").read_bytes()[:4] == b"\x89PNG"
