@@ -76,9 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "truncate":
             body = body[: len(body) // 2]
-        self.wfile.write(body)
-        with self.server.lock:
+        with self.server.lock:  # before the client has it and looks at the count
             self.server.sent += len(body)
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass

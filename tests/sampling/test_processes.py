@@ -1,39 +1,18 @@
 """Two processes make what one makes: the same samples, and the same bound to the last digit."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.runs import launch
 from tests.sampling import work_worker
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker printed on two processes, by tensor-parallel size."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*launch, work_worker.__file__, str(tmp_path_factory.mktemp("two"))],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its workers
-        raise
-    assert process.returncode == 0, errors[-4000:]
+    output = launch(2, [work_worker.__file__, str(tmp_path_factory.mktemp("two"))])
     made: dict[str, Any] = json.loads(output.splitlines()[-1])
     return made
 
