@@ -23,7 +23,12 @@ from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
 
-OBJECTIVES = ("autoregressive", "score_entropy")
+# Each trained as `configs/experiments/text8_style.yaml` does.
+_RECIPES = {
+    "autoregressive": ("training.objective=autoregressive",),
+    "score_entropy": ("noise.name=cosine", "training.weight_softening=0.1"),
+}
+OBJECTIVES = tuple(_RECIPES)
 _SYMBOLS = 27
 _HEAD_WIDTH = 32
 
@@ -76,12 +81,13 @@ def variants_of(arguments: argparse.Namespace) -> dict[str, Config]:
                 f"model.num_heads={layers}",
                 "model.cond_dim=64",
                 "model.dropout=0",
+                "model.rotary_base=30",
                 "optimizer.lr=0.002",
                 "optimizer.beta2=0.98",
                 "optimizer.schedule=cosine",
                 f"optimizer.warmup_steps={min(50, steps // 4)}",
                 "optimizer.ema_decay=0.99",
-                f"training.objective={objective}",
+                *_RECIPES[objective],
                 f"training.steps={steps}",
                 "training.global_batch=8",
                 "training.micro_batch=8",
