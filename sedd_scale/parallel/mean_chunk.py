@@ -1,7 +1,7 @@
 """A chunk of logits of the clean token's law, over vocabulary shards: losses and their gradient.
 
 The mean parametrisation of the uniform graph; `diffusion.score_entropy` has the formulas. The chunk
-is overwritten three times, by e^(z - max), by w and by the gradient; seven numbers a row cross
+is overwritten three times, by e^(z - max), by w and by the gradient; six numbers a row cross
 tensor ranks, in three reductions.
 
 m rows of a chunk, W columns of this rank's vocabulary shard.
@@ -21,6 +21,7 @@ from sedd_scale.diffusion.score_entropy import (
     clean_odds,
     mean_row_loss,
 )
+from sedd_scale.parallel.score_kernel import set_entries
 
 if TYPE_CHECKING:
     from sedd_scale.parallel.vocab import VocabShard
@@ -48,7 +49,7 @@ def mean_chunk_loss(
     max_m = shard.reduce(max_m, dist.ReduceOp.MAX)
     table_mW.sub_(max_m[:, None]).exp_()
     own_m, target_m = _entries(table_mW, own), _entries(table_mW, target)
-    _set(table_mW, own, 0.0)
+    set_entries(table_mW, own, 0.0)
     own_m, target_m, others_m = shard.reduce(torch.stack([own_m, target_m, table_mW.sum(1)]))
     odds_m = clean_odds(noise.sigma, shard.graph.num_tokens).to(table_mW.dtype)
     factor_m = odds_m / (own_m + others_m)
@@ -77,8 +78,8 @@ def mean_chunk_loss(
     slope_mW = table_mW.add(1.0).reciprocal_().mul_(-grad_share_m1).add_(grad_w_m1)
     table_mW.mul_(slope_mW)
     at_target_m = _entries(table_mW, target) + row.grad_target * weight_m
-    _set(table_mW, target, at_target_m)
-    _set(table_mW, own, row.grad_own * weight_m)
+    set_entries(table_mW, target, at_target_m)
+    set_entries(table_mW, own, row.grad_own * weight_m)
     return row.loss, table_mW
 
 
@@ -88,13 +89,3 @@ def _entries(table_mW: Tensor, column_m: Tensor) -> Tensor:
         return table_mW.sum(1)
     entry_m = table_mW.gather(1, column_m.clamp_min(0)[:, None]).squeeze(1)
     return torch.where(column_m >= 0, entry_m, 0.0)
-
-
-def _set(table_mW: Tensor, column_m: Tensor, value_m: Tensor | float) -> None:
-    """Set each row's entry at its column, where this rank holds it."""
-    if not table_mW.shape[1]:
-        return
-    column_m1 = column_m.clamp_min(0)[:, None]
-    kept_m = table_mW.gather(1, column_m1).squeeze(1)
-    set_m = torch.where(column_m >= 0, value_m, kept_m)
-    table_mW.scatter_(1, column_m1, set_m[:, None])

@@ -97,9 +97,9 @@ def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics
     target_m = torch.where(columns.target >= 0, target_m1.squeeze(1), 0.0)
     total_m = None
     if columns.own is not None:
-        _set(table_mW, columns.own, 0.0)
+        set_entries(table_mW, columns.own, 0.0)
         total_m = table_mW.sum(1)
-        _set(table_mW, columns.own, -torch.inf)
+        set_entries(table_mW, columns.own, -torch.inf)
     max_m = table_mW.amax(1).clamp_min(_LOWEST)
     exp_mW = table_mW.sub_(max_m[:, None]).exp_()
     return ChunkStatistics(max_m, exp_mW.sum(1), target_m, total_m, exp_mW)
@@ -117,15 +117,18 @@ def _torch_gradient(
     added_m = torch.where(columns.target >= 0, coefficients.target, 0.0)
     grad_mW.scatter_add_(1, columns.target.clamp_min(0)[:, None], added_m[:, None])
     if columns.own is not None:
-        _set(grad_mW, columns.own, 0.0)
+        set_entries(grad_mW, columns.own, 0.0)
     return grad_mW
 
 
-def _set(table_mW: Tensor, column_m: Tensor, value: float) -> None:
+def set_entries(table_mW: Tensor, column_m: Tensor, value_m: Tensor | float) -> None:
     """Set each row's entry at its column, where this rank holds it."""
+    if not table_mW.shape[1]:
+        return
     column_m1 = column_m.clamp_min(0)[:, None]
-    kept_m1 = table_mW.gather(1, column_m1)
-    table_mW.scatter_(1, column_m1, torch.where(column_m[:, None] >= 0, value, kept_m1))
+    kept_m = table_mW.gather(1, column_m1).squeeze(1)
+    set_m = torch.where(column_m >= 0, value_m, kept_m)
+    table_mW.scatter_(1, column_m1, set_m[:, None])
 
 
 def _kernel_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics:
