@@ -1,4 +1,4 @@
-"""python -m sedd_scale: look at this installation, or let a shell complete the commands."""
+"""python -m sedd_scale: look at this installation, and let a shell or lm_eval know of it."""
 
 import argparse
 import sys
@@ -21,6 +21,13 @@ def completion(arguments: argparse.Namespace) -> None:
     from sedd_scale.completion import all_parsers, bash_script
 
     print(bash_script({**all_parsers(), "sedd_scale": build_parser()}), end="")
+
+
+def lm_eval(arguments: argparse.Namespace) -> None:
+    """Let lm_eval find the model, or not."""
+    from sedd_scale.evaluation.harness_hook import switch
+
+    print(switch(arguments.state == "on"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("shell", choices=("bash",), help="the shell it is for")
     command.set_defaults(run=completion)
+    command = add_command(
+        subparsers,
+        "lm-eval",
+        help="let lm_eval --model sedd_scale work in this environment, or not",
+        description="Write a line into this environment's site-packages that tells the package "
+        "lm_eval of the model\nsedd_scale whenever Python starts there, or remove it.",
+        example=f"{PROG} lm-eval on",
+    )
+    command.add_argument("state", choices=("on", "off"))
+    command.set_defaults(run=lm_eval)
     return parser
 
 

@@ -4,8 +4,8 @@
         --model_args checkpoint=runs/books --tasks lambada_openai
 
 is the harness's own command line with the model registered; a program that imports this module can
-name the model too. It needs the package lm_eval (`pip install 'sedd_scale[harness]'`), of which
-nothing finds models of other packages by itself.
+name the model too, and after `python -m sedd_scale lm-eval on` so can `lm_eval` itself, which asks
+no other package for models (`harness_hook`). The package is `pip install 'sedd_scale[harness]'`.
 
 `loglikelihood` is minus the bound on a continuation whose context stays clean: noise moves the
 continuation alone. Every request has the same draws, so what two continuations differ by is not the
