@@ -141,6 +141,8 @@ def write_report(summary: dict[str, Any], output: Path, command: str) -> None:
         lines.append(f"| {objective} | {law['factor']:.3f} | {law['exponent']:.4f} | {error} |")
 
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import NullLocator, ScalarFormatter
+
         for objective, law in summary["power_laws"].items():
             own = [row for row in summary["rows"] if row["objective"] == objective]
             sizes = np.array(sorted({row["parameters"] for row in own}), dtype=float)
@@ -149,6 +151,10 @@ def write_report(summary: dict[str, Any], output: Path, command: str) -> None:
             )
             fitted = law["factor"] * sizes ** -law["exponent"]
             axes.loglog(sizes, fitted, color=points.get_color(), label=objective)
+        every = sorted({row["parameters"] for row in summary["rows"]})
+        axes.set_xticks(every, [f"{size:,}" for size in every])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("parameters of the blocks")
         axes.set_ylabel("bits per character")
         axes.legend(frameon=False)
