@@ -75,7 +75,8 @@ def mean_chunk_loss(
     if weight_m is None:
         return row.loss, None
     grad_w_m1, grad_share_m1 = ((part * weight_m)[:, None] for part in (row.grad_w, row.grad_share))
-    slope_mW = table_mW.add(1.0).reciprocal_().mul_(-grad_share_m1).add_(grad_w_m1)
+    slope_mW = table_mW.add(1.0)
+    torch.addcdiv(grad_w_m1, grad_share_m1, slope_mW, value=-1.0, out=slope_mW)
     table_mW.mul_(slope_mW)
     at_target_m = _entries(table_mW, target) + row.grad_target * weight_m
     set_entries(table_mW, target, at_target_m)
