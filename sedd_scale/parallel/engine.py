@@ -240,8 +240,7 @@ class PipelineStageEngine(Engine):
         self.fragments = ZeroFragments(self._deepspeed, self.parameters)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        batches = self._for_stages(micro_batches)
-        self._deepspeed.train_batch(batches)
+        self._deepspeed.train_batch(self._for_stages(micro_batches))
 
     def _for_stages(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Any, Any]]:
         inputs = self._module.padded([batch.inputs for batch in micro_batches])
@@ -254,11 +253,13 @@ class PipelineStageEngine(Engine):
         return total / (self._deepspeed.micro_batches * self.layout.data)
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        batches = self._for_stages(micro_batches)
         # DeepSpeed adds what it finds here to the losses of sequences.
         self._deepspeed.total_loss = None
         outputs = self._deepspeed.eval_batch(
-            batches, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+            self._for_stages(micro_batches),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(micro_batches),
         )
         num_sequences = sum(len(batch.inputs[1]) for batch in micro_batches)
         losses = torch.zeros(num_sequences, dtype=torch.float32, device=self.layout.device)
