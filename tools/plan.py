@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.cli import make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
+from sedd_scale.training.console import format_duration
 
 if TYPE_CHECKING:
     from sedd_scale.config import Config, ParallelConfig
@@ -109,7 +110,7 @@ def print_plan(config: "Config", planned: "Plan", *, usable: float, seconds: flo
         f"recomputed besides {flops.recompute:.4g}\n"
         f"model FLOPs a token: {flops.required_per_token:.4g} required, "
         f"{flops.dense_per_token:.4g} dense\n"
-        f"{training.steps:,} steps take {seconds / 86400:.2f} days, "
+        f"{training.steps:,} steps take {format_duration(seconds)}, "
         f"{seconds / training.steps:.3f} s a step"
     )
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, TextIO
 
+from sedd_scale.training.console import format_duration
+
 TERMINAL_SECONDS = 0.5
 PLAIN_SECONDS = 30.0
 
@@ -98,15 +100,6 @@ def progress_line(
     if done.work and seconds > 0:
         parts.append(f"{done.tokens / seconds:,.0f} tokens/s")
         left = seconds * (total_work - done.work) / done.work
-        parts.append(f"{clock(left)} left" if done.work < total_work else clock(seconds))
+        finished = done.work >= total_work
+        parts.append(format_duration(seconds) if finished else f"{format_duration(left)} left")
     return ", ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss, h:mm:ss or with days."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if not days and not hours:
-        return f"{minutes}:{rest:02d}"
-    return (f"{days} d " if days else "") + f"{hours}:{minutes:02d}:{rest:02d}"
