@@ -127,6 +127,9 @@ def test_what_cannot_be_is_refused() -> None:
         sedd_scale.evaluate(model)
     with pytest.raises(DataError, match="less than one block"):
         sedd_scale.evaluate(model, "short")
+    for number in ("max_blocks", "block_length"):
+        with pytest.raises(DataError, match=f"{number}=0: give at least 1"):
+            sedd_scale.evaluate(model, TEXT, **{number: 0})
     with pytest.raises(DataError, match="remainder"):
         sedd_scale.evaluate(model, TEXT, remainder="keep")
     with pytest.raises(ConfigError, match="protocol"):

@@ -14,6 +14,7 @@ from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from sedd_scale.training.console import format_duration
 
 if TYPE_CHECKING:
     from sedd_scale.evaluation.corpora import Corpus
@@ -246,7 +247,7 @@ class Progress:
             return
         self.last = now
         left = (now - self.start) / done * (total - done)
-        line = f"group {done:,} of {total:,}, {left:,.0f} s to go"
+        line = f"group {done:,} of {total:,}, {format_duration(left)} to go"
         if terminal:
             end = "\n" if done == total else ""
             print(f"\r{line}\x1b[K", end=end, file=sys.stderr, flush=True)
@@ -289,6 +290,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     model = open_model(arguments)
     is_first = model.layout.rank == 0
+    most = arguments.max_blocks
+    if most is None:
+        most = DEFAULT_MAX_BLOCKS[arguments.protocol]
     corpus = open_corpus(
         data,
         tokenizer=model.tokenizer,
@@ -297,7 +301,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         split=arguments.split,
         text=text_settings(arguments),
         cache_dir=arguments.cache_dir,
-        max_blocks=arguments.max_blocks or DEFAULT_MAX_BLOCKS[arguments.protocol],
+        max_blocks=most,
         name=arguments.dataset,
     )
     trained = model.block_length

@@ -62,7 +62,8 @@ def evaluate(
         `terms`, `bits_per_token`, `perplexity` and the nats per token of each block.
 
     Raises:
-        DataError: nothing to evaluate, text without a tokenizer, or tokens not the model's.
+        DataError: nothing to evaluate, text without a tokenizer, tokens not the model's, or a
+            number below 1.
         ConfigError: a protocol, draws or a batch size that cannot be used.
         CheckpointError: the model's loss is not finite.
 
@@ -70,7 +71,10 @@ def evaluate(
     """
     if sum(given is not None for given in (text, data, tokens_nL)) != 1:
         raise DataError("give exactly one of text, data and tokens_nL")
-    most = max_blocks or DEFAULT_MAX_BLOCKS.get(protocol)
+    for name, value in (("block_length", block_length), ("max_blocks", max_blocks)):
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value}: give at least 1")
+    most = DEFAULT_MAX_BLOCKS.get(protocol) if max_blocks is None else max_blocks
     if data is not None:
         corpus = open_corpus(
             data,

@@ -129,7 +129,7 @@ def cut_documents(
         what = "" if wrap else " in its longest document"
         raise DataError(
             f"{name} has {max(map(len, streams))} tokens{what}, less than one block of "
-            f"{block_length}: give more text, a shorter block length, or have the remainder padded"
+            f"{block_length}: give more text, a shorter --block-length, or --remainder pad"
         )
     parts = [_cut(stream, block_length, tokenizer.eos_id, remainder) for stream in streams]
     blocks_nL = np.concatenate([blocks for blocks, _ in parts])

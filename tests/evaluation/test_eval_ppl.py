@@ -100,7 +100,7 @@ def test_the_paper_protocol_counts_the_diffusion_term_alone(
         ("run", ("--data", "bytes", "--remainder", "pad"), "whose blocks are made"),
         ("run", ("--data", "texts.jsonl", "--seed", "1", "--resume", "kept"), "another seed"),
         ("run", ("--data", "bytes", "--draws", "1"), "give at least 2"),
-        ("run", ("--data", "bytes", "--max-blocks", "-1"), "give at least 1"),
+        ("run", ("--data", "bytes", "--max-blocks", "0"), "give at least 1"),
         ("run", ("--data", "bytes", "--tensor", "2"), "do not fit"),
         ("run", ("--data", "bytes", "--tokenizer", "letters-tokenizer"), "is not the tokenizer"),
     ],
