@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a dataset of tools/prepare_data.py, or a file of text that is prepared first",
+        help="a dataset of tools/prepare_data.py, or text (a file, or a quoted pattern of files) "
+        "that is prepared first",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
     add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")

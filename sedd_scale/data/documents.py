@@ -107,14 +107,14 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         if not matches:
-            raise DataError(f"--input {pattern} matches no file: check the path")
+            raise DataError(f"input {pattern} matches no file: check the path")
         for name in matches:
             path = Path(name)
             if path.is_dir():
-                raise DataError(f"--input {name} is a directory: give a glob such as {name}/*.txt")
+                raise DataError(f"input {name} is a directory: give a glob such as {name}/*.txt")
             if FORMATS.search(path.name) is None:
-                raise DataError(f"--input {name} has no known format: give {FORMAT_NAMES}")
+                raise DataError(f"input {name} has no known format: give {FORMAT_NAMES}")
             if path.stat().st_size == 0:
-                raise DataError(f"--input {name} is empty: remove it or give a file with text")
+                raise DataError(f"input {name} is empty: remove it or give a file with text")
             files[path] = None
     return list(files)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.config import Config
-from sedd_scale.errors import ConfigError, DataError, TrainingError
+from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
 
 RESULT = "result.json"
@@ -25,7 +25,10 @@ _PATIENCE = 60.0
 
 
 def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
-    """The prepared dataset that `source` is, or that is made of it, text, in `output`/data.
+    """The prepared dataset that `source` is, or that is made of it, in `output`/data.
+
+    Args:
+        source: a dataset's directory, a file of text, or a pattern of such files.
 
     Raises:
         ConfigError, DataError: no such text, or a dataset of another block length.
@@ -37,8 +40,6 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
     if not (source / "index.json").is_file():
         made = output / "data"
         if not (made / "index.json").is_file():
-            if not source.exists():
-                raise DataError(f"--data {source} does not exist: give text or a dataset")
             prepare(
                 [str(source)],
                 output=made,

@@ -64,7 +64,10 @@ def test_from_text_to_report_and_again(
             words = rng.choice(["the", "river", "stone", "walks", "old"], size=60)
             stream.write(json.dumps({"text": " ".join(words)}) + "\n")
     output, config = tmp_path / "out", written(tmp_path)
-    arguments = (config, "--data", texts, "--output", output)
+    none = (config, "--data", tmp_path / "none*.jsonl", "--output", output)
+    assert compare(*none, monkeypatch=monkeypatch) == 2
+    assert "none*.jsonl matches no file" in capsys.readouterr().err
+    arguments = (config, "--data", tmp_path / "text*.jsonl", "--output", output)
     assert compare(*arguments, monkeypatch=monkeypatch) == 0
     captured = capsys.readouterr()
     assert captured.err.count("training") == 2
