@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         exit_codes={1: "doctor: training does not work here; else a fault of this program"},
         prog=PROG,
     )
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    subparsers = parser.add_subparsers(required=True, title="commands")
     command = add_command(
         subparsers,
         "doctor",

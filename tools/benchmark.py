@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure one part of a training step: median time over repeats, tokens a second, memory.",
         "python tools/benchmark.py loss --baseline --json",
     )
-    subparsers = parser.add_subparsers(metavar="PART", required=True)
+    subparsers = parser.add_subparsers(required=True, title="parts")
     for subcommand in SUBCOMMANDS:
         subcommand.add_arguments(subparsers)
     return parser
