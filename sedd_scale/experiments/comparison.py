@@ -4,13 +4,15 @@ Started again after an interruption it goes on: finished runs keep their result,
 resumes from its checkpoint.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
 
 RESULT = "result.json"
+# How long each attempt at the training took.
+SECONDS = "train_seconds"
 # How long to wait for a run that was asked to stop.
 _PATIENCE = 60.0
 
@@ -91,7 +95,7 @@ class Comparison:
         runs = [(name, seed) for seed in self.experiment.seeds for name in self.experiment.variants]
         for name, seed in runs:  # refused before any of them starts
             self._finished(name, seed)
-        with ThreadPoolExecutor(max_workers=self.experiment.jobs) as pool:
+        with _exit_on_sigterm(), ThreadPoolExecutor(max_workers=self.experiment.jobs) as pool:
             futures = [pool.submit(self._run, name, seed) for name, seed in runs]
             try:
                 return [future.result() for future in futures]
@@ -108,12 +112,19 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "experiment.yaml").write_text(self._config(name, seed).to_yaml())
         self.say(f"{name}, seed {seed}: training")
-        started = time.perf_counter()
         run = folder / "run"
-        self._call(
-            folder, ["train.py", str(folder / "experiment.yaml"), "--run-dir", str(run)], "train"
-        )
-        train_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            self._call(
+                folder,
+                ["train.py", str(folder / "experiment.yaml"), "--run-dir", str(run)],
+                "train",
+            )
+        finally:
+            with (folder / SECONDS).open("a") as stream:
+                stream.write(f"{time.perf_counter() - started:.1f}\n")
+        # Of a run that was stopped and went on, all parts.
+        train_seconds = sum(map(float, (folder / SECONDS).read_text().split()))
         settings = self.experiment.evaluation
         command = ["eval_ppl.py", "--checkpoint", str(run), "--data", str(self.dataset), "--json"]
         command += ["--max-blocks", str(settings.max_blocks)]
@@ -124,7 +135,7 @@ class Comparison:
         result = {
             "variant": name,
             "seed": seed,
-            "train_seconds": round(train_seconds, 1),
+            "train_seconds": train_seconds,
             "identity": self._identity(name, seed),
             "evaluation": json.loads(printed.strip().splitlines()[-1]),
         }
@@ -200,3 +211,13 @@ class Comparison:
                 child.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack: by default the children would train on, nobody's."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

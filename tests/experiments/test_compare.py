@@ -1,8 +1,13 @@
 """tools/compare.py from text to report, on runs of seconds; what cannot be compared is refused."""
 
+import copy
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,8 @@ from tools.compare import build_parser, compare_command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
+
+STEPS = 600  # of the run that is stopped
 
 TINY = {
     "title": "Seconds",
@@ -48,6 +55,16 @@ def written(folder: Path, **changes: object) -> Path:
     return path
 
 
+def words_of_five(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = folder / "texts.jsonl"
+    with path.open("w") as stream:
+        for _ in range(40):
+            words = rng.choice(["the", "river", "stone", "walks", "old"], size=60)
+            stream.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path
+
+
 def compare(config: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     given = [str(config), *map(str, arguments)]
     monkeypatch.setattr(sys, "argv", ["tools/compare.py", *given])
@@ -57,12 +74,7 @@ def compare(config: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -
 def test_from_text_to_report_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng = np.random.default_rng(0)
-    texts = tmp_path / "texts.jsonl"
-    with texts.open("w") as stream:
-        for _ in range(40):
-            words = rng.choice(["the", "river", "stone", "walks", "old"], size=60)
-            stream.write(json.dumps({"text": " ".join(words)}) + "\n")
+    texts = words_of_five(tmp_path)
     output, config = tmp_path / "out", written(tmp_path)
     none = (config, "--data", tmp_path / "none*.jsonl", "--output", output)
     assert compare(*none, monkeypatch=monkeypatch) == 2
@@ -96,6 +108,30 @@ def test_from_text_to_report_and_again(
     other = written(tmp_path, evaluation={"max_blocks": 4, "draws": 4, "batch_size": 32})
     assert compare(other, "--data", texts, "--output", output, monkeypatch=monkeypatch) == 2
     assert "run of another configuration" in capsys.readouterr().err
+
+
+def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -> None:
+    run = copy.deepcopy(TINY["run"])
+    run["training"] |= {"steps": STEPS, "valid_every": 0}  # type: ignore[index]
+    variants = {"autoregressive": {"training.objective": "autoregressive"}}
+    config, output = written(tmp_path, run=run, variants=variants), tmp_path / "out"
+    command = [sys.executable, ROOT / "tools/compare.py", config]
+    command += ["--data", words_of_five(tmp_path), "--output", output]
+    process = subprocess.Popen(command, start_new_session=True)
+    metrics = output / "runs/autoregressive-0/run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):  # nobody is left of its session
+        os.killpg(process.pid, 0)
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] < STEPS
+    subprocess.run(command, check=True, capture_output=True)
+    (row,) = json.loads((output / "report.json").read_text())["variants"]
+    parts = (output / "runs/autoregressive-0/train_seconds").read_text().split()
+    assert len(parts) == 2 and row["train_seconds"]["mean"] == sum(map(float, parts))
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
 
 def test_errors_are_over_seeds_and_ratios_seed_by_seed(tmp_path: Path) -> None:
