@@ -290,9 +290,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     model = open_model(arguments)
     is_first = model.layout.rank == 0
-    most = arguments.max_blocks
-    if most is None:
-        most = DEFAULT_MAX_BLOCKS[arguments.protocol]
+    most = DEFAULT_MAX_BLOCKS[arguments.protocol]
     corpus = open_corpus(
         data,
         tokenizer=model.tokenizer,
@@ -301,7 +299,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         split=arguments.split,
         text=text_settings(arguments),
         cache_dir=arguments.cache_dir,
-        max_blocks=most,
+        max_blocks=most if arguments.max_blocks is None else arguments.max_blocks,
         name=arguments.dataset,
     )
     trained = model.block_length
