@@ -39,6 +39,7 @@ from sedd_scale.training.metrics import MetricsLog
 from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
 from sedd_scale.training.resume import find_resume, load_state
+from sedd_scale.training.run_lock import RunLock
 from sedd_scale.training.signals import StopSignals
 from sedd_scale.training.utilisation import Utilisation
 from sedd_scale.training.watchdog import Watchdog
@@ -53,7 +54,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
 
     Raises:
         ConfigError, DataError, CheckpointError: the configuration, the dataset or the checkpoint
-            to resume or to start from does not fit.
+            to resume or to start from does not fit; another job trains in the directory.
         TrainingError: a loss or gradient that is not finite, or too many updates left out in a
             row, or replicas that are not the same.
         LostRankError: another process ended or cannot be reached.
@@ -64,6 +65,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     initial = open_initial_weights(config, corpus) if source is None else None
     engine, graph, schedule = build(config, corpus)
     layout = engine.layout
+    lock = RunLock(run_dir, layout)
     first_step = 0
     if source is not None:
         source, meta, passed_over = load_state(config, run_dir, source, corpus, engine)
@@ -133,6 +135,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         prefetcher = Prefetcher(batches.of_step, first_step, end_step=last_step)
     stop.arm()
     with (
+        lock,
         log,
         writer,
         lost_ranks_in_one_line(watchdog.where),
@@ -292,7 +295,6 @@ def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, floa
 
 def describe_run(config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation) -> None:
     """Write the resolved configuration and the environment into the run directory."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config.to_yaml())
     packages = ("torch", "deepspeed", "megatron-core", "numpy", "sedd_scale")
     environment: dict[str, Any] = {

@@ -73,7 +73,7 @@ def test_a_run_directory_holds_what_describes_the_run(finished: Path, dataset: P
     held = load_config(finished / "config.yaml")
     assert held == fit_to_dataset(tiny(dataset))[0]
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints"}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "lock"}
     assert (finished / "checkpoints/latest").read_text() == "step-2\n"
     assert (finished / "checkpoints/step-2/tokenizer/tokenizer.json").is_file()
 
