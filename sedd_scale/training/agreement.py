@@ -1,10 +1,24 @@
-"""What the ranks tell each other of their data: which shards they found damaged."""
+"""What the ranks tell each other: errors, and which shards of the data they found damaged."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sedd_scale.data.loader import Shard
 from sedd_scale.parallel.layout import Layout
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every process the error of the first process that has one.
+
+    Collective over all processes.
+    """
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=group)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 class Agreement:

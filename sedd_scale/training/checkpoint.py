@@ -22,6 +22,7 @@ from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.training.agreement import raise_together
 from sedd_scale.training.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.training.checkpoint_directory import (
     MANIFEST_SINCE,
@@ -42,7 +43,6 @@ from sedd_scale.training.checkpoint_state import (
     KEYS,
     all_shapes,
     fragment_tensors,
-    raise_together,
 )
 from sedd_scale.training.checkpoint_writer import CheckpointWriter
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sedd_scale.errors import CheckpointError, TrainingError
+from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.boxes import LogicalTensor
@@ -61,18 +61,6 @@ def all_shapes(
 def state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
     """Bytes of the tensors in a checkpoint of parameters of these shapes."""
     return len(KEYS) * _BYTES * sum(math.prod(shape) for shape in shapes.values())
-
-
-def raise_together(error: CheckpointError | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every process the error of the first process that has one.
-
-    Collective over all processes.
-    """
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=group)
-    for error in errors:
-        if error is not None:
-            raise error
 
 
 class HostCopy:

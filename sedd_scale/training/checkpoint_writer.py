@@ -34,6 +34,7 @@ from sedd_scale.config_sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.training.agreement import raise_together
 from sedd_scale.training.checkpoint_directory import (
     FORMAT,
     FORMAT_VERSION,
@@ -52,7 +53,6 @@ from sedd_scale.training.checkpoint_state import (
     HostCopy,
     all_shapes,
     fragment_tensors,
-    raise_together,
     state_bytes,
 )
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from sedd_scale.errors import ConfigError
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.training.checkpoint_state import raise_together
+from sedd_scale.training.agreement import raise_together
 
 LOCK_FILE = "lock"
 
