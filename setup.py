@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_scale/__init__.py").read_text())
 README = HERE / "README.md"
 assert VERSION is not None
+HARNESS = "lm_eval==0.4.13"
 # The last for Python 3.10 is 5.20.2; with 3.11 and 3.12 tested with 5.24.0.
 TRANSFORMERS = "transformers>=5.20.2,<=5.24.0"
 
@@ -47,8 +48,7 @@ setup(
         "hub": ["huggingface_hub==2.4.0", "pyarrow==25.0.1"],
         # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.
         "judge": [TRANSFORMERS, "gguf==0.19.0", "accelerate==1.15.0"],
-        # Tasks of lm-evaluation-harness; without it its tests are left out, aloud.
-        "harness": ["lm_eval==0.4.13"],
+        "harness": [HARNESS],  # tasks of lm-evaluation-harness
         "flash": ["flash-attn>=2.6,<3"],
         "tensorboard": ["tensorboard==2.21.0"],
         "dev": [
@@ -61,6 +61,7 @@ setup(
             "pyarrow==25.0.1",
             "zstandard==0.25.0",
             TRANSFORMERS,
+            HARNESS,
             "huggingface_hub==2.4.0",
             "tensorboard==2.21.0",
             "pyte==0.8.2",  # draws what a terminal would show

@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip(
-    "lm_eval", reason="lm_eval is not installed: pip install 'sedd_scale[harness]' to test it"
-)
-
 from sedd_scale.data.tokenizers import BytesTokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation.harness import SeddScaleLM
