@@ -61,18 +61,10 @@ def compare_command(arguments: argparse.Namespace) -> None:
             variants={name: config for name, config in experiment.variants.items() if name in kept},
         )
 
-    from sedd_scale.experiments.comparison import Comparison, find_dataset
+    from sedd_scale.experiments.comparison import run_experiment
     from sedd_scale.experiments.report import write_report
 
-    dataset = find_dataset(experiment, arguments.data, arguments.output)
-    comparison = Comparison(
-        experiment,
-        dataset,
-        arguments.output,
-        Path(__file__).resolve().parent,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    results = comparison.results()
+    results = run_experiment(experiment, arguments.data, arguments.output)
     command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
     paths = write_report(experiment, results, arguments.output, command=command)
     print(paths[1].read_text(), end="")

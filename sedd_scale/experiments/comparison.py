@@ -12,15 +12,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.config import Config
+from sedd_scale.config import Config, load_config
+from sedd_scale.data.atomic import write_atomically
+from sedd_scale.data.prepare import prepare
+from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
+from sedd_scale.training.run_lock import lock_run
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+# What the dataset was made of.
+ORIGIN = "data.json"
+# Of a run: its configuration, and what it came to.
+CONFIG = "experiment.yaml"
 RESULT = "result.json"
 # How long each attempt at the training took.
 SECONDS = "train_seconds"
@@ -28,21 +38,32 @@ SECONDS = "train_seconds"
 _PATIENCE = 60.0
 
 
+def run_experiment(experiment: Experiment, data: Path, output: Path) -> list[dict[str, Any]]:
+    """Make what is missing of an experiment in `output`: the result of every run.
+
+    Args:
+        data: a dataset's directory, a file of text, or a pattern of such files.
+
+    Raises:
+        ConfigError, DataError: no such text; a dataset of another block length or tokenizer; the
+            output is in use, or holds the runs of another experiment.
+        TrainingError: a run failed; names its log.
+    """
+    with lock_run(output, option="--output"):
+        dataset = find_dataset(experiment, data, output)
+        return _Runs(experiment, dataset, output).results()
+
+
 def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
     """The prepared dataset that `source` is, or that is made of it, in `output`/data.
 
-    Args:
-        source: a dataset's directory, a file of text, or a pattern of such files.
-
     Raises:
-        ConfigError, DataError: no such text, or a dataset of another block length.
+        ConfigError, DataError: as `run_experiment`.
     """
-    from sedd_scale.data.prepare import prepare
-    from sedd_scale.data.shards import Dataset
-
     wanted = experiment.data
     if not (source / "index.json").is_file():
-        made = output / "data"
+        made, origin = output / "data", output / ORIGIN
+        settings = {"text": os.path.abspath(source), **vars(wanted)}
         if not (made / "index.json").is_file():
             prepare(
                 [str(source)],
@@ -52,49 +73,45 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
                 valid_fraction=wanted.valid_fraction,
                 vocab_size=wanted.vocab_size,
             )
+            write_atomically(origin, (json.dumps(settings, indent=1) + "\n").encode())
+        before = json.loads(origin.read_text()) if origin.is_file() else settings
+        for key, value in settings.items():
+            if before[key] != value:
+                raise ConfigError(
+                    f"{made} was made with {key} {before[key]}, not {value}: give another "
+                    f"--output, or remove {output}"
+                )
         source = made
-    found = Dataset(source).block_length
-    if found != wanted.block_length:
-        raise ConfigError(
-            f"--data {source} has blocks of {found} tokens, but data.block_length="
-            f"{wanted.block_length}: change it or prepare the data again"
-        )
+    found = Dataset(source).index
+    for key, here, there in (
+        ("block_length", found["block_length"], wanted.block_length),
+        ("tokenizer", found["tokenizer"]["kind"], wanted.tokenizer),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"--data {source} has {key} {here}, but the experiment data.{key}={there}: change "
+                "it or prepare the data again"
+            )
     return source
 
 
-class Comparison:
-    """The runs of an experiment in `output`/runs.
+class _Runs:
+    """The runs of an experiment, in `output`/runs."""
 
-    Args:
-        tools: the folder of train.py and eval_ppl.py.
-        say: told of each run that begins or ends.
-    """
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        dataset: Path,
-        output: Path,
-        tools: Path,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, experiment: Experiment, dataset: Path, output: Path) -> None:
         self.experiment, self.dataset, self.output = experiment, dataset, output
-        self.tools, self.say = tools, say
+        self._fingerprint = Dataset(dataset).fingerprint
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopping = False
 
     def results(self) -> list[dict[str, Any]]:
-        """The result of every run: those that are missing are made, `jobs` at a time.
-
-        Raises:
-            ConfigError: the output holds a run of another configuration.
-            TrainingError: a run failed; names its log.
-        """
+        """The result of every run: those that are missing are made, `jobs` at a time."""
         # Seed after seed: stopped early, the first seeds can be reported with --seeds.
         runs = [(name, seed) for seed in self.experiment.seeds for name in self.experiment.variants]
         for name, seed in runs:  # refused before any of them starts
             self._finished(name, seed)
+            self._check_begun(name, seed)
         with _exit_on_sigterm(), ThreadPoolExecutor(max_workers=self.experiment.jobs) as pool:
             futures = [pool.submit(self._run, name, seed) for name, seed in runs]
             try:
@@ -110,14 +127,14 @@ class Comparison:
             return finished
         folder = self._folder(name, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "experiment.yaml").write_text(self._config(name, seed).to_yaml())
-        self.say(f"{name}, seed {seed}: training")
+        write_atomically(folder / CONFIG, self._config(name, seed).to_yaml().encode())
+        _say(f"{name}, seed {seed}: training")
         run = folder / "run"
         started = time.perf_counter()
         try:
             self._call(
                 folder,
-                ["train.py", str(folder / "experiment.yaml"), "--run-dir", str(run)],
+                ["train.py", str(folder / CONFIG), "--run-dir", str(run)],
                 "train",
             )
         finally:
@@ -139,11 +156,9 @@ class Comparison:
             "identity": self._identity(name, seed),
             "evaluation": json.loads(printed.strip().splitlines()[-1]),
         }
-        temporary = folder / f"{RESULT}.tmp"
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(folder / RESULT)
+        write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
         bits = result["evaluation"]["bits_per_char"]
-        self.say(f"{name}, seed {seed}: {bits:.4f} bits/char after {train_seconds:.0f} s")
+        _say(f"{name}, seed {seed}: {bits:.4f} bits/char after {train_seconds:.0f} s")
         return result
 
     def _folder(self, name: str, seed: int) -> Path:
@@ -157,7 +172,8 @@ class Comparison:
     def _identity(self, name: str, seed: int) -> dict[str, Any]:
         """What a finished run's result depends on."""
         return {
-            "config": self._config(name, seed).to_dict(),
+            "config": _anywhere(self._config(name, seed)).to_dict(),
+            "dataset": self._fingerprint,
             "evaluation": vars(self.experiment.evaluation),
         }
 
@@ -167,11 +183,14 @@ class Comparison:
             return None
         result: dict[str, Any] = json.loads(path.read_text())
         if result["identity"] != json.loads(json.dumps(self._identity(name, seed))):
-            raise ConfigError(
-                f"{path.parent} holds a run of another configuration: give another --output, or "
-                "remove it"
-            )
+            raise _another_configuration(path.parent)
         return result
+
+    def _check_begun(self, name: str, seed: int) -> None:
+        """Refuse to go on with a run that was begun with another configuration."""
+        path = self._folder(name, seed) / CONFIG
+        if path.is_file() and _anywhere(load_config(path)) != _anywhere(self._config(name, seed)):
+            raise _another_configuration(path.parent)
 
     def _call(self, folder: Path, arguments: list[str], what: str) -> str:
         """Run one of the tools; its standard output."""
@@ -179,7 +198,7 @@ class Comparison:
         if self.experiment.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.experiment.threads)
         log = folder / f"{what}.log"
-        command = [sys.executable, str(self.tools / arguments[0]), *arguments[1:]]
+        command = [sys.executable, str(TOOLS / arguments[0]), *arguments[1:]]
         with log.open("wb") as errors:
             with self._lock:
                 if self._stopping:
@@ -189,14 +208,14 @@ class Comparison:
                 )
                 self._children.add(child)
             printed, _ = child.communicate()
+            complaints = log.read_text(errors="replace").strip().splitlines()
             errors.write(printed)
         with self._lock:
             self._children.discard(child)
         if child.returncode:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+            why = complaints[-1] if complaints else "nothing was said"
             raise TrainingError(
-                f"{what} of {folder.name} ended with code {child.returncode}: {lines[-1]} "
-                f"(see {log})"
+                f"{what} of {folder.name} ended with code {child.returncode}: {why} (see {log})"
             )
         return printed.decode(errors="replace")
 
@@ -211,6 +230,21 @@ class Comparison:
                 child.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+def _anywhere(config: Config) -> Config:
+    """The configuration without its dataset's place, which may move."""
+    return config.override("data.path=null")
+
+
+def _another_configuration(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} holds a run of another configuration: give another --output, or remove it"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

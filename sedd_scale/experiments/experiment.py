@@ -104,6 +104,8 @@ def load_experiment(path: Path) -> Experiment:
     seeds = tree.get("seeds")
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise ConfigError(f"{path}: seeds={seeds} has to be a list of integers such as [0, 1]")
+    if min(seeds) < 0:
+        raise ConfigError(f"{path}: seeds={seeds} has one below 0")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{path}: seeds={seeds} names a seed twice")
     experiment = Experiment(

@@ -184,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def scaling_command(arguments: argparse.Namespace) -> None:
     """Run what is missing, fit and report."""
-    from sedd_scale.experiments.comparison import Comparison, find_dataset
+    from sedd_scale.experiments.comparison import run_experiment
     from sedd_scale.experiments.experiment import DataSettings, EvaluationSettings, Experiment
 
     if len(set(arguments.widths)) < 3:
@@ -203,15 +203,9 @@ def scaling_command(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
         threads=1,
     )
-    comparison = Comparison(
-        experiment,
-        find_dataset(experiment, arguments.data, arguments.output),
-        arguments.output,
-        Path(__file__).resolve().parents[2] / "tools",
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    results = run_experiment(experiment, arguments.data, arguments.output)
     words = ["python", "-m", "sedd_scale.experiments.scaling", *sys.argv[1:]]
-    write_report(summarise(comparison.results()), arguments.output, shlex.join(words))
+    write_report(summarise(results), arguments.output, shlex.join(words))
     print((arguments.output / "report.md").read_text(), end="")
 
 

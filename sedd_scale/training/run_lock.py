@@ -60,14 +60,19 @@ class RunLock:
             self._stream.close()
 
 
-def lock_run(run_dir: Path, *, patience: float = PATIENCE) -> IO[str]:
-    """The run directory's lock file, locked until it is closed; see `RunLock`."""
+def lock_run(run_dir: Path, *, option: str = "--run-dir", patience: float = PATIENCE) -> IO[str]:
+    """The directory's lock file, locked until it is closed; see `RunLock`.
+
+    Args:
+        option: of the command, by which the directory was given.
+        patience: seconds to wait for a lock that is held.
+    """
     path = run_dir / LOCK_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
     except OSError as error:
-        raise ConfigError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{option} {run_dir} cannot be written: {error.strerror}") from error
     deadline = time.monotonic() + patience
     while not _taken(stream):
         if time.monotonic() < deadline:
@@ -82,7 +87,7 @@ def lock_run(run_dir: Path, *, patience: float = PATIENCE) -> IO[str]:
         stream.close()
         raise ConfigError(
             f"{run_dir} is in use: {_named(holder)} trains in it; wait for its end, or give "
-            f"another --run-dir (where that node is lost for good, remove {path})"
+            f"another {option} (where that node is lost for good, remove {path})"
         )
     stream.truncate(0)
     json.dump(_this_process(), stream)

@@ -16,8 +16,10 @@ import yaml
 
 from sedd_scale.cli import run_command
 from sedd_scale.errors import ConfigError
+from sedd_scale.experiments import comparison
 from sedd_scale.experiments.experiment import load_experiment
 from sedd_scale.experiments.report import summarise, to_markdown
+from sedd_scale.training.run_lock import lock_run
 from tools.compare import build_parser, compare_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,9 +107,32 @@ def test_from_text_to_report_and_again(
     assert compare(*arguments, monkeypatch=monkeypatch) == 0  # nothing is left to do
     assert "training" not in capsys.readouterr().err
     assert json.loads((output / "report.json").read_text()) == report
-    other = written(tmp_path, evaluation={"max_blocks": 4, "draws": 4, "batch_size": 32})
-    assert compare(other, "--data", texts, "--output", output, monkeypatch=monkeypatch) == 2
-    assert "run of another configuration" in capsys.readouterr().err
+    ready = ("--data", output / "data", "--output", output)
+    assert compare(config, *ready, monkeypatch=monkeypatch) == 0  # by another path
+    assert "training" not in capsys.readouterr().err
+    for data, changes, message in (
+        (texts, {}, f"data was made with text {tmp_path}/text*.jsonl, not {texts}"),
+        (output / "data", {"evaluation": {"draws": 3}}, "a run of another configuration"),
+        (output / "data", {"data": {"block_length": 8}}, "has block_length 16, but the exp"),
+        (output / "data", {"data": {"tokenizer": "bytes", "block_length": 16}}, "tokenizer text8"),
+    ):
+        given = (written(tmp_path, **changes), "--data", data, "--output", output)
+        assert compare(*given, monkeypatch=monkeypatch) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_last_complaint_of_a_failed_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys; print('step 3', flush=True); sys.exit('train.py: error: loss nan')"
+    (tmp_path / "train.py").write_text(program)
+    monkeypatch.setattr(comparison, "TOOLS", tmp_path)
+    arguments = (written(tmp_path), "--data", words_of_five(tmp_path), "--output", tmp_path / "out")
+    assert compare(*arguments, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "ended with code 1: train.py: error: loss nan (see" in error
+    log = tmp_path / "out/runs/autoregressive-0/train.log"
+    assert log.read_text().splitlines() == ["train.py: error: loss nan", "step 3"]
 
 
 def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -> None:
@@ -121,11 +146,17 @@ def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -
     metrics = output / "runs/autoregressive-0/run/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)
+    with pytest.raises(ConfigError, match=f"is in use: process {process.pid} on .*another --out"):
+        lock_run(output, option="--output", patience=0.0)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):  # nobody is left of its session
         os.killpg(process.pid, 0)
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] < STEPS
+    changed = written(tmp_path, run=run | {"optimizer": {"lr": 0.02}}, variants=variants)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "of another configuration" in refused.stderr
+    assert changed == written(tmp_path, run=run, variants=variants)
     subprocess.run(command, check=True, capture_output=True)
     (row,) = json.loads((output / "report.json").read_text())["variants"]
     parts = (output / "runs/autoregressive-0/train_seconds").read_text().split()
@@ -173,6 +204,7 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
     [
         ({"baseline": "gpt"}, "baseline=gpt is none of the variants"),
         ({"seeds": []}, "seeds="),
+        ({"seeds": [-1]}, "one below 0"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"jobs": 0}, "jobs=0 is no count"),
         ({"runs": 3}, "unknown key runs"),
