@@ -30,7 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
     add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")
-    add("--only", nargs="+", metavar="NAME", help="these variants (and the baseline) alone")
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="these variants (and the baseline) alone, in the report too",
+    )
     add("--jobs", type=int, metavar="K", help="runs at a time (the experiment's)")
     return parser
 
@@ -39,12 +44,11 @@ def compare_command(arguments: argparse.Namespace) -> None:
     """Run what is missing of the experiment and write its report."""
     from dataclasses import replace
 
-    from sedd_scale.experiments.experiment import load_experiment
+    from sedd_scale.experiments.experiment import check_seeds, load_experiment
 
     experiment = load_experiment(arguments.config)
     if arguments.seeds is not None:
-        if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
-            raise ConfigError(f"--seeds {arguments.seeds}: give different seeds from 0 on")
+        check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
         experiment = replace(experiment, seeds=arguments.seeds)
     if arguments.jobs is not None:
         if arguments.jobs < 1:

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"the test text of a benchmark, from the Hugging Face hub: {', '.join(DATASETS)}",
     )
-    add("--split", default="valid", help="of a prepared dataset (%(default)s)")
+    add("--split", help="of a prepared dataset (valid)")
     add(
         "--cache-dir",
         type=Path,
@@ -295,7 +295,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         data,
         tokenizer=model.tokenizer,
         num_tokens=model.graph.num_tokens,
-        block_length=arguments.block_length or model.block_length,
+        block_length=arguments.block_length,
+        default_length=model.block_length,
         split=arguments.split,
         text=text_settings(arguments),
         cache_dir=arguments.cache_dir,

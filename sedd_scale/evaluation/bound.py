@@ -48,6 +48,7 @@ from torch import Tensor
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.evaluation import PROTOCOLS
 from sedd_scale.evaluation.chain_rule import (
     counted_positions,
     evaluate_any_order,
@@ -118,7 +119,13 @@ def evaluate_bound(
             f"nothing to evaluate: the text gives blocks of shape {tuple(blocks.shape)}; give more "
             "text"
         )
+    if blocks.dtype.is_floating_point or blocks.dtype.is_complex or blocks.dtype == torch.bool:
+        raise DataError(f"token ids of type {blocks.dtype}: give integers")
     model.graph.check_tokens(blocks)
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"protocol {protocol!r} is unknown: choose {' or '.join(PROTOCOLS)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} is too small: give at least 1")
     ids_n = np.arange(len(blocks)) if block_ids_n is None else np.asarray(block_ids_n)
     assert ids_n.shape == (len(blocks),), ids_n.shape
     text_n = np.full(len(blocks), blocks.shape[1]) if text_n is None else np.asarray(text_n)

@@ -78,7 +78,7 @@ def evaluate_left_to_right(
         blocks=len(nats_n),
         tokens=tokens,
         network_calls=len(nats_n),
-        protocol="low-variance",
+        protocol="chain-rule",
         t_min=0.0,
         seconds=time.perf_counter() - start,
         block_nats_n=nats_n / text_n,

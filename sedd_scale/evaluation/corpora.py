@@ -79,8 +79,9 @@ def open_corpus(
     *,
     tokenizer: Tokenizer | None,
     num_tokens: int,
-    block_length: int | None,
-    split: str = "valid",
+    block_length: int | None = None,
+    default_length: int | None = None,
+    split: str | None = None,
     text: TextSettings | None = None,
     max_blocks: int | None = None,
     cache_dir: Path | None = None,
@@ -93,8 +94,9 @@ def open_corpus(
             command); or a file.
         tokenizer: of the model; needed for a file, compared by fingerprint with a dataset's.
         num_tokens: N of the model.
-        block_length: L for a file.
-        split: of a prepared dataset.
+        block_length: L for a file; a prepared dataset has to have it.
+        default_length: L for a file where `block_length` is None.
+        split: of a prepared dataset; None: "valid".
         text: how a file's text becomes blocks; None: as `TextSettings` has it, and only None fits a
             prepared dataset.
         max_blocks: at most so many blocks, evenly spread over the source.
@@ -103,7 +105,7 @@ def open_corpus(
 
     Raises:
         DataError: nothing there, unreadable, too short, or of another tokenizer.
-        ConfigError: `text` for a prepared dataset.
+        ConfigError: `text` or another block length for a prepared dataset, a split for a file.
     """
     prepared = is_remote(str(location)) or Path(location).is_dir()
     if prepared and text is not None:
@@ -117,7 +119,7 @@ def open_corpus(
         config = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
         cache = FileCache(cache_directory(config), int(config.cache_gb * 1e9))
         dataset = Dataset(location, cache=cache)
-        return _prepared(dataset, tokenizer, num_tokens, split, max_blocks)
+        return _prepared(dataset, tokenizer, num_tokens, block_length, split, max_blocks)
     path = Path(location)
     if not path.exists():
         raise DataError(f"--data {path} does not exist: give a prepared dataset or a text file")
@@ -127,12 +129,18 @@ def open_corpus(
                 f"--data {path} is a directory without {INDEX_FILE}: give one that "
                 "tools/prepare_data.py wrote, or a text file"
             )
-        return _prepared(Dataset(path), tokenizer, num_tokens, split, max_blocks)
+        return _prepared(Dataset(path), tokenizer, num_tokens, block_length, split, max_blocks)
+    if split is not None:
+        raise ConfigError(
+            f"--data {path} is a file and has no split {split!r}: leave --split out, or give a "
+            "prepared dataset"
+        )
     if tokenizer is None:
         raise DataError(
             f"the checkpoint carries no tokenizer to read {path} with: give --tokenizer, or a "
             "prepared dataset"
         )
+    block_length = block_length or default_length
     if block_length is None:
         raise DataError("the checkpoint does not name its block length: give --block-length")
     made = _from_file(path, tokenizer, block_length, text or TextSettings(), max_blocks)
@@ -143,9 +151,16 @@ def _prepared(
     dataset: Dataset,
     tokenizer: Tokenizer | None,
     num_tokens: int,
-    split: str,
+    block_length: int | None,
+    split: str | None,
     max_blocks: int | None,
 ) -> Corpus:
+    if block_length not in (None, dataset.block_length):
+        raise ConfigError(
+            f"{dataset.location} has blocks of {dataset.block_length} tokens, not {block_length}: "
+            "leave --block-length out, or give the text"
+        )
+    split = split or "valid"
     own = dataset.index["tokenizer"]
     if tokenizer is not None and tokenizer.fingerprint != own["fingerprint"]:
         raise DataError(

@@ -34,7 +34,7 @@ class FinishedGroups:
 
     Raises:
         ConfigError: the directory holds another evaluation.
-        DataError: it is damaged.
+        DataError: it is damaged, or cannot be made.
     """
 
     def __init__(
@@ -45,7 +45,12 @@ class FinishedGroups:
         shared: list[Any] = [None]
         if rank == 0:
             # An error here ends this process, and its launcher the others.
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(
+                    f"--resume {directory} is no directory that can be made: {error.strerror}"
+                ) from error
             _claim(directory, json.loads(json.dumps(identity)))
             shared = [_read_all(directory)]
         if dist.is_initialized() and dist.get_world_size() > 1:

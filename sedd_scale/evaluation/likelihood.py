@@ -27,7 +27,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     tokens_nL: IntArray | Tensor | None = None,
-    split: str = "valid",
+    split: str | None = None,
     block_length: int | None = None,
     remainder: str = "drop",
     protocol: str = PROTOCOLS[0],
@@ -46,8 +46,9 @@ def evaluate(
         text: one document or several; EOS follows each, and the stream is cut into blocks.
         data: what --data of the command takes: a prepared dataset, or a file of text.
         tokens_nL: blocks of ids 0..N-1, n of L tokens each.
-        split: of a prepared dataset.
-        block_length: L of the blocks that text is cut into; the model's by default.
+        split: of a prepared dataset ("valid").
+        block_length: L of the blocks that text is cut into; the model's by default. That of a
+            prepared dataset is what it is.
         remainder: of `text`, what becomes of tokens that fill no block: "drop", or "pad", where
             padding has no part in the number.
         protocol: "low-variance", a true bound with all its terms; "paper", the diffusion term alone
@@ -80,7 +81,8 @@ def evaluate(
             data,
             tokenizer=model.tokenizer,
             num_tokens=model.graph.num_tokens,
-            block_length=block_length or model.block_length,
+            block_length=block_length,
+            default_length=model.block_length,
             split=split,
             max_blocks=most,
         )

@@ -38,7 +38,7 @@ class BoundResult:
         blocks: number of blocks.
         tokens: number of tokens in them.
         network_calls: sequences that went through the network, over all ranks.
-        protocol: "low-variance", "paper" or "any-order".
+        protocol: "low-variance", "paper", "any-order" or "chain-rule".
         t_min: where the integral begins; 0 where there is none.
         seconds: wall time.
         block_nats_n: nats per token of each block.

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from sedd_scale.data.documents import DocumentStream
 from sedd_scale.data.tokenizers import Tokenizer
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 
 IntArray = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class TextSettings:
         wrap: documents follow each other within a block; without it each begins a block.
         remainder: what becomes of tokens that fill no block, at the end of the stream or of each
             document; "drop" or "pad"; None: drop with wrap, pad without.
-        field: of a .jsonl line or column of a .parquet, the text.
+        field: of a .jsonl line or column of a .parquet, the text; None: "text".
         last_rows: only so many rows, the last ones; None: all.
     """
 
@@ -51,7 +51,7 @@ class TextSettings:
     documents: str | None = None
     wrap: bool = True
     remainder: str | None = None
-    field: str = "text"
+    field: str | None = None
     last_rows: int | None = None
 
     def resolved(self, path: Path) -> tuple[str, str]:
@@ -86,8 +86,22 @@ def read_blocks(
     """The blocks of a file.
 
     Raises:
-        DataError: it is empty, no text, not UTF-8, damaged, or has no whole block.
+        DataError: it is empty, no text, not UTF-8, damaged, or has no whole block, or its name
+            leaves open what it holds.
+        ConfigError: a field of a file that has none.
     """
+    if not _is_table(path):
+        for suffix in path.suffixes:
+            if suffix.lower() in (*_TABLES, ".json"):
+                raise DataError(
+                    f"{path} is neither called {' nor '.join(_TABLES)}, which have rows, nor text: "
+                    "rename it to what it is"
+                )
+        if settings.field is not None:
+            raise ConfigError(
+                f"{path} is text and has no field {settings.field!r}: leave --field out, or give a "
+                f"{' or '.join(_TABLES)} file"
+            )
     documents_mode, remainder = settings.resolved(path)
     documents = (
         text
@@ -122,7 +136,7 @@ def cut_documents(
         utf8_bytes += len(spelled.encode())
         documents.append(np.concatenate([tokenizer.encode(text), eos]).astype(np.int32))
     if not characters:
-        raise DataError(f"{name} holds no text: give a file with text")
+        raise DataError(f"{name} holds no text: give text that does")
     tokens = sum(map(len, documents))
     streams = [np.concatenate(documents)] if wrap else documents
     if remainder == "drop" and max(map(len, streams)) < block_length:
@@ -177,7 +191,7 @@ def _documents(path: Path, mode: str, settings: TextSettings) -> Iterator[str]:
 def _rows(path: Path, settings: TextSettings) -> Iterator[str]:
     """Rows of a table, or lines of a text file with their ends."""
     if _is_table(path):
-        stream = DocumentStream([glob.escape(str(path))], field=settings.field)
+        stream = DocumentStream([glob.escape(str(path))], field=settings.field or "text")
         return (document.text for document in stream)
     return io.StringIO(_read_text(path), newline="\n")
 

@@ -5,6 +5,7 @@ resumes from its checkpoint.
 """
 
 import contextlib
+import glob
 import json
 import os
 import signal
@@ -32,8 +33,8 @@ ORIGIN = "data.json"
 # Of a run: its configuration, and what it came to.
 CONFIG = "experiment.yaml"
 RESULT = "result.json"
-# How long each attempt at the training took.
-SECONDS = "train_seconds"
+# How long each attempt at the training took, and since when one goes on.
+SECONDS, BEGUN = "train_seconds", "train_begun"
 # How long to wait for a run that was asked to stop.
 _PATIENCE = 60.0
 
@@ -63,7 +64,7 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
     wanted = experiment.data
     if not (source / "index.json").is_file():
         made, origin = output / "data", output / ORIGIN
-        settings = {"text": os.path.abspath(source), **vars(wanted)}
+        settings = {**_text_of(source), **vars(wanted)}
         if not (made / "index.json").is_file():
             prepare(
                 [str(source)],
@@ -79,7 +80,7 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
             if before[key] != value:
                 raise ConfigError(
                     f"{made} was made with {key} {before[key]}, not {value}: give another "
-                    f"--output, or remove {output}"
+                    f"--output, or --data {made} for the dataset as it is"
                 )
         source = made
     found = Dataset(source).index
@@ -93,6 +94,16 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
                 "it or prepare the data again"
             )
     return source
+
+
+def _text_of(source: Path) -> dict[str, Any]:
+    """Which text it is: where, how much, and when it was last changed."""
+    found = [os.stat(path) for path in glob.glob(str(source))]
+    return {
+        "text": os.path.abspath(source),
+        "bytes": sum(file.st_size for file in found),
+        "time": max((int(file.st_mtime) for file in found), default=0),
+    }
 
 
 class _Runs:
@@ -125,21 +136,15 @@ class _Runs:
         finished = self._finished(name, seed)
         if finished is not None:
             return finished
+        if self._stopping:
+            raise TrainingError("stopped")
         folder = self._folder(name, seed)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, self._config(name, seed).to_yaml().encode())
         _say(f"{name}, seed {seed}: training")
         run = folder / "run"
-        started = time.perf_counter()
-        try:
-            self._call(
-                folder,
-                ["train.py", str(folder / CONFIG), "--run-dir", str(run)],
-                "train",
-            )
-        finally:
-            with (folder / SECONDS).open("a") as stream:
-                stream.write(f"{time.perf_counter() - started:.1f}\n")
+        with _timed(folder, run / "metrics.jsonl"):
+            self._call(folder, ["train.py", str(folder / CONFIG), "--run-dir", str(run)], "train")
         # Of a run that was stopped and went on, all parts.
         train_seconds = sum(map(float, (folder / SECONDS).read_text().split()))
         settings = self.experiment.evaluation
@@ -241,6 +246,26 @@ def _another_configuration(folder: Path) -> ConfigError:
     return ConfigError(
         f"{folder} holds a run of another configuration: give another --output, or remove it"
     )
+
+
+@contextlib.contextmanager
+def _timed(folder: Path, metrics: Path) -> Iterator[None]:
+    """Note what an attempt takes; of one that was killed, until it last wrote its metrics."""
+    begun = folder / BEGUN
+
+    def note(seconds: float) -> None:
+        with (folder / SECONDS).open("a") as stream:
+            stream.write(f"{max(0.0, seconds):.1f}\n")
+
+    if begun.is_file() and metrics.is_file():
+        note(metrics.stat().st_mtime - begun.stat().st_mtime)
+    begun.write_text("")
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        note(time.perf_counter() - started)
+        begun.unlink()
 
 
 def _say(line: str) -> None:

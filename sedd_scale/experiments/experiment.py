@@ -14,7 +14,8 @@
 `run` is a configuration as `tools/train.py` takes it, without a dataset.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import ConfigError
 from sedd_scale.yaml_text import read_yaml, scalar_text
+
+_KEYS = ("title", "baseline", "seeds", "jobs", "threads", "data", "evaluation", "run", "variants")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -82,37 +86,29 @@ def load_experiment(path: Path) -> Experiment:
             or that is trained on other tokens than the others.
     """
     tree = read_yaml(path)
-    known = {"title", "baseline", "seeds", "jobs", "threads", "data", "evaluation", "run"}
     for key in tree:
-        if key not in known | {"variants"}:
-            raise ConfigError(f"{path}: unknown key {key}; the keys are {', '.join(sorted(known))}")
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: unknown key {key}; the keys are {', '.join(_KEYS)}")
     common = config_from_dict(_mapping(tree, "run", path))
     changes = {
-        str(name): [
-            # An override takes text letter by letter.
-            f"{key}={value if isinstance(value, str) else scalar_text(value)}"
-            for key, value in (keys or {}).items()
-        ]
+        str(name): _changes(str(name), keys, path)
         for name, keys in _mapping(tree, "variants", path).items()
     }
     variants = {name: common.override(*assignments) for name, assignments in changes.items()}
     baseline = tree.get("baseline")
-    if baseline not in variants:
+    if not isinstance(baseline, str) or baseline not in variants:
         raise ConfigError(
             f"{path}: baseline={baseline} is none of the variants {', '.join(variants)}"
         )
     seeds = tree.get("seeds")
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise ConfigError(f"{path}: seeds={seeds} has to be a list of integers such as [0, 1]")
-    if min(seeds) < 0:
-        raise ConfigError(f"{path}: seeds={seeds} has one below 0")
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{path}: seeds={seeds} names a seed twice")
+    check_seeds(seeds, f"{path}: seeds={seeds}")
     experiment = Experiment(
         title=str(tree.get("title", path.stem)),
         variants=variants,
         changes=changes,
-        baseline=str(baseline),
+        baseline=baseline,
         seeds=seeds,
         data=_settings(DataSettings, tree, "data", path),
         evaluation=_settings(EvaluationSettings, tree, "evaluation", path),
@@ -123,7 +119,35 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def check_seeds(seeds: Sequence[int], what: str) -> None:
+    """Raise ConfigError, which calls them `what`, unless they are different and from 0 on."""
+    if min(seeds) < 0:
+        raise ConfigError(f"{what} has one below 0: give different seeds from 0 on")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{what} names a seed twice: give different seeds from 0 on")
+
+
+def _changes(name: str, keys: Any, path: Path) -> list[str]:
+    """What a variant changes, as overrides."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{path}: variant {name!r} cannot name a folder: use letters, digits, _, - and ."
+        )
+    if keys is not None and not isinstance(keys, Mapping):
+        raise ConfigError(f"{path}: variant {name}: has to be a mapping of section.key to values")
+    return [
+        # An override takes text letter by letter.
+        f"{key}={value if isinstance(value, str) else scalar_text(value)}"
+        for key, value in (keys or {}).items()
+    ]
+
+
 def _check_comparable(experiment: Experiment, path: Path) -> None:
+    if experiment.evaluation.draws < 2:
+        raise ConfigError(
+            f"{path}: evaluation.draws={experiment.evaluation.draws} leaves no way to tell a "
+            "standard error: give at least 2"
+        )
     base = experiment.variants[experiment.baseline]
     for name, config in experiment.variants.items():
         try:

@@ -35,13 +35,18 @@ def summarise(experiment: Experiment, results: Sequence[Result]) -> dict[str, An
             "kind": own[0]["evaluation"]["kind"],
             "bits_per_char": _mean(bits),
             "ratio": _mean([a / b for a, b in zip(bits, base, strict=True)]),
-            "stderr_draws": max(result["evaluation"]["stderr"] for result in own) / math.log(2),
+            "stderr_draws": max(
+                _in_bits_per_char(result["evaluation"], "stderr") for result in own
+            ),
             "perplexity": _mean([result["evaluation"]["perplexity"] for result in own]),
             "train_seconds": _mean([result["train_seconds"] for result in own]),
             "by_seed": dict(zip(map(str, experiment.seeds), bits, strict=True)),
         }
         if "normalised_nats_per_token" in own[0]["evaluation"]:
-            normalised = [_normalised_bits(result["evaluation"]) for result in own]
+            normalised = [
+                _in_bits_per_char(result["evaluation"], "normalised_nats_per_token")
+                for result in own
+            ]
             row["normalised_bits_per_char"] = _mean(normalised)
             row["normalised_ratio"] = _mean([a / b for a, b in zip(normalised, base, strict=True)])
         rows.append(row)
@@ -129,8 +134,9 @@ def _by_seed(experiment: Experiment, results: Sequence[Result], name: str) -> li
     return [of_seed[seed] for seed in experiment.seeds]
 
 
-def _normalised_bits(evaluation: dict[str, Any]) -> float:
-    share = evaluation["normalised_nats_per_token"] / evaluation["nats_per_token"]
+def _in_bits_per_char(evaluation: dict[str, Any], key: str) -> float:
+    """A number of nats a token in bits a character."""
+    share = evaluation[key] / evaluation["nats_per_token"]
     bits: float = evaluation["bits_per_char"] * share
     return bits
 

@@ -66,13 +66,14 @@ def flops_per_token(width: int, layers: int, length: int) -> int:
 
 def variants_of(arguments: argparse.Namespace) -> dict[str, Config]:
     """Name -> configuration of every size and objective; --steps are the largest size's."""
+    for width in arguments.widths:
+        if width < 1 or width % _HEAD_WIDTH:
+            raise ConfigError(f"--widths {width}: give multiples of {_HEAD_WIDTH}")
     sizes = {width: max(1, width // _HEAD_WIDTH) for width in sorted(arguments.widths)}
     length = arguments.block_length
     budget = arguments.steps * max(flops_per_token(*size, length) for size in sizes.items())
     made = {}
     for width, layers in sizes.items():
-        if width % _HEAD_WIDTH:
-            raise ConfigError(f"--widths {width}: give multiples of {_HEAD_WIDTH}")
         steps = round(budget / flops_per_token(width, layers, length))
         for objective in OBJECTIVES:
             made[f"{objective}-{width}"] = Config().override(
@@ -185,12 +186,20 @@ def build_parser() -> argparse.ArgumentParser:
 def scaling_command(arguments: argparse.Namespace) -> None:
     """Run what is missing, fit and report."""
     from sedd_scale.experiments.comparison import run_experiment
-    from sedd_scale.experiments.experiment import DataSettings, EvaluationSettings, Experiment
+    from sedd_scale.experiments.experiment import (
+        DataSettings,
+        EvaluationSettings,
+        Experiment,
+        check_seeds,
+    )
 
+    check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
     if len(set(arguments.widths)) < 3:
         raise ConfigError(f"--widths {arguments.widths}: give at least three different ones")
-    if arguments.steps < 1 or arguments.jobs < 1:
-        raise ConfigError("--steps and --jobs have to be at least 1")
+    for name in ("steps", "jobs", "block_length"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {getattr(arguments, name)}: give at least 1")
     variants = variants_of(arguments)
     experiment = Experiment(
         title="Scaling at equal compute",

@@ -94,8 +94,12 @@ def initialize_layout(
     Without a launcher's environment a group of one process is made, with no port opened.
 
     Raises:
-        ConfigError: the number of processes is not a multiple of tensor x pipeline.
+        ConfigError: the number of processes is not a multiple of tensor x pipeline, or one of
+            these is below 1.
     """
+    for name, size in (("tensor", tensor), ("pipeline", pipeline)):
+        if size < 1:
+            raise ConfigError(f"{name}={size} processes cannot share a model: give at least 1")
     device = local_device()
     world_size = launched_world_size()
     if world_size % (tensor * pipeline):

@@ -49,7 +49,7 @@ def files_of_the_hub() -> dict[str, bytes]:
             content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
         else:
             buffer = io.BytesIO()
-            parquet.write_table(pyarrow.table({benchmark.text.field: rows}), buffer)
+            parquet.write_table(pyarrow.table({benchmark.text.field or "text": rows}), buffer)
             content = buffer.getvalue()
         files[f"{benchmark.repository}@{benchmark.revision}/{benchmark.file}"] = content
     return files

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.evaluation import PROTOCOLS
 from sedd_scale.evaluation.bound import evaluate_bound
 from tests.evaluation.enumeration import (
     all_states,
@@ -158,6 +159,11 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         evaluate_bound(model, blocks_nL, protocol="best")
     with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate_bound(model, blocks_nL[:0])
+    for protocol in PROTOCOLS:
+        with pytest.raises(ConfigError, match="batch size 0"):
+            evaluate_bound(model, blocks_nL, batch_size=0, protocol=protocol)
+    with pytest.raises(DataError, match=r"of type torch\.float32"):
+        evaluate_bound(model, blocks_nL.float())
     with pytest.raises(DataError, match="token id 3 is outside"):
         evaluate_bound(model, torch.full((1, 2), 3))
     with torch.no_grad():

@@ -21,7 +21,7 @@ BYTES = BytesTokenizer()
 
 
 def open_with(path: Path, tokenizer: Tokenizer | None = BYTES, **options: object) -> Corpus:
-    settings = {"num_tokens": 257, "block_length": 16, **options}
+    settings = {"num_tokens": 257, "default_length": 16, **options}
     return open_corpus(path, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
 
 
@@ -158,6 +158,8 @@ def test_a_prepared_dataset_gives_its_blocks_and_counts(tmp_path: Path) -> None:
         open_with(tmp_path / "data", split="test")
     with pytest.raises(ConfigError, match="prepared dataset, whose blocks are made"):
         open_with(tmp_path / "data", text=TextSettings())
+    with pytest.raises(ConfigError, match="has blocks of 64 tokens, not 16"):
+        open_with(tmp_path / "data", block_length=16)
 
 
 def test_what_is_no_text_is_named(tmp_path: Path) -> None:
@@ -178,6 +180,14 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_text("short")
     with pytest.raises(DataError, match="6 tokens, less than one block of 16"):
         open_with(path)
+    with pytest.raises(ConfigError, match="is a file and has no split 'valid'"):
+        open_with(path, split="valid")
+    with pytest.raises(ConfigError, match="is text and has no field 'text'"):
+        open_with(path, text=TextSettings(field="text"))
+    for name in ("rows.json", "rows.JSONL"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(DataError, match=f"{name} is neither .* rename it"):
+            open_with(tmp_path / name)
     with pytest.raises(DataError, match="carries no tokenizer"):
         open_with(path, None)
     packed = tmp_path / "text.txt.gz"
@@ -213,7 +223,6 @@ def test_every_source_the_loader_opens_is_evaluated_with_padding_told_apart(
                 location,
                 tokenizer=BYTES,
                 num_tokens=257,
-                block_length=None,
                 cache_dir=tmp_path / "cache",
             )
             assert np.array_equal(found.blocks_nL, local.blocks_nL)

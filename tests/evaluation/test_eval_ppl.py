@@ -102,6 +102,9 @@ def test_the_paper_protocol_counts_the_diffusion_term_alone(
         ("run", ("--data", "bytes", "--draws", "1"), "give at least 2"),
         ("run", ("--data", "bytes", "--max-blocks", "0"), "give at least 1"),
         ("run", ("--data", "bytes", "--tensor", "2"), "do not fit"),
+        ("run", ("--data", "bytes", "--tensor", "0"), "tensor=0 processes"),
+        ("run", ("--data", "bytes", "--batch-size", "0"), "batch size 0 is too small"),
+        ("run", ("--data", "bytes", "--resume", "texts.jsonl"), "--resume texts.jsonl is no dir"),
         ("run", ("--data", "bytes", "--tokenizer", "letters-tokenizer"), "is not the tokenizer"),
     ],
 )
@@ -114,7 +117,7 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(work)
-    if "--resume" in arguments:
+    if "kept" in arguments:
         assert run(work, *arguments[:2], "--max-blocks", 2, "--resume", "kept", "--json") == 0
         arguments = (*arguments, "--max-blocks", "2")
         capsys.readouterr()

@@ -110,7 +110,9 @@ def test_from_text_to_report_and_again(
     ready = ("--data", output / "data", "--output", output)
     assert compare(config, *ready, monkeypatch=monkeypatch) == 0  # by another path
     assert "training" not in capsys.readouterr().err
+    texts.write_text(texts.read_text() * 2)
     for data, changes, message in (
+        (tmp_path / "text*.jsonl", {}, "data was made with bytes"),
         (texts, {}, f"data was made with text {tmp_path}/text*.jsonl, not {texts}"),
         (output / "data", {"evaluation": {"draws": 3}}, "a run of another configuration"),
         (output / "data", {"data": {"block_length": 8}}, "has block_length 16, but the exp"),
@@ -157,10 +159,18 @@ def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "of another configuration" in refused.stderr
     assert changed == written(tmp_path, run=run, variants=variants)
+    folder = output / "runs/autoregressive-0"
+    (folder / "train_begun").write_text("")  # as if another attempt had been killed
+    os.utime(folder / "train_begun", (0, metrics.stat().st_mtime - 7))
     subprocess.run(command, check=True, capture_output=True)
+    assert not (folder / "train_begun").exists()
     (row,) = json.loads((output / "report.json").read_text())["variants"]
-    parts = (output / "runs/autoregressive-0/train_seconds").read_text().split()
-    assert len(parts) == 2 and row["train_seconds"]["mean"] == sum(map(float, parts))
+    parts = (folder / "train_seconds").read_text().split()
+    assert (
+        len(parts) == 3
+        and float(parts[1]) == pytest.approx(7.0, abs=0.2)
+        and row["train_seconds"]["mean"] == sum(map(float, parts))
+    )
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
@@ -173,15 +183,16 @@ def test_errors_are_over_seeds_and_ratios_seed_by_seed(tmp_path: Path) -> None:
     for (name, seed), value in reversed(nats.items()):
         evaluation = {
             "kind": "exact", "bits_per_char": value / math.log(2), "stderr": 0.01,
-            "perplexity": math.exp(value), "nats_per_token": value, "tokens": 128,
+            "perplexity": math.exp(value), "nats_per_token": 4 * value, "tokens": 128,
         }  # fmt: skip
         if name == "score_entropy":
-            evaluation |= {"kind": "bound", "normalised_nats_per_token": 0.9 * value}
+            evaluation |= {"kind": "bound", "normalised_nats_per_token": 3.6 * value}
         results.append(
             {"variant": name, "seed": seed, "train_seconds": 1.0, "evaluation": evaluation}
         )
     summary = summarise(experiment, results)
     row = summary["variants"][1]
+    assert row["stderr_draws"] == pytest.approx(0.01 / 4 / math.log(2))  # four characters a token
     assert row["ratio"]["mean"] == pytest.approx(1.25)
     assert row["ratio"]["stderr"] == pytest.approx(0.05)  # |1.2 - 1.3| / 2
     assert row["normalised_ratio"]["mean"] == pytest.approx(0.9 * 1.25)
@@ -209,6 +220,10 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
         ({"jobs": 0}, "jobs=0 is no count"),
         ({"runs": 3}, "unknown key runs"),
         ({"evaluation": {"draw": 3}}, "unknown key evaluation.draw"),
+        ({"evaluation": {"draws": 1}}, "evaluation.draws=1 leaves no way"),
+        ({"baseline": ["autoregressive"]}, "is none of the variants"),
+        ({"variants": {"autoregressive": 3}}, "variant autoregressive: has to be a mapping"),
+        ({"variants": {"autoregressive": {}, "a/../../b": {}}}, "cannot name a folder"),
         ({"evaluation": {"draws": 0}}, "has to be above 0"),
         ({"data": {"tokenizer": 3}}, "has another kind"),
         ({"run": None}, "run: has to be a mapping"),
