@@ -6,6 +6,7 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sedd_scale import __version__
@@ -14,11 +15,13 @@ from sedd_scale.errors import SeddScaleError
 
 EXIT_USER_ERROR = 2
 STDOUT = 1
+EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 COMMON_EXIT_CODES = {
     0: "done",
     1: "a fault of this program, with a traceback",
     EXIT_USER_ERROR: "an error of arguments, configuration, data or files, in one line",
+    EXIT_INTERRUPTED: "interrupted with Ctrl-C",
 }
 
 
@@ -46,6 +49,13 @@ def make_parser(
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
     return parser
+
+
+def given_path(text: str) -> Path:
+    """A path, as an argument's `type`: an empty one, as of an unset variable, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return Path(text)
 
 
 def add_command(
@@ -124,8 +134,14 @@ def run_command(
     try:
         adopt_slurm_task(os.environ)
         code = command(arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started the program
+            sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except (SeddScaleError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
             # Python flushes once more at its end.

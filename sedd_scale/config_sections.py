@@ -191,7 +191,7 @@ class TrainingConfig:
         "Train with weights m' / (m + this) of the move probability m; 0: m' / m, the bound's.",
         at_least=0,
     )
-    steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1)
+    steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1, below=2**31)
     global_batch: int = _key(512, "Sequences in one optimizer step, over all ranks.", at_least=1)
     micro_batch: int = _key(8, "Sequences in one forward pass of one rank.", at_least=1)
     seed: int = _key(0, "Seed of weights, data order, noise and dropout.", at_least=0, below=2**63)

@@ -16,6 +16,8 @@ EXAMPLE = "[{path: DIR, weight: 3}, {path: DIR, weight: 1}]"
 def check_data(config: Config) -> None:
     """Raise ConfigError for the first thing wrong with data.mixture and data.stages."""
     data = config.data
+    if data.path == "":
+        raise ConfigError("data.path is empty: give a prepared dataset")
     if data.mixture is None:
         if data.stages is not None:
             raise ConfigError(

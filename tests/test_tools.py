@@ -11,7 +11,7 @@ import pytest
 
 from sedd_scale import __version__
 from sedd_scale.__main__ import build_parser
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.completion import all_parsers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +72,26 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "fetch: error: pipe:fetch broke: try again\n"
 
 
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]):
+    def command(_: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(make_parser("Fetch.", "fetch", prog="fetch"), command, []) == 130
+    assert capsys.readouterr().err == "fetch: interrupted\n"
+
+
+def test_without_standard_output_a_command_works():
+    line = f"{sys.executable} -m sedd_scale completion bash >&-"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_empty_path_is_refused():
+    done = run(["tools/train.py", "configs/runs/tiny.yaml", "--run-dir", ""])
+    assert done.returncode == 2
+    assert "argument --run-dir: is empty: give a path" in done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
 def test_version_and_an_unknown_option(command: list[str]):
     done = run([*command, "--version"])
@@ -106,7 +126,7 @@ def test_a_flag_means_the_same_everywhere():
     for flag, actions in uses.items():
         kinds = {(type(action), action.nargs) for _, action in actions}
         assert len(kinds) == 1, (flag, actions)
-        types = {"str" if a.type in (None, Path) else str(a.type) for _, a in actions}
+        types = {"str" if a.type in (None, given_path) else str(a.type) for _, a in actions}
         assert len(types) == 1, (flag, types)
         placeholders = {a.metavar for _, a in actions if a.metavar and not a.choices}
         alike = len(placeholders) <= 1 or any(placeholders <= group for group in SAME)

@@ -3,9 +3,8 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 
 
@@ -19,16 +18,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--output runs/text8_style",
     )
     add = parser.add_argument
-    add("config", type=Path, help="YAML file of the experiment")
+    add("config", type=given_path, help="YAML file of the experiment")
     add(
         "--data",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="PATH",
         help="a dataset of tools/prepare_data.py, or text (a file, or a quoted pattern of files) "
         "that is prepared first",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
     add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")
     add(
         "--only",

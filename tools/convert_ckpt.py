@@ -1,12 +1,13 @@
 """Convert a checkpoint between formats, look into one, or compare two."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import add_command, make_parser, run_command
+from sedd_scale.cli import add_command, given_path, make_parser, run_command
+from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from sedd_scale.interop.assumptions import Assumptions
@@ -90,7 +91,7 @@ def _add_convert(subcommands: Any) -> None:
     )
     add(
         "--results",
-        type=Path,
+        type=given_path,
         action="append",
         metavar="FILE",
         help="of sedd-hf: what tools/eval_ppl.py printed of SRC, for the card; may be repeated",
@@ -104,8 +105,13 @@ def _add_convert(subcommands: Any) -> None:
         "many as in the checkpoint.pth that SRC comes from, else 0)",
     )
     _add_assumptions(parser)
-    add("source", type=Path, metavar="SRC", help="checkpoint to read")
-    add("target", type=Path, metavar="DST", help="directory to make; of sedd-train, or file.pth")
+    add("source", type=given_path, metavar="SRC", help="checkpoint to read")
+    add(
+        "target",
+        type=given_path,
+        metavar="DST",
+        help="directory to make; of sedd-train or file.pth",
+    )
     parser.set_defaults(run=convert_run)
 
 
@@ -118,7 +124,7 @@ def _add_inspect(subcommands: Any) -> None:
         example="python tools/convert_ckpt.py inspect checkpoint.pth",
     )
     _add_assumptions(parser)
-    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint of any format")
+    parser.add_argument("path", type=given_path, metavar="PATH", help="checkpoint of any format")
     parser.set_defaults(run=inspect_run)
 
 
@@ -135,8 +141,8 @@ def _add_verify(subcommands: Any) -> None:
             1: "it is beyond it; or a fault of this program, with a traceback",
         },
     )
-    parser.add_argument("first", type=Path, metavar="A", help="checkpoint of any format")
-    parser.add_argument("second", type=Path, metavar="B", help="checkpoint of any format")
+    parser.add_argument("first", type=given_path, metavar="A", help="checkpoint of any format")
+    parser.add_argument("second", type=given_path, metavar="B", help="checkpoint of any format")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -204,7 +210,6 @@ def _assumptions(arguments: argparse.Namespace) -> "Assumptions":
 
 def convert_run(arguments: argparse.Namespace) -> None:
     """Convert and print where to."""
-    from sedd_scale.errors import ConfigError
     from sedd_scale.interop.convert import convert
 
     options: dict[str, Any] = {}
@@ -219,8 +224,8 @@ def convert_run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
         if flag == "--results":
             options["results"] = value
-        elif value < 0 or (value == 0 and flag == "--shard-gb"):
-            raise ConfigError(f"{flag} {value} has to be above zero: change it")
+        elif not 0 <= value < math.inf or (value == 0 and flag == "--shard-gb"):
+            raise ConfigError(f"{flag} {value} has to be a number above zero: change it")
     if arguments.shard_gb is not None:
         options["shard_bytes"] = int(arguments.shard_gb * 1e9)
     convert(
@@ -245,6 +250,8 @@ def inspect_run(arguments: argparse.Namespace) -> None:
 
 def verify_run(arguments: argparse.Namespace) -> int:
     """Print how far two checkpoints are apart; 0 within the tolerance, else 1."""
+    if not arguments.tolerance >= 0:
+        raise ConfigError(f"--tolerance {arguments.tolerance}: give a number from 0 on")
     from sedd_scale.interop.verify import verify
 
     found = verify(

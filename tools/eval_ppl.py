@@ -6,10 +6,9 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
@@ -49,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", help="of a prepared dataset (valid)")
     add(
         "--cache-dir",
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="where files of a remote dataset are kept (in the temporary directory; of the hub: "
         "where its client keeps them)",
@@ -103,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (%(default)s)")
     add(
         "--resume",
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="keep finished blocks there; killed and started again, the same command goes on, with "
         "any number of processes",

@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
@@ -33,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--output",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="FILE.jsonl",
         help="one record a sample; until it is complete, FILE.jsonl.parts holds what is done",
@@ -41,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-samples", type=int, metavar="K", help="samples without --prompts (1)")
     add(
         "--prompts",
-        type=Path,
+        type=given_path,
         metavar="FILE.jsonl",
         help='lines such as {"id": 7, "text": "It was [blank:3] night, ____", "num_samples": 2, '
         '"seed": 1}, or with prefix and/or suffix, or with tokens and positions; sampler options '
@@ -133,7 +132,7 @@ def _add_report_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--trace",
-        type=Path,
+        type=given_path,
         metavar="FILE.html",
         help="record how the first samples come about, and show it on a page",
     )
@@ -186,6 +185,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
     refuse_existing_output(report_path(arguments.output), "the report")
     if arguments.trace is not None:
         refuse_existing_output(arguments.trace, "--trace")
+        for other in (arguments.output, report_path(arguments.output)):
+            if arguments.trace.resolve() == other.resolve():
+                raise ConfigError(f"--trace {arguments.trace} is written already: give another")
     skipped: list[DataError] = []
     on_bad = skipped.append if arguments.on_bad_prompt == "skip" else None
     lines = None

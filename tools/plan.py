@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 from sedd_scale.training.console import format_duration
@@ -38,8 +38,11 @@ def plan_command(arguments: argparse.Namespace) -> None:
         ("--mfu", arguments.mfu),
         ("--usable", arguments.usable),
     ):
-        if not value > 0:
-            raise ConfigError(f"{name} has to be above 0: give another")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} has to be a number above 0: give another")
+    for name, count, least in (("--gpus", arguments.gpus, 1), ("--rows", arguments.rows, 0)):
+        if count is not None and count < least:
+            raise ConfigError(f"{name} {count} is too small: give at least {least}")
     vocab_size, block_length = sizes_for_plan(
         config, vocab_size=arguments.vocab_size, block_length=arguments.block_length
     )
@@ -216,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         "of its model needs, without starting it.",
         "python tools/plan.py configs/runs/openwebtext_small.yaml --vocab-size 50257 --gpus 8",
     )
-    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("config", type=given_path, help="YAML file of the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )

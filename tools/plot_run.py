@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError, DataError
 
 PORT = 8765
@@ -19,17 +19,17 @@ def build_parser() -> argparse.ArgumentParser:
         "python tools/plot_run.py runs/first runs/second --output both.html",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run directories, drawn together")
+    add("runs", nargs="+", type=given_path, metavar="RUN", help="run directories, drawn together")
     add(
         "--output",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="a picture (.png, .svg, .pdf) or a page that needs nothing else (.html), replaced "
         "where it exists (one run: RUN/curves.png)",
     )
     add(
         "--samples",
-        type=Path,
+        type=given_path,
         metavar="FILE.jsonl",
         help="samples of tools/generate.py --trace, whose trajectories the page shows too",
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.data.inspection import inspect_dataset
 from sedd_scale.data.packing import PACKINGS
 from sedd_scale.data.prepare import (
@@ -24,6 +24,7 @@ from sedd_scale.data.prepare import (
 )
 from sedd_scale.data.report import format_report
 from sedd_scale.data.tokenizers import KINDS
+from sedd_scale.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", choices=KINDS, required=True, help="what turns text into token ids")
     add(
         "--tokenizer-path",
-        type=Path,
+        type=given_path,
         metavar="PATH",
         help="sentencepiece: a .model file to load instead of training one; gpt2: the directory of "
         "vocab.json and merges.txt, or vocab.json itself",
@@ -71,7 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="characters of text to train sentencepiece on (%(default)s)",
     )
     add("--block-length", type=int, required=True, metavar="L", help="tokens per block")
-    add("--output", type=Path, required=True, metavar="DIR", help="directory of the new dataset")
+    add(
+        "--output",
+        type=given_path,
+        required=True,
+        metavar="DIR",
+        help="directory of the new dataset",
+    )
     add(
         "--valid-fraction",
         type=float,
@@ -135,7 +142,7 @@ def build_inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache-dir",
-        type=Path,
+        type=given_path,
         default=None,
         metavar="DIR",
         help="where the files of a remote dataset are kept (a temporary directory)",
@@ -204,6 +211,9 @@ def prepare_command(arguments: argparse.Namespace) -> None:
 
 def inspect_command(arguments: argparse.Namespace) -> None:
     """Print what `inspect` found; an error where a shard is damaged."""
+    for name, count in (("num-blocks", arguments.num_blocks), ("characters", arguments.characters)):
+        if count < 0:
+            raise ConfigError(f"--{name} {count} is negative: give at least 0")
     with contextlib.ExitStack() as stack:
         cache_dir = arguments.cache_dir
         if cache_dir is None:

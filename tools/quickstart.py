@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError, SeddScaleError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--output",
-        type=Path,
+        type=given_path,
         default=Path("quickstart"),
         metavar="DIR",
         help="folder for everything; an earlier quickstart in it is replaced (%(default)s)",

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError, DataError
 
 STEPS_PER_SECOND = 8.0
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python tools/samples.py samples.jsonl --judge gpt2-large",
     )
     add = parser.add_argument
-    add("samples", type=Path, metavar="FILE.jsonl", help="what tools/generate.py wrote")
+    add("samples", type=given_path, metavar="FILE.jsonl", help="what tools/generate.py wrote")
     add(
         "--judge",
         metavar="PATH_OR_NAME",
@@ -31,10 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="where the judge runs, such as cpu or cuda:1 (the first GPU, if any)",
     )
-    add("--report", type=Path, metavar="FILE.json", help="also write the report as JSON")
+    add("--report", type=given_path, metavar="FILE.json", help="also write the report as JSON")
     add(
         "--track",
-        type=Path,
+        type=given_path,
         metavar="RUN_DIR",
         help="also send the samples, as a table, to the trackers of the run that they are from "
         "(its logging.wandb and logging.tensorboard)",
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     show.add_argument(
         "--trace",
-        type=Path,
+        type=given_path,
         metavar="FILE.html",
         help="instead of the report write the page of all traced samples",
     )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
@@ -130,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--vocab-size 50257 --sbatch=--account=NAME --dry-run",
     )
     add = parser.add_argument
-    add("config", type=Path, help="YAML file of the run")
+    add("config", type=given_path, help="YAML file of the run")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    add("--run-dir", type=Path, required=True, help="of the run, on a filesystem of all nodes")
+    add("--run-dir", type=given_path, required=True, help="of the run, on storage of all nodes")
     add("--gpus", type=int, metavar="N", help="processes, one a GPU; default: the fewest that fit")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster (%(default)s)")
     add("--cpus-per-task", type=int, default=8, metavar="N", help="of a process (%(default)s)")
@@ -180,7 +180,7 @@ def build_status_parser() -> argparse.ArgumentParser:
         "python tools/submit.py status runs/xl",
     )
     parser.prog += " status"
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=given_path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser
 

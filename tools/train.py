@@ -3,9 +3,8 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.training.signals import (
     EXIT_LOST_RANK,
     EXIT_STOPPED,
@@ -54,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
             EXIT_LOST_RANK: "another rank hangs or was lost; the same command goes on",
         },
     )
-    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("config", type=given_path, help="YAML file of the run")
     parser.add_argument(
-        "--run-dir", type=Path, required=True, help="where metrics and checkpoints go"
+        "--run-dir", type=given_path, required=True, help="where metrics and checkpoints go"
     )
     parser.add_argument(
         "--replay",

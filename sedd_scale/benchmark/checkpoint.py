@@ -15,7 +15,7 @@ from typing import Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment, print_report
-from sedd_scale.cli import add_command
+from sedd_scale.cli import add_command, given_path
 
 _CHUNK = 1 << 23
 
@@ -31,7 +31,7 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
     parser.add_argument(
-        "--folder", type=Path, help="where to write (default: the temporary directory)"
+        "--folder", type=given_path, help="where to write (default: the temporary directory)"
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     add_shape_arguments(parser, model="small")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.benchmark.report import environment, print_report
-from sedd_scale.cli import add_command
+from sedd_scale.cli import add_command, given_path
 
 # Tokens/s of ready micro-batches of 1024 from one process: so 8 GPUs use a part of a node's cores.
 BAR = 20_000_000
@@ -28,7 +28,7 @@ def add_arguments(subparsers: Any) -> None:
         help="one process that loads and corrupts batches",
         example="python tools/benchmark.py data --block-length 256 --json",
     )
-    parser.add_argument("--data", type=Path, help="a prepared dataset (default: one made here)")
+    parser.add_argument("--data", type=given_path, help="a prepared dataset (one made here)")
     parser.add_argument(
         "--num-blocks", type=int, default=4096, help="of the dataset made here (default: 4096)"
     )

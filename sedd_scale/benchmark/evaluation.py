@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.report import environment, print_report
-from sedd_scale.cli import add_command
+from sedd_scale.cli import add_command, given_path
 
 if TYPE_CHECKING:
     from sedd_scale.model.score_model import ScoreModel
@@ -49,13 +49,13 @@ def add_arguments(subparsers: Any) -> None:
     add = parser.add_argument
     add(
         "--checkpoint",
-        type=Path,
+        type=given_path,
         metavar="PATH",
         help="a trained model (without: a small one is trained here, on --data or text of Python)",
     )
     add(
         "--data",
-        type=Path,
+        type=given_path,
         metavar="PATH",
         help="a prepared dataset, whose validation blocks are measured; needed with --checkpoint",
     )

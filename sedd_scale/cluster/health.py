@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.cluster.node_checks import Limits, examine_node, problems_of
 from sedd_scale.cluster.restarts import EXIT_BAD_NODES
 from sedd_scale.cluster.task_environment import expand_counts
@@ -261,7 +261,7 @@ def main() -> int:
         "Check the nodes of a Slurm step.",
         "srun python -m sedd_scale.cluster.health --folder runs/a/slurm",
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of the run, on all nodes")
+    parser.add_argument("--folder", type=given_path, required=True, help="of the run, on all nodes")
     parser.add_argument("--min-memory-gb", type=float, default=1.0)
     parser.add_argument("--min-disk-gb", type=float, default=5.0)
     parser.add_argument("--max-skew", type=float, default=2.0)

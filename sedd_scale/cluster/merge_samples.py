@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError, DataError
 
 
@@ -79,9 +79,9 @@ def main() -> int:
         "Join the shards of a generation into one file, once all are there.",
         "python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4",
     )
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=given_path)
     parser.add_argument("--shards", type=int, required=True)
-    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--prompts", type=given_path)
     return run_command(parser, _command)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import EXIT_USER_ERROR, make_parser, run_command
+from sedd_scale.cli import EXIT_USER_ERROR, given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 
 EXIT_BAD_NODES = 3
@@ -234,8 +234,8 @@ def main() -> int:
         "python -m sedd_scale.cluster.restarts begin runs/a/attempts-7.jsonl --progress runs/a",
     )
     parser.add_argument("action", choices=("begin", "end"))
-    parser.add_argument("ledger", type=Path)
-    parser.add_argument("--progress", type=Path, required=True)
+    parser.add_argument("ledger", type=given_path)
+    parser.add_argument("--progress", type=given_path, required=True)
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--bad-nodes", default="")
     parser.add_argument("--max-restarts", type=int, default=20)

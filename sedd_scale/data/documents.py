@@ -105,7 +105,9 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
     """The files that the patterns match, each once, sorted by name within a pattern."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        literal = os.path.expanduser(pattern)
+        named = os.path.exists(literal)  # brackets may be part of a name
+        matches = [literal] if named else sorted(glob.glob(literal, recursive=True))
         if not matches:
             raise DataError(f"input {pattern} matches no file: check the path")
         for name in matches:

@@ -19,6 +19,7 @@ from sedd_scale.errors import DataError
 
 JOURNAL_FILE = "unfinished.json"
 SEEN_FILE = "unfinished.sqlite"
+LOCK_FILE = "unfinished.lock"
 
 
 def write_journal(directory: Path, *, command: dict[str, Any], state: dict[str, Any]) -> None:
@@ -52,8 +53,8 @@ def read_journal(directory: Path, command: dict[str, Any]) -> dict[str, Any] | N
 
 
 def remove_journal(directory: Path) -> None:
-    """Remove the journal and the table of seen documents."""
-    for name in (JOURNAL_FILE, SEEN_FILE):
+    """Remove the journal, the table of seen documents and the lock."""
+    for name in (JOURNAL_FILE, SEEN_FILE, LOCK_FILE):
         for path in directory.glob(name + "*"):
             path.unlink()
 

@@ -17,6 +17,7 @@ import numpy as np
 from sedd_scale.data import journal
 from sedd_scale.data.documents import START, Document, DocumentStream, Place
 from sedd_scale.data.encoding import Encoded, Encoder
+from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.data.gpt2_tokenizer import open_gpt2
 from sedd_scale.data.packing import SplitPacker
 from sedd_scale.data.prepare_checks import check_arguments, check_output, remove_preparation
@@ -133,46 +134,40 @@ def prepare(
         "--packing": packing,
         "--dedupe": dedupe,
     }
-    state = journal.read_journal(output, command)
-    rule = SplitRule(valid_fraction, test_fraction)
-    rule.fit(documents)
-    if processes is None:
-        processes = available_cores() if documents.total_bytes > SMALL_INPUT_BYTES else 1
-
     existed = output.exists()
-    try:
-        if not state:
-            output.mkdir(parents=True, exist_ok=True)
+    with lock_folder(output, option="--output", name=journal.LOCK_FILE, patience=0.0):
+        check_output(output)  # another may have finished it meanwhile
+        state = journal.read_journal(output, command)
+        try:
+            rule = SplitRule(valid_fraction, test_fraction)
+            rule.fit(documents)
+            if processes is None:
+                processes = available_cores() if documents.total_bytes > SMALL_INPUT_BYTES else 1
+            if not state:
+                remove_preparation(output)
+                journal.write_journal(output, command=command, state={})
+                if codec is None:
+                    sample = _tokenizer_sample(documents, rule, tokenizer_sample, on_progress)
+                    pieces = DEFAULT_SENTENCEPIECE_VOCABULARY if vocab_size is None else vocab_size
+                    codec = train_sentencepiece(sample, pieces)
+                codec.save(output / TOKENIZER_DIRECTORY)
+            else:
+                codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
+            with (
+                Encoder[Place](codec, processes=processes) as encoder,
+                _Run(output, command, state or {}, codec, rule.names) as run,
+            ):
+                for batch, place in encoder.run(_batches(documents.documents_after(run.place))):
+                    run.add(batch, rule, place)
+                    on_progress(run.progress(documents))
+                fractions = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
+                return run.finish(fractions)
+        except SeddScaleError:
             remove_preparation(output)
-            journal.write_journal(output, command=command, state={})
-            if codec is None:
-                sample = _tokenizer_sample(documents, rule, tokenizer_sample, on_progress)
-                pieces = DEFAULT_SENTENCEPIECE_VOCABULARY if vocab_size is None else vocab_size
-                codec = train_sentencepiece(sample, pieces)
-            codec.save(output / TOKENIZER_DIRECTORY)
-        else:
-            codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
-        with (
-            Encoder[Place](codec, processes=processes) as encoder,
-            _Run(output, command, state or {}, codec, rule.names) as run,
-        ):
-            for batch, place in encoder.run(_batches(documents.documents_after(run.place))):
-                run.add(batch, rule, place)
-                on_progress(
-                    Progress(
-                        "encoding",
-                        documents.bytes_read,
-                        documents.total_bytes,
-                        sum(packer.documents for packer in run.packers.values()),
-                        sum(packer.tokens for packer in run.packers.values()),
-                    )
-                )
-            return run.finish({"valid_fraction": valid_fraction, "test_fraction": test_fraction})
-    except SeddScaleError:
-        remove_preparation(output)
-        if not existed:
-            output.rmdir()
-        raise
+            journal.remove_journal(output)
+            if not existed:
+                output.rmdir()
+            raise
 
 
 class _Run:
@@ -215,6 +210,17 @@ class _Run:
                 packing=command["--packing"],
                 state=split_state,
             )
+
+    def progress(self, documents: DocumentStream) -> Progress:
+        """How far it is."""
+        packers = self.packers.values()
+        return Progress(
+            "encoding",
+            documents.bytes_read,
+            documents.total_bytes,
+            sum(packer.documents for packer in packers),
+            sum(packer.tokens for packer in packers),
+        )
 
     def add(self, batch: Encoded, rule: SplitRule, place: Place) -> None:
         """Write one encoded batch, and the journal when a shard was finished or it is time."""

@@ -4,15 +4,18 @@ import re
 import shutil
 from pathlib import Path
 
-from sedd_scale.data.journal import JOURNAL_FILE
+from sedd_scale.data.journal import JOURNAL_FILE, LOCK_FILE
 from sedd_scale.data.packing import PACKINGS
 from sedd_scale.data.shards import INDEX_FILE, TOKENIZER_DIRECTORY
-from sedd_scale.data.tokenizers import KINDS
+from sedd_scale.data.tokenizers import KINDS, available_cores
 from sedd_scale.errors import ConfigError, DataError
+
+# In a block.
+MOST_TOKENS = 2**27
 
 _OURS = re.compile(
     r"(train|valid|test)-\d{6}\.tar(\.tmp)?|(index|unfinished)\.json(\.\d+\.tmp)?"
-    r"|unfinished\.sqlite.*"
+    r"|unfinished\.sqlite.*|unfinished\.lock"
 )
 
 
@@ -37,6 +40,11 @@ def check_arguments(
     ):
         if count < 1:
             raise ConfigError(f"{name} {count} is not positive: give at least 1")
+    if block_length > MOST_TOKENS:
+        raise ConfigError(f"--block-length {block_length} is too large: give at most {MOST_TOKENS}")
+    most = max(64, 4 * available_cores())
+    if processes is not None and processes > most:
+        raise ConfigError(f"--processes {processes} is too many here: give at most {most}")
     if tokenizer not in KINDS:
         raise ConfigError(f"--tokenizer {tokenizer} is unknown: give one of {', '.join(KINDS)}")
     if packing not in PACKINGS:
@@ -78,8 +86,8 @@ def check_output(output: Path) -> None:
 
 
 def remove_preparation(output: Path) -> None:
-    """Remove every file that a preparation writes."""
+    """Remove every file that a preparation writes, but for its lock."""
     for entry in output.iterdir():
-        if _OURS.fullmatch(entry.name) is not None:
+        if _OURS.fullmatch(entry.name) is not None and entry.name != LOCK_FILE:
             entry.unlink()
     shutil.rmtree(output / TOKENIZER_DIRECTORY, ignore_errors=True)

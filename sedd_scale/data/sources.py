@@ -10,6 +10,7 @@ Each file is read from a byte offset where the source can do that. A failure tha
 may cure is an OSError; one that it cannot cure is a DataError.
 """
 
+import contextlib
 import http.client
 import re
 import shlex
@@ -122,11 +123,14 @@ class ObjectSource(Source):
                 f"{location} needs a package that reads {scheme}:// ({error}): "
                 "pip install 'sedd_scale[remote]'"
             ) from error
+        except OSError as error:
+            raise DataError(f"{location} cannot be reached ({error}): check data.path") from error
 
     def read(self, name: str, offset: int) -> tuple[int, Iterator[bytes]]:
         path = f"{self._prefix.rstrip('/')}/{name}"
         try:
-            size = self._store.info(path, refresh=True)["size"]
+            with _errors_of_clients():
+                size = self._store.info(path, refresh=True)["size"]
         except FileNotFoundError as error:
             raise DataError(f"{self.describe(name)} does not exist: check data.path") from error
         except PermissionError as error:
@@ -138,11 +142,24 @@ class ObjectSource(Source):
     def _parts(self, path: str, offset: int, size: int) -> Iterator[bytes]:
         while offset < size:
             end = min(size, offset + OBJECT_READ_BYTES)
-            content: bytes = self._store.cat_file(path, start=offset, end=end)
+            with _errors_of_clients():
+                content: bytes = self._store.cat_file(path, start=offset, end=end)
             if not content:
                 raise OSError(f"{path} ends at byte {offset} of {size}")
             offset += len(content)
             yield content
+
+
+@contextlib.contextmanager
+def _errors_of_clients() -> Iterator[None]:
+    """Stores' clients have errors of their own: of access, which stay, and others, which pass."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        refused = "Credentials" in type(error).__name__
+        raise (PermissionError if refused else OSError)(f"{error}") from error
 
 
 class PipeSource(Source):

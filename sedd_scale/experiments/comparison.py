@@ -20,11 +20,11 @@ from typing import Any
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.data.atomic import write_atomically
+from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
-from sedd_scale.training.run_lock import lock_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -50,7 +50,7 @@ def run_experiment(experiment: Experiment, data: Path, output: Path) -> list[dic
             output is in use, or holds the runs of another experiment.
         TrainingError: a run failed; names its log.
     """
-    with lock_run(output, option="--output"):
+    with lock_folder(output, option="--output"):
         dataset = find_dataset(experiment, data, output)
         return _Runs(experiment, dataset, output).results()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
 from sedd_scale.experiments.support_coverage import (
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python -m sedd_scale.experiments.robustness --output runs/robustness",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
     add("--steps", type=int, default=1000, metavar="K", help="of training (%(default)s)")
     add("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="of damage (0 0.05 0.2)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
@@ -173,8 +173,14 @@ def build_parser() -> argparse.ArgumentParser:
         "python -m sedd_scale.experiments.scaling --data books.jsonl.xz --output runs/scaling",
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="PATH", help="text, or a dataset of text8's 27")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of runs and report")
+    add(
+        "--data",
+        type=given_path,
+        required=True,
+        metavar="PATH",
+        help="text, or a dataset of 27 symbols",
+    )
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
     add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
     add("--steps", type=int, default=800, metavar="K", help="of the largest size (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import make_parser, run_command
+from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
 
@@ -226,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
         "python -m sedd_scale.experiments.support_coverage --output runs/support_coverage",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
     add("--steps", type=int, default=2000, metavar="K", help="of training (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)

@@ -69,7 +69,7 @@ def convert(
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or give another destination")
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target}: directory {target.parent} does not exist; make it first")
+        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
     temporary = target.with_name(target.name + ".tmp")
     if temporary.exists():
         raise CheckpointError(

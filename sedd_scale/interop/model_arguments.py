@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sedd_scale.cli import given_path
 from sedd_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint, --weights, --tokenizer-path, --tensor and --precision."""
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="PATH",
         help="a run directory, one of its checkpoints/step-N, or a directory in the published "
@@ -30,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-path",
         dest="tokenizer",
-        type=Path,
+        type=given_path,
         metavar="PATH",
         help="for a checkpoint that carries none: a prepared dataset's tokenizer directory, a "
         "directory with vocab.json and merges.txt, or a sentencepiece .model file",

@@ -69,7 +69,7 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
     if directory.exists():
         raise CheckpointError(f"{directory} exists already: remove it or give another directory")
     if not directory.parent.is_dir():
-        raise CheckpointError(f"{directory.parent} does not exist: make it first")
+        raise CheckpointError(f"there is no directory {directory.parent}: make it first")
     writers = {"sedd-hf": write_published, "native": write_native}
     if format not in writers:
         raise CheckpointError(f"format {format!r} is unknown: give {' or '.join(writers)}")

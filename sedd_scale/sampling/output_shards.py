@@ -36,7 +36,7 @@ def refuse_existing_output(path: Path, name: str = "--output") -> None:
     if path.exists() or path.is_symlink():
         raise DataError(f"{name} {path} exists already: remove it or give another name")
     if not path.parent.is_dir():
-        raise DataError(f"{name} {path}: directory {path.parent} does not exist; make it first")
+        raise DataError(f"{name} {path}: there is no directory {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise DataError(f"{name} {path}: directory {path.parent} is not writable; give another")
 

@@ -165,6 +165,10 @@ def _record_of(raw: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}): each line must be one object") from error
     try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half of a surrogate pair: mend the line") from error
+    try:
         _check_record(record)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

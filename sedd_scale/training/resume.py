@@ -1,6 +1,7 @@
 """Where a run goes on from: which checkpoint, whether it fits, and its state in the engine."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sedd_scale.training.checkpoint import (
     read_meta,
 )
 from sedd_scale.training.checkpoint_directory import resume_candidates
+from sedd_scale.yaml_text import scalar_text
 
 
 def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
@@ -83,9 +85,9 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
     """Refuse a checkpoint that this run cannot go on from.
 
     Raises:
-        CheckpointError: it is of another run's data, batch or seed, or of another program and
-            without its optimizer's state.
-        ConfigError: it has more steps than the run.
+        CheckpointError: it is of another run's data, batch, seed, objective or noise, or of another
+            program and without its optimizer's state.
+        ConfigError: it has more steps than the run, or is of another network.
     """
     if meta["step"] > config.training.steps:
         raise ConfigError(
@@ -109,12 +111,19 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
                 f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
                 f"data depends on it; set {section}.{key}={before}"
             )
-    before, now = saved.training.objective, config.training.objective
-    if before != now:
-        raise CheckpointError(
-            f"{source} was trained with training.objective={before}, not {now}: set "
-            f"training.objective={before}, or begin a new run with model.init_from={source}"
-        )
+    for section, key in (
+        ("training", "objective"),
+        ("model", "document_attention"),
+        *(("noise", field.name) for field in dataclasses.fields(config.noise)),
+    ):
+        before, now = (getattr(getattr(tree, section), key) for tree in (saved, config))
+        if before != now:
+            raise CheckpointError(
+                f"{source} was trained with {section}.{key}={scalar_text(before)}, not "
+                f"{scalar_text(now)}: set {section}.{key}={scalar_text(before)}, or begin a new "
+                f"run with model.init_from={source}"
+            )
+    check_same_model(config, saved, str(source))
 
 
 def _check_imported(config: Config, source: Path, meta: dict[str, Any], saved: Config) -> None:

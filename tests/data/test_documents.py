@@ -117,6 +117,11 @@ def test_an_undecodable_byte_far_into_a_lone_file(tmp_path: Path) -> None:
         texts_of(path)
 
 
+def test_brackets_may_be_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "[x] text.txt").write_text("named")
+    assert texts_of(tmp_path / "[x] text.txt") == ["named"]
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.txt matches no file"):
         texts_of(tmp_path / "absent.txt")

@@ -89,6 +89,8 @@ def test_help_is_quick() -> None:
         ("good", ["--tokenizer", "sentencepiece", "--tokenizer-path", "x"], "x does not exist"),
         ("good", ["--tokenizer-path", "x"], "leave --tokenizer-path out"),
         ("good", ["--block-length", "0"], "--block-length 0 is not positive"),
+        ("good", ["--block-length", "9999999999999"], "is too large: give at most 134217728"),
+        ("good", ["--processes", "100000"], "is too many here"),
         ("good", ["--valid-fraction", "1"], "--valid-fraction 1.0 is not in [0, 1)"),
         ("good", ["--valid-fraction", "0.5", "--test-fraction", "0.5"], "leave nothing to train"),
     ],
@@ -111,6 +113,33 @@ def test_bad_input_is_one_line(
     assert len(printed.err.splitlines()) == 1
     assert message in printed.err
     assert not (tmp_path / "out").exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sedd_scale.data.folder_lock import lock_folder
+
+stream = lock_folder(Path(sys.argv[1]), option="--output", name="unfinished.lock")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_preparation_at_once_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        assert run(source, output) == 2
+        assert f"is in use: process {first.pid}" in capsys.readouterr().err
+        first.kill()
+    assert [path.name for path in output.iterdir()] == ["unfinished.lock"]
+    assert run(source, output) == 0
+    assert not list(output.glob("unfinished*"))
 
 
 def test_nothing_of_another_is_written_over(

@@ -17,7 +17,7 @@ from sedd_scale.data.cache import ATTEMPTS, FileCache
 from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BadShardError, Dataset
-from sedd_scale.data.sources import is_remote, open_source
+from sedd_scale.data.sources import ObjectSource, is_remote, open_source
 from sedd_scale.errors import DataError
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import FileServer, serving
@@ -241,3 +241,21 @@ def test_s3(bucket: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match=r"nothing/index\.json does not exist: check data\.path"):
         Dataset("s3://corpora/nothing", cache=cache_in(tmp_path))
     assert json.loads((remote.path / "index.json").read_text())["version"] == 2
+
+
+def test_errors_of_a_store_s_own_kind_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        pass
+
+    source = ObjectSource("memory://corpora")
+    for error, kind, message in (
+        (NoCredentialsError("Unable to locate credentials"), DataError, "check the credentials"),
+        (RuntimeError("try later"), OSError, "try later"),
+    ):
+
+        def refuse(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(source._store, "info", refuse)
+        with pytest.raises(kind, match=message):
+            source.read("index.json", 0)

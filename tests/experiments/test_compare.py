@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from sedd_scale.cli import run_command
+from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import comparison
 from sedd_scale.experiments.experiment import load_experiment
 from sedd_scale.experiments.report import summarise, to_markdown
-from sedd_scale.training.run_lock import lock_run
 from tools.compare import build_parser, compare_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)
     with pytest.raises(ConfigError, match=f"is in use: process {process.pid} on .*another --out"):
-        lock_run(output, option="--output", patience=0.0)
+        lock_folder(output, option="--output", patience=0.0)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):  # nobody is left of its session

@@ -117,7 +117,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     (tmp_path / "id.jsonl").write_text('{"tokens": [257], "positions": [0]}\n')
     for output, arguments, message in [
         ("there.jsonl", (), "exists already"),
-        ("no/where.jsonl", (), "does not exist"),
+        ("no/where.jsonl", (), "there is no directory"),
+        ("new.jsonl", ("--trace", tmp_path / "new.jsonl"), "is written already"),
+        ("new.jsonl", ("--trace", tmp_path / "new.report.json"), "is written already"),
         ("new.jsonl", ("--prompts", prompts), "prompts.jsonl:2: the prompt needs 16 tokens"),
         ("new.jsonl", ("--prompts", prompts, "--num-samples", 2), "does not go with"),
         ("new.jsonl", ("--num-samples", 0), "--num-samples 0"),

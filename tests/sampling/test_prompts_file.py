@@ -85,6 +85,7 @@ def test_a_line_changes_the_settings_of_the_command(tmp_path: Path) -> None:
         ("[" * 100000 + "\n", "is not JSON"),
         ("[1]\n", "a JSON list is no prompt"),
         ({"text": 3}, "text=3 is no text"),
+        ({"text": "x \ud83d ____"}, "half of a surrogate pair"),
         ({"text": "a____", "prefix": "b"}, "exactly one of"),
         ({"id": 1}, "exactly one of"),
         ({"txt": "a____"}, "unknown key 'txt'"),

@@ -115,6 +115,17 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
         source("training.global_batch=4")
     with pytest.raises(CheckpointError, match=r"training\.objective=score_entropy, not masked"):
         source("training.objective=masked_cross_entropy")
+    for change, message in (
+        ("model.num_heads=4", r"model\.num_heads=4 does not fit .*has 2"),
+        ("model.rotary_base=5", r"set model\.rotary_base=10000"),
+        ("model.scale_by_sigma=false", r"set model\.scale_by_sigma=true"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            source(change)
+    with pytest.raises(CheckpointError, match=r"noise\.name=loglinear, not cosine"):
+        source("noise.name=cosine")
+    with pytest.raises(CheckpointError, match=r"model\.document_attention=false, not true"):
+        source("model.document_attention=true")
     with pytest.raises(ConfigError, match="done 2 steps"):
         source("training.steps=1")
     with pytest.raises(DataError, match="another dataset"):

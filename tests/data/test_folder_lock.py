@@ -1,4 +1,4 @@
-"""Two jobs in one run directory: the second is refused, and a killed one is in nobody's way."""
+"""Two jobs in one folder: the second is refused, and a killed one is in nobody's way."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from sedd_scale.data.folder_lock import LOCK_FILE, lock_folder
 from sedd_scale.errors import ConfigError
-from sedd_scale.training.run_lock import LOCK_FILE, lock_run
 
-# A training process with a forked child, which outlives it.
+# A process with a forked child, which outlives it.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from sedd_scale.training.run_lock import lock_run
+from sedd_scale.data.folder_lock import lock_folder
 
-stream = lock_run(Path(sys.argv[1]))
+stream = lock_folder(Path(sys.argv[1]), option="--run-dir")
 child = os.fork()
 if child:
     print(child, flush=True)
@@ -30,7 +30,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that trains in tmp_path / "run", and its child's number."""
+    """A process that works in tmp_path / "run", and its child's number."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -51,7 +51,7 @@ def test_a_second_job_is_refused_until_the_first_is_gone(
         if job is not None:
             monkeypatch.setenv("SLURM_JOB_ID", job)
         with pytest.raises(ConfigError) as caught:
-            lock_run(run_dir, patience=0.1)
+            lock_folder(run_dir, option="--run-dir", patience=0.1)
         line = str(caught.value)
         assert f"process {process.pid} on {socket.gethostname()}" in line
         assert "another --run-dir" in line and "\n" not in line
@@ -59,7 +59,7 @@ def test_a_second_job_is_refused_until_the_first_is_gone(
     process.kill()
     process.wait()
     os.kill(child, 0)  # it is still there, and does not hold the lock
-    with lock_run(run_dir, patience=5.0):
+    with lock_folder(run_dir, option="--run-dir", patience=5.0):
         assert json.loads((run_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
@@ -74,13 +74,13 @@ def test_a_lost_node_does_not_stop_the_next_start_of_its_slurm_job(
     path.write_text(json.dumps(lost))
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     with pytest.raises(ConfigError, match="on node-lost of Slurm job 7"):
-        lock_run(path.parent, patience=0.1)
+        lock_folder(path.parent, option="--run-dir", patience=0.1)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    lock_run(path.parent, patience=0.1).close()
+    lock_folder(path.parent, option="--run-dir", patience=0.1).close()
     assert "on node-lost of Slurm job 7" in capsys.readouterr().err
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--run-dir .*file/run cannot be written: Not a dir"):
-        lock_run(tmp_path / "file" / "run")
+        lock_folder(tmp_path / "file" / "run", option="--run-dir")
