@@ -4,7 +4,10 @@ Worker processes are spawned, never forked, and end by themselves when this proc
 come back in the order they went in, and only a few are in flight, so that memory is bounded.
 """
 
+import contextlib
 import multiprocessing
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,7 +75,8 @@ class Encoder(Generic[Tag]):
         for _ in range(processes):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, codec.kind, codec.files()))
-            process.start()
+            with _interrupts_ignored():
+                process.start()
             there.close()
             self._processes.append(process)
             self._free.append(here)
@@ -122,6 +126,19 @@ class Encoder(Generic[Tag]):
             process.join()
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started within leave Ctrl-C to this one, and end when it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change what signals do
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(connection: Connection, kind: str, files: dict[str, bytes]) -> None:
     """What a worker does: encode what comes, until the other end is closed or dies."""
     from sedd_scale.data.tokenizers import tokenizer_of_files
@@ -130,7 +147,7 @@ def _work(connection: Connection, kind: str, files: dict[str, bytes]) -> None:
     while True:
         try:
             texts = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             answer: Encoded | Exception = encode_documents(codec, texts)

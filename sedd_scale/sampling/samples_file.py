@@ -30,7 +30,7 @@ def read_samples(path: Path) -> Iterator[Record]:
         DataError: the file is missing or empty, or a line holds no sample; it is named.
     """
     if not path.is_file():
-        raise DataError(f"samples file {path} does not exist: give what tools/generate.py wrote")
+        raise DataError(f"there is no samples file {path}: give what tools/generate.py wrote")
     number = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):

@@ -299,9 +299,10 @@ def format_validation_line(
 ) -> str:
     """The line on one validation: the bound, its standard error and its perplexity."""
     perplexity = math.exp(min(nats_per_token, 700.0))
+    digits = f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
     return (
         f"step {step}/{total_steps}  validation bound {nats_per_token:.4f} +- {stderr:.4f} "
-        f"nats/token (averaged weights, perplexity {perplexity:.2f})"
+        f"nats/token (averaged weights, perplexity {digits})"
     )
 
 

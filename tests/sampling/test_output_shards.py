@@ -183,7 +183,7 @@ def test_an_output_made_meanwhile_is_not_written_over(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="there is no directory"):
         refuse_existing_output(tmp_path / "no" / "out.jsonl")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match="exists already"):
