@@ -77,9 +77,9 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
             write_atomically(origin, (json.dumps(settings, indent=1) + "\n").encode())
         before = json.loads(origin.read_text()) if origin.is_file() else settings
         for key, value in settings.items():
-            if before[key] != value:
+            if before.get(key) != value:
                 raise ConfigError(
-                    f"{made} was made with {key} {before[key]}, not {value}: give another "
+                    f"{made} was made with {key} {before.get(key)}, not {value}: give another "
                     f"--output, or --data {made} for the dataset as it is"
                 )
         source = made
