@@ -22,7 +22,8 @@ LOCK_FILE = "lock"
 
 PATIENCE = 5.0
 
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# What the kernel says of locks on a file system without them.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def lock_folder(
@@ -74,7 +75,7 @@ def _taken(stream: IO[str]) -> bool:
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in _WITHOUT_LOCKS
+        return error.errno in WITHOUT_LOCKS
     return True
 
 

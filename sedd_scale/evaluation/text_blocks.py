@@ -6,7 +6,6 @@ cut into blocks of L, or each begins a block of its own; what fills no block is 
 Padding is EOS, has no noise and no part in the numbers.
 """
 
-import glob
 import gzip
 import io
 import lzma
@@ -191,7 +190,7 @@ def _documents(path: Path, mode: str, settings: TextSettings) -> Iterator[str]:
 def _rows(path: Path, settings: TextSettings) -> Iterator[str]:
     """Rows of a table, or lines of a text file with their ends."""
     if _is_table(path):
-        stream = DocumentStream([glob.escape(str(path))], field=settings.field or "text")
+        stream = DocumentStream([str(path)], field=settings.field or "text")
         return (document.text for document in stream)
     return io.StringIO(_read_text(path), newline="\n")
 

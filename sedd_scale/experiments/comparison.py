@@ -5,7 +5,6 @@ resumes from its checkpoint.
 """
 
 import contextlib
-import glob
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.data.atomic import write_atomically
+from sedd_scale.data.documents import DocumentStream
 from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import Dataset
@@ -98,11 +98,11 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
 
 def _text_of(source: Path) -> dict[str, Any]:
     """Which text it is: where, how much, and when it was last changed."""
-    found = [os.stat(path) for path in glob.glob(str(source))]
+    files = DocumentStream([str(source)]).identity()
     return {
         "text": os.path.abspath(source),
-        "bytes": sum(file.st_size for file in found),
-        "time": max((int(file.st_mtime) for file in found), default=0),
+        "bytes": sum(int(size) for _, size, _ in files),
+        "time": max((int(nanoseconds) // 10**9 for _, _, nanoseconds in files), default=0),
     }
 
 

@@ -7,7 +7,6 @@ again. At the end the lines are merged in order into the output, which appears w
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_scale.data.atomic import write_atomically
+from sedd_scale.data.folder_lock import WITHOUT_LOCKS
 from sedd_scale.errors import DataError
 
 RUN_FILE = "run.json"
@@ -338,12 +338,15 @@ def _refuse_damage(path: Path, stream: BinaryIO, good_end: int, batch_size: int)
 
 
 def _locked(stream: BinaryIO) -> bool:
-    """Take the file's lock until it is closed; False where another process has it."""
+    """Take the file's lock until it is closed; False where another process has it.
+
+    Unlike that of `lock_folder` it also tells apart two who write in one process.
+    """
     try:
         fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return True  # a filesystem without locks
+        if error.errno in WITHOUT_LOCKS:
+            return True
         if isinstance(error, BlockingIOError):
             return False
         raise

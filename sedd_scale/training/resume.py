@@ -99,29 +99,29 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
         _check_imported(config, source, meta, saved)
         return
     corpus.check_position(source, meta, config)
-    for section, key in (
+    order = (
         ("training", "global_batch"),
         ("training", "seed"),
         ("data", "shuffle_window"),
         ("data", "random_length"),
-    ):
-        before, now = (getattr(getattr(tree, section), key) for tree in (saved, config))
-        if before != now:
-            raise CheckpointError(
-                f"{source} was trained with {section}.{key}={before}, not {now}: the order of its "
-                f"data depends on it; set {section}.{key}={before}"
-            )
-    for section, key in (
+    )
+    task = (
         ("training", "objective"),
         ("model", "document_attention"),
         *(("noise", field.name) for field in dataclasses.fields(config.noise)),
-    ):
-        before, now = (getattr(getattr(tree, section), key) for tree in (saved, config))
+    )
+    for section, key in (*order, *task):
+        before, now = (
+            scalar_text(getattr(getattr(tree, section), key)) for tree in (saved, config)
+        )
         if before != now:
+            mend = f"set {section}.{key}={before}"
+            if (section, key) in order:
+                mend = f"the order of its data depends on it; {mend}"
+            else:
+                mend += f", or begin a new run with model.init_from={source}"
             raise CheckpointError(
-                f"{source} was trained with {section}.{key}={scalar_text(before)}, not "
-                f"{scalar_text(now)}: set {section}.{key}={scalar_text(before)}, or begin a new "
-                f"run with model.init_from={source}"
+                f"{source} was trained with {section}.{key}={before}, not {now}: {mend}"
             )
     check_same_model(config, saved, str(source))
 
