@@ -30,7 +30,7 @@ coverage: $(READY) ## Run the tests and print what of each file they ran, in all
 		--cov --cov-report=term:skip-covered
 
 torture: $(READY) ## Kill saving processes 500 times and resume after each kill (ROUNDS=, 4 to 15 minutes).
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/training/torture.py --rounds $(ROUNDS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/checkpoint/torture.py --rounds $(ROUNDS)
 
 lint: $(READY) ## Check style, formatting, and types under the oldest and the newest Python.
 	$(BIN)/ruff check .

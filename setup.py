@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_scale/__init__.py").read_text())
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_scale/version.py").read_text())
 README = HERE / "README.md"
 assert VERSION is not None
 HARNESS = "lm_eval==0.4.13"

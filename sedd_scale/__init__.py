@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from sedd_scale.version import __version__
+
 __all__ = [
     "__version__",
     "evaluate",
@@ -16,16 +17,16 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sedd_scale.evaluation.likelihood import evaluate
+    from sedd_scale.generation.completions import infill, sample
     from sedd_scale.interop.pretrained import load_pretrained, save_pretrained
     from sedd_scale.model.new_model import new_model
-    from sedd_scale.sampling.completions import infill, sample
 
 _HOMES = {
     "evaluate": "sedd_scale.evaluation.likelihood",
-    "infill": "sedd_scale.sampling.completions",
+    "infill": "sedd_scale.generation.completions",
     "load_pretrained": "sedd_scale.interop.pretrained",
     "new_model": "sedd_scale.model.new_model",
-    "sample": "sedd_scale.sampling.completions",
+    "sample": "sedd_scale.generation.completions",
     "save_pretrained": "sedd_scale.interop.pretrained",
 }
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sedd_scale import __version__
-from sedd_scale.cluster.task_environment import adopt_slurm_task
 from sedd_scale.errors import SeddScaleError
+from sedd_scale.files.task_environment import adopt_slurm_task
+from sedd_scale.version import __version__
 
 EXIT_USER_ERROR = 2
 STDOUT = 1

@@ -88,7 +88,7 @@ sedd_environment() {
   local nodes
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}}
-  # As sedd_scale/cluster/task_environment.py; this script runs on the first node: another job's
+  # As sedd_scale/files/task_environment.py; this script runs on the first node: another job's
   # listener there is passed by.
   if [[ -z ${MASTER_PORT:-} ]]; then
     MASTER_PORT=$((15000 + 16 * SLURM_JOB_ID % 16000))

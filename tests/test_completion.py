@@ -16,8 +16,8 @@ import pytest
 from sedd_scale.__main__ import build_parser
 from sedd_scale.completion import all_parsers, bash_script
 from sedd_scale.errors import ConfigError
+from tests.repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
 # Calls the function that `complete` has registered for the line's first word, as readline does.

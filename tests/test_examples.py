@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import sedd_scale
-from sedd_scale.data.tokenizers import BytesTokenizer
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
+from tests.repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 TEXT = "One morning the river was gone, and nobody could say where it went. " * 3
 

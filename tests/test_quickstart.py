@@ -10,10 +10,10 @@ import pytest
 from sedd_scale.cli import run_command
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import ConfigError
+from tests.repository import ROOT
 from tools import eval_ppl, generate, plot_run, prepare_data, quickstart
 from tools.quickstart import MARKER, OURS, Stage, StageError, run_stage, stages, start_over
 
-ROOT = Path(__file__).resolve().parents[1]
 PARSERS = {
     "tools/prepare_data.py": prepare_data.build_parser,
     "tools/eval_ppl.py": eval_ppl.build_parser,

@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from sedd_scale import __version__
 from sedd_scale.__main__ import build_parser
 from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.completion import all_parsers
+from tests.repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 COMMANDS = [[f"tools/{name}"] for name in TOOLS] + [["-m", "sedd_scale"]]
 HEAVY = ("torch", "deepspeed", "megatron", "matplotlib", "wandb", "transformers", "rich")

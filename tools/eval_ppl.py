@@ -13,7 +13,7 @@ from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.training.console import format_duration
+from sedd_scale.tracking.console import format_duration
 
 if TYPE_CHECKING:
     from sedd_scale.evaluation.corpora import Corpus

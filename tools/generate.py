@@ -12,9 +12,9 @@ from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
 
 if TYPE_CHECKING:
+    from sedd_scale.generation.batch import Request
+    from sedd_scale.generation.prompts_file import PromptLine
     from sedd_scale.model.score_model import ScoreModel
-    from sedd_scale.sampling.batch import Request
-    from sedd_scale.sampling.prompts_file import PromptLine
     from sedd_scale.sampling.settings import SamplerSettings
 
 DEFAULT_TRACED = 4
@@ -166,16 +166,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def generate_command(arguments: argparse.Namespace) -> None:
     """Draw the samples; the first process writes the report and prints it."""
+    from sedd_scale.generation.batch import requests_of_shard
+    from sedd_scale.generation.generate import checkpoint_digest, generate
+    from sedd_scale.generation.judge import check_judge
+    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.generation.prompts_file import read_prompt_lines
+    from sedd_scale.generation.samples_file import report_path
+    from sedd_scale.generation.trace_page import write_trace_page
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.sampling.batch import requests_of_shard
-    from sedd_scale.sampling.generation import checkpoint_digest, generate
-    from sedd_scale.sampling.judge import check_judge
     from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
-    from sedd_scale.sampling.output_shards import refuse_existing_output
-    from sedd_scale.sampling.prompts_file import read_prompt_lines
-    from sedd_scale.sampling.samples_file import report_path
     from sedd_scale.sampling.settings import SamplerSettings
-    from sedd_scale.sampling.trace_page import write_trace_page
 
     check_arguments(arguments)
     options = {key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
@@ -253,8 +253,8 @@ def _report(
     skipped: int,
 ) -> None:
     """Judge the samples, on all processes, and write and print the report on the first."""
-    from sedd_scale.sampling.quality import format_quality
-    from sedd_scale.sampling.samples_file import judge_file, report_path, write_report
+    from sedd_scale.generation.quality import format_quality
+    from sedd_scale.generation.samples_file import judge_file, report_path, write_report
 
     output, layout = arguments.output, model.layout
     report = {"output": str(output), "prompts_skipped": skipped, **(quality or {})}
@@ -284,9 +284,9 @@ def _requests(
     skipped: list[DataError],
 ) -> "list[Request]":
     """What is to be drawn; lines that cannot be used are added to `skipped`."""
-    from sedd_scale.sampling.batch import prompt_requests, unconditional_requests
+    from sedd_scale.generation.batch import prompt_requests, unconditional_requests
+    from sedd_scale.generation.prompts_file import prompts_of_lines
     from sedd_scale.sampling.infill import unconditional
-    from sedd_scale.sampling.prompts_file import prompts_of_lines
 
     length = arguments.length or model.block_length
     if length is None:

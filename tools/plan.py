@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
-from sedd_scale.training.console import format_duration
+from sedd_scale.tracking.console import format_duration
 
 if TYPE_CHECKING:
     from sedd_scale.config import Config, ParallelConfig

@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def plot_command(arguments: argparse.Namespace) -> None:
     """Read the runs, draw or serve them, and print where."""
-    from sedd_scale.training.plots import RunMetrics, plot_runs, read_run
-    from sedd_scale.training.run_page import make_server, run_page
+    from sedd_scale.tracking.plots import RunMetrics, plot_runs, read_run
+    from sedd_scale.tracking.run_page import make_server, run_page
 
     output: Path | None = arguments.output
     if arguments.watch and output is not None:
@@ -76,7 +76,7 @@ def plot_command(arguments: argparse.Namespace) -> None:
                 print()
         return
     if is_page:
-        from sedd_scale.data.atomic import write_atomically
+        from sedd_scale.files.atomic import write_atomically
 
         if not output.parent.is_dir():
             raise ConfigError(
@@ -91,8 +91,8 @@ def plot_command(arguments: argparse.Namespace) -> None:
 
 def _traces(path: Path) -> str:
     """The page of the trajectories in a file of samples."""
-    from sedd_scale.sampling.samples_file import read_samples
-    from sedd_scale.sampling.trace_page import trace_page
+    from sedd_scale.generation.samples_file import read_samples
+    from sedd_scale.generation.trace_page import trace_page
 
     traced = [record for record in read_samples(path) if "trace" in record]
     if not traced:

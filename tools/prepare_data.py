@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.data.inspection import inspect_dataset
-from sedd_scale.data.packing import PACKINGS
-from sedd_scale.data.prepare import (
+from sedd_scale.errors import ConfigError
+from sedd_scale.preparation.inspection import inspect_dataset
+from sedd_scale.preparation.packing import PACKINGS
+from sedd_scale.preparation.prepare import (
     DEFAULT_BLOCKS_PER_SHARD,
     DEFAULT_SENTENCEPIECE_VOCABULARY,
     DEFAULT_TOKENIZER_SAMPLE,
@@ -22,9 +23,8 @@ from sedd_scale.data.prepare import (
     Progress,
     prepare,
 )
-from sedd_scale.data.report import format_report
-from sedd_scale.data.tokenizers import KINDS
-from sedd_scale.errors import ConfigError
+from sedd_scale.preparation.report import format_report
+from sedd_scale.tokenizers.opening import KINDS
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -251,8 +251,8 @@ def quickstart_command(arguments: argparse.Namespace) -> None:
             print(f"--- given\n{PROMPT}", end="")
             show_texts(folder / "infilling.jsonl")
 
-    from sedd_scale.data.report import unigram_bits_per_character
     from sedd_scale.data.shards import Dataset
+    from sedd_scale.preparation.report import unigram_bits_per_character
 
     bound_line = outputs["evaluate"].splitlines()[-1]
     (folder / "bound.json").write_text(bound_line + "\n")

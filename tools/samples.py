@@ -93,8 +93,8 @@ def samples_command(arguments: argparse.Namespace) -> None:
 
 def show_trace(arguments: argparse.Namespace) -> None:
     """Play one sample's trajectory on standard output."""
-    from sedd_scale.sampling.samples_file import read_samples
-    from sedd_scale.sampling.trace_terminal import play
+    from sedd_scale.generation.samples_file import read_samples
+    from sedd_scale.generation.trace_terminal import play
 
     for record in read_samples(arguments.samples):
         wanted = "trace" in record if arguments.id is None else str(record["id"]) == arguments.id
@@ -108,9 +108,9 @@ def show_trace(arguments: argparse.Namespace) -> None:
 
 def write_page(arguments: argparse.Namespace) -> None:
     """Write the page of all traced samples."""
-    from sedd_scale.sampling.output_shards import refuse_existing_output
-    from sedd_scale.sampling.samples_file import read_samples
-    from sedd_scale.sampling.trace_page import write_trace_page
+    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.generation.samples_file import read_samples
+    from sedd_scale.generation.trace_page import write_trace_page
 
     refuse_existing_output(arguments.trace, "--trace")
     records = [record for record in read_samples(arguments.samples) if "trace" in record]
@@ -122,14 +122,14 @@ def write_page(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Print the report, and write it where asked."""
-    from sedd_scale.sampling.output_shards import refuse_existing_output
-    from sedd_scale.sampling.quality import format_quality
-    from sedd_scale.sampling.samples_file import judge_file, quality_of_file, write_report
+    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.generation.quality import format_quality
+    from sedd_scale.generation.samples_file import judge_file, quality_of_file, write_report
 
     if arguments.report is not None:
         refuse_existing_output(arguments.report, "--report")
     if arguments.judge is not None:
-        from sedd_scale.sampling.judge import check_judge
+        from sedd_scale.generation.judge import check_judge
 
         check_judge(arguments.judge)
     found = {"output": str(arguments.samples), **quality_of_file(arguments.samples)}
@@ -151,10 +151,10 @@ def report(arguments: argparse.Namespace) -> None:
 
 def send_to_trackers(samples: Path, run_dir: Path) -> None:
     """Send samples to the trackers of a run, at the step of its last checkpoint."""
+    from sedd_scale.checkpoint.directory import find_checkpoint, read_meta
     from sedd_scale.config import load_config
-    from sedd_scale.sampling.samples_file import read_samples
-    from sedd_scale.training.checkpoint_directory import find_checkpoint, read_meta
-    from sedd_scale.training.trackers import open_trackers
+    from sedd_scale.generation.samples_file import read_samples
+    from sedd_scale.tracking.trackers import open_trackers
 
     step = int(read_meta(find_checkpoint(run_dir))["step"])
     config = load_config(run_dir / "config.yaml")

@@ -64,7 +64,7 @@ def write_dataset(arguments: argparse.Namespace, folder: Path) -> Path:
     """Random words as bytes, at least `--num-blocks` blocks of `--block-length` tokens."""
     import random
 
-    from sedd_scale.data.prepare import prepare
+    from sedd_scale.preparation.prepare import prepare
 
     words = random.Random(0)
     wanted, written, documents = 1.1 * arguments.num_blocks * arguments.block_length, 0, 0

@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _python_text(folder: Path, block_length: int) -> Path:
     """A dataset of this Python's own text, as bytes."""
-    from sedd_scale.data.prepare import prepare
+    from sedd_scale.preparation.prepare import prepare
 
     prepare(
         ["builtin:python"],

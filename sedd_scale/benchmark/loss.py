@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sedd_scale.benchmark.measure import median_seconds, peak_bytes
     from sedd_scale.diffusion.graphs import make_graph
     from sedd_scale.diffusion.schedules import make_schedule
-    from sedd_scale.parallel.vocab import VocabShard, linear_score_entropy, score_targets
+    from sedd_scale.parallel.vocab import linear_score_entropy, score_targets
+    from sedd_scale.parallel.vocab_shard import VocabShard
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

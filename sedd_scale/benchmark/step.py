@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from sedd_scale.benchmark.textbook import TextbookTrainer
     from sedd_scale.parallel.layout import initialize_layout, launched_world_size, local_device
     from sedd_scale.planning.flops import step_flops
-    from sedd_scale.training.utilisation import matrix_product, named_peak
+    from sedd_scale.tracking.utilisation import matrix_product, named_peak
 
     device = local_device()
     precision = arguments.precision if arguments.precision != "best" else faster_precision(device)
@@ -186,7 +186,7 @@ def profiled(program: Callable[[], object], *, rows: int = 14) -> str:
 def faster_precision(device: "torch.device") -> str:
     """fp32 or bf16, whichever multiplies matrices faster here."""
     from sedd_scale.benchmark.measure import median_seconds
-    from sedd_scale.training.utilisation import matrix_product
+    from sedd_scale.tracking.utilisation import matrix_product
 
     names = ("fp32", "bf16")
     products = [matrix_product(device, name, size=1024)[0] for name in names]

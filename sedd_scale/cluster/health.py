@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.cluster.node_checks import Limits, examine_node, problems_of
 from sedd_scale.cluster.restarts import EXIT_BAD_NODES
-from sedd_scale.cluster.task_environment import expand_counts
+from sedd_scale.files.task_environment import expand_counts
 
 if TYPE_CHECKING:
     from torch.distributed import Store

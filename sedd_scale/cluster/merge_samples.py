@@ -22,7 +22,7 @@ def shard_path(output: Path, shard: int, num_shards: int) -> Path:
 
 def prompt_ids(prompts: Path) -> list[str]:
     """The ids of the samples of a prompts file, as text, in their order; bad lines left out."""
-    from sedd_scale.sampling.prompts_file import read_prompt_lines
+    from sedd_scale.generation.prompts_file import read_prompt_lines
 
     ids = []
     for line in read_prompt_lines(prompts, on_bad=lambda error: None):

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from sedd_scale.cluster.task_environment import FIRST_PORT, NUM_PORTS, first_host
+from sedd_scale.files.task_environment import FIRST_PORT, NUM_PORTS, first_host
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cluster.task_environment import sees_own_gpu_only
+from sedd_scale.files.task_environment import sees_own_gpu_only
 
 GB = 1e9
 # Of a GPU's memory; what is missing is another process's, or one that was not ended.

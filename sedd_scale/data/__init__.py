@@ -1,1 +1,1 @@
-"""Text to tokens, tokens to shards, shards to batches."""
+"""Reading token shards: which block is which sample of a run, from where, in what order."""

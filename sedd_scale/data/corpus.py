@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.config import Config, DataConfig
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.loader import Shard, TrainLoader, spread_blocks
 from sedd_scale.data.mixture import MixturePlan, Stage
 from sedd_scale.data.shards import TOKENIZER_DIRECTORY, BadShardError, BlockReader, Dataset
 from sedd_scale.data.sources import is_remote
-from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.tokenizers.base import Tokenizer
 
 # Windows whose shards a cache has to hold: the present one and the next.
 CACHED_WINDOWS = 2
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Corpus:

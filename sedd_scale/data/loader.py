@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.data.mixture import MixturePlan, Stage
 from sedd_scale.data.order import BlockOrder
 from sedd_scale.data.shards import BadShardError, BlockReader
@@ -22,7 +23,6 @@ TRIES_IN_WINDOW = 24
 TRIES = 96
 NEVER = np.iinfo(np.int64).max
 
-IntArray = npt.NDArray[np.int64]
 # A shard of a training split: the dataset's number in the mixture, the shard's in the dataset.
 Shard = tuple[int, int]
 

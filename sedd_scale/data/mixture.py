@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError
 
 # Shares are kept in units of 2^-SHARE_BITS, so that share times sample fits 63 bits.
 SHARE_BITS = 20
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Stage(NamedTuple):

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.arrays import IntArray
+
 NUM_ROUNDS = 6
 # Consecutive samples whose blocks are computed together.
 RUN = 2048
 
-IntArray = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 

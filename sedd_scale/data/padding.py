@@ -1,10 +1,8 @@
 """Which positions of a block are text, and which only fill it up."""
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from sedd_scale.arrays import BoolArray, IntArray
 
 
 def counted_positions(tokens_BL: IntArray, eos_id: int) -> BoolArray:

@@ -15,23 +15,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from sedd_scale.data.atomic import write_atomically
+from sedd_scale.arrays import IntArray
 from sedd_scale.data.cache import ChecksumError, FileCache, read_whole
-from sedd_scale.data.shard_writer import HASH_READ_BYTES
 from sedd_scale.data.sources import Source, is_remote, open_source
 from sedd_scale.data.tar_blocks import DATA_OFFSET, RecordFormat, token_dtype
-from sedd_scale.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from sedd_scale.errors import DataError
+from sedd_scale.files.atomic import write_atomically
+from sedd_scale.tokenizers.base import TOKENIZER_FILE, Tokenizer
+from sedd_scale.tokenizers.opening import load_tokenizer
 
 INDEX_FILE = "index.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 FORMAT_NAME = "sedd_scale tokens"
 FORMAT_VERSION = 2
-SPLITS = ("train", "valid", "test")
 
 MAX_OPEN_SHARDS = 64
-
-IntArray = npt.NDArray[np.int64]
+HASH_READ_BYTES = 1 << 20
 
 
 class BadShardError(DataError):

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sedd_scale.arrays import ByteArray, IntArray
+
 TAR_BLOCK = tarfile.BLOCKSIZE
 NPY_HEADER_BYTES = 128
 DATA_OFFSET = TAR_BLOCK + NPY_HEADER_BYTES
@@ -24,9 +26,6 @@ LARGEST_BLOCK = 10**NAME_DIGITS - 1
 _CHECKSUM = slice(148, 156)
 _CRC_MARK = b"crc32="
 _CRC = slice(265 + len(_CRC_MARK), 265 + len(_CRC_MARK) + 8)
-
-IntArray = npt.NDArray[np.int64]
-ByteArray = npt.NDArray[np.uint8]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -121,10 +121,10 @@ def train(folder: Path) -> None:
     """
     import torch
 
+    from sedd_scale.checkpoint.directory import find_checkpoint
     from sedd_scale.config import Config
-    from sedd_scale.data.prepare import prepare
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.training.checkpoint_directory import find_checkpoint
+    from sedd_scale.preparation.prepare import prepare
     from sedd_scale.training.loop import train as train_run
 
     package = Path(__file__).resolve().parents[1]

@@ -41,10 +41,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import FloatArray, IntArray
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
@@ -62,9 +62,6 @@ from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.logits import logit_chunks
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 @torch.no_grad()

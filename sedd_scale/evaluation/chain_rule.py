@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import FloatArray, IntArray
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import CheckpointError, ConfigError
@@ -28,8 +28,6 @@ from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.score_model import ScoreModel
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.config import DataConfig
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.corpus import cache_directory
@@ -19,11 +19,9 @@ from sedd_scale.data.loader import spread_blocks
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import INDEX_FILE, Dataset
 from sedd_scale.data.sources import is_remote
-from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.text_blocks import TextSettings, read_blocks
-
-IntArray = npt.NDArray[np.int64]
+from sedd_scale.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from sedd_scale.data.atomic import write_atomically
 from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.files.atomic import write_atomically
 
 IDENTITY_FILE = "evaluation.json"
 

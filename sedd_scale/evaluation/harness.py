@@ -27,10 +27,10 @@ from lm_eval.api.registry import register_model
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
+from sedd_scale.generation.completions import infill
 from sedd_scale.interop.model_arguments import check_tokenizer_fits, open_tokenizer
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.parallel.layout import initialize_layout
-from sedd_scale.sampling.completions import infill
 
 MODEL_NAME = "sedd_scale"
 _MOST_GENERATED = 256

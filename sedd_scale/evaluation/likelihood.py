@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.data.loader import spread_blocks
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation import PROTOCOLS, REMAINDERS
@@ -17,8 +17,6 @@ from sedd_scale.evaluation.plan import DEFAULT_MAX_BLOCKS
 from sedd_scale.evaluation.result import BoundResult
 from sedd_scale.evaluation.text_blocks import cut_documents
 from sedd_scale.model.score_model import ScoreModel
-
-IntArray = npt.NDArray[np.int64]
 
 
 def evaluate(

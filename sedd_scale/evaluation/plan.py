@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import FloatArray
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation.draws import uniform_times, weighted_times
 from sedd_scale.model.score_model import ScoreModel
-
-FloatArray = npt.NDArray[np.float64]
 
 DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000, "any-order": 8}
 DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024, "any-order": 64}

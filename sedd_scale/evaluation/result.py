@@ -3,10 +3,7 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-FloatArray = npt.NDArray[np.float64]
+from sedd_scale.arrays import FloatArray
 
 BOUND, EXACT, ANY_ORDER = "bound", "exact", "any-order"
 

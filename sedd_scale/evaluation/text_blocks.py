@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sedd_scale.data.documents import DocumentStream
-from sedd_scale.data.tokenizers import Tokenizer
+from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
-
-IntArray = npt.NDArray[np.int64]
+from sedd_scale.preparation.documents import DocumentStream
+from sedd_scale.tokenizers.base import Tokenizer
 
 _TABLES = (".jsonl", ".parquet")
 # WikiText's rows keep the end of their line in every edition of it; those of other sources do not.

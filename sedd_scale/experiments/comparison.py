@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.data.atomic import write_atomically
-from sedd_scale.data.documents import DocumentStream
-from sedd_scale.data.folder_lock import lock_folder
-from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
+from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.folder_lock import lock_folder
+from sedd_scale.preparation.documents import DocumentStream
+from sedd_scale.preparation.prepare import prepare
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

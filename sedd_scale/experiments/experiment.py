@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.config import Config, config_from_dict
+from sedd_scale.config.yaml_text import read_yaml, scalar_text
 from sedd_scale.errors import ConfigError
-from sedd_scale.yaml_text import read_yaml, scalar_text
 
 _KEYS = ("title", "baseline", "seeds", "jobs", "threads", "data", "evaluation", "run", "variants")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd_scale.experiments.experiment import Experiment
-from sedd_scale.training.plots import RunMetrics, read_run
+from sedd_scale.tracking.plots import RunMetrics, read_run
 
 Result = dict[str, Any]
 

@@ -1,1 +1,1 @@
-"""Checkpoint formats of other programs."""
+"""Checkpoint formats, ours and those of other programs, in and out."""

@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
+from sedd_scale.checkpoint.manifest import read_manifest, record_of
+from sedd_scale.checkpoint.reading import find_checkpoint
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.formats import detect_format
-from sedd_scale.training.checkpoint import find_checkpoint
-from sedd_scale.training.checkpoint_manifest import read_manifest, record_of
 
 _SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".ckpt")
 

@@ -8,8 +8,8 @@ from sedd_scale.cli import given_path
 from sedd_scale.errors import DataError
 
 if TYPE_CHECKING:
-    from sedd_scale.data.tokenizers import Tokenizer
     from sedd_scale.model.score_model import ScoreModel
+    from sedd_scale.tokenizers.base import Tokenizer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +90,9 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     Raises:
         DataError: nothing readable there.
     """
-    from sedd_scale.data.gpt2_tokenizer import open_gpt2
-    from sedd_scale.data.tokenizers import load_tokenizer, open_sentencepiece
+    from sedd_scale.tokenizers.gpt2 import open_gpt2
+    from sedd_scale.tokenizers.opening import load_tokenizer
+    from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
 
     if path.suffix == ".model":
         return open_sentencepiece(path)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd_scale import __version__
 from sedd_scale.config import Config
+from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.source import Described, model_shapes
-from sedd_scale.yaml_text import scalar_text
+from sedd_scale.version import __version__
 
 CARD_FILE = "README.md"
 # The authors' program has these schedules.

@@ -26,9 +26,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from sedd_scale import __version__
+from sedd_scale.checkpoint.boxes import BoxSavePlanner
+from sedd_scale.checkpoint.directory import (
+    FORMAT,
+    FORMAT_VERSION,
+    begin_checkpoint,
+    find_checkpoint,
+    publish_checkpoint,
+    read_meta,
+)
+from sedd_scale.checkpoint.files import UNREADABLE, HashingWriter
+from sedd_scale.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    read_manifest,
+    write_manifest,
+    wrong_hash,
+    wrong_size,
+)
 from sedd_scale.config import config_from_dict
-from sedd_scale.data.tokenizers import load_tokenizer
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.source import (
     STATE_KEYS,
@@ -38,24 +54,8 @@ from sedd_scale.interop.source import (
     check_tensors,
     model_shapes,
 )
-from sedd_scale.training.boxes import BoxSavePlanner
-from sedd_scale.training.checkpoint_directory import (
-    FORMAT,
-    FORMAT_VERSION,
-    begin_checkpoint,
-    find_checkpoint,
-    publish_checkpoint,
-    read_meta,
-)
-from sedd_scale.training.checkpoint_files import UNREADABLE, HashingWriter
-from sedd_scale.training.checkpoint_manifest import (
-    MANIFEST,
-    FileRecord,
-    read_manifest,
-    write_manifest,
-    wrong_hash,
-    wrong_size,
-)
+from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.version import __version__
 
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd_scale.checkpoint.files import UNREADABLE
 from sedd_scale.errors import CheckpointError
-from sedd_scale.training.checkpoint_files import UNREADABLE
 
 
 class PickledFile:

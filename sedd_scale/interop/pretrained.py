@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sedd_scale.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import write_native, write_published
@@ -16,6 +15,8 @@ from sedd_scale.interop.published_files import TOKENIZER_DIRECTORY
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
+from sedd_scale.tokenizers.base import Tokenizer
+from sedd_scale.tokenizers.opening import load_tokenizer
 
 
 def load_pretrained(
@@ -80,8 +81,8 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
 
 
 def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
+    from sedd_scale.checkpoint.reading import find_checkpoint, load_weights, read_meta
     from sedd_scale.config import config_from_dict
-    from sedd_scale.training.checkpoint import find_checkpoint, load_weights, read_meta
 
     step_directory = find_checkpoint(path)
     meta = read_meta(step_directory)

@@ -18,11 +18,11 @@ from sedd_scale.model.block import Stream
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import (
     ScoreTargets,
-    VocabShard,
     gathered_logits,
     linear_score_entropy,
     linear_score_entropy_per_sequence,
 )
+from sedd_scale.parallel.vocab_shard import VocabShard
 
 
 class ScoreLinear(ColumnParallelLinear):

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.data.tokenizers import Tokenizer
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.tokenizers.base import Tokenizer
 
 
 def new_model(

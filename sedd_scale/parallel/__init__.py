@@ -1,9 +1,1 @@
-"""Process layout, vocabulary-parallel operations and the DeepSpeed engines."""
-
-import os
-
-import torch
-
-# DeepSpeed looks for its accelerator when it is imported, and complains where there is none.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+"""Who shares what with whom, and the vocabulary-parallel losses."""

@@ -7,10 +7,6 @@ tensor ranks, in three reductions.
 m rows of a chunk, W columns of this rank's vocabulary shard.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,9 +18,7 @@ from sedd_scale.diffusion.score_entropy import (
     mean_row_loss,
 )
 from sedd_scale.parallel.score_kernel import set_entries
-
-if TYPE_CHECKING:
-    from sedd_scale.parallel.vocab import VocabShard
+from sedd_scale.parallel.vocab_shard import VocabShard
 
 
 def mean_chunk_loss(

@@ -12,16 +12,15 @@ are real tokens, B sequences, L positions. Losses are in nats.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.diffusion.graphs import Graph, Uniform
 from sedd_scale.diffusion.score_entropy import (
     RowNoise,
@@ -36,12 +35,7 @@ from sedd_scale.parallel.score_kernel import (
     chunk_gradient,
     chunk_statistics,
 )
-
-IntArray = npt.NDArray[np.int64]
-
-# For one chunk of logits. On a GPU larger products pay, and so does passing less often over the
-# weight's gradient.
-CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": 512 * 2**20}
+from sedd_scale.parallel.vocab_shard import VocabShard
 
 
 class ScoreTargets(NamedTuple):
@@ -114,52 +108,6 @@ def _sequences_and_places(batch: int, length: int) -> tuple[IntArray, IntArray]:
     """For each row of the flattened [L * B] its sequence, and its place in the flat [B * L]."""
     place_R = np.arange(batch * length).reshape(batch, length).T.reshape(-1)
     return np.tile(np.arange(batch), length), place_R
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """The columns of the head that this rank holds.
-
-    Attributes:
-        graph: the forward process.
-        scaled: whether logits are log-scores up to the known shift of sigma (absorb only).
-        start: token id of the first column.
-        length: columns that are real tokens; mask and padding come after and take no part.
-        group: the tensor-parallel processes, or None for one process.
-        chunk_bytes: memory for one chunk of logits, in bytes; None for what suits the device.
-        cross_entropy: the loss is cross-entropy times the third column of the noise.
-        mean: logits are those of the clean token's law, of which the scores follow (uniform only).
-    """
-
-    graph: Graph
-    scaled: bool
-    start: int
-    length: int
-    group: dist.ProcessGroup | None
-    chunk_bytes: int | None = None
-    cross_entropy: bool = False
-    mean: bool = False
-
-    def chunk_rows(self, num_columns: int, device_type: str = "cpu") -> int:
-        """Rows whose float32 logits over `num_columns` fit in the memory for a chunk.
-
-        Given the padded number of columns, which all tensor ranks share: they must cut the rows
-        alike to meet in each reduction, though `length` differs from rank to rank.
-        """
-        budget = self.chunk_bytes or CHUNK_BYTES[device_type]
-        copies = 2 if self.mean and not self.cross_entropy else 1
-        return max(16, budget // (4 * copies * num_columns))
-
-    def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-        """All-reduce over the tensor-parallel ranks, in place."""
-        if self.group is not None and self.group.size() > 1:
-            dist.all_reduce(tensor, op=operation, group=self.group)
-        return tensor
-
-    def column_of(self, token_m: Tensor) -> Tensor:
-        """Where each row's token lies in the shard, -1 where another rank holds it."""
-        local_m = token_m - self.start
-        return torch.where((local_m >= 0) & (local_m < self.length), local_m, -1)
 
 
 def _chunk_loss(

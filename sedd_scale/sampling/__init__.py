@@ -1,4 +1,4 @@
-"""Drawing text from a trained model: samplers, infilling and batch generation."""
+"""The laws of the reverse process, applied: samplers and infilling."""
 
 SAMPLERS = ("analytic", "euler", "ancestral", "first-hitting", "confidence", "entropy", "margin")
 LEFT_TO_RIGHT = "left-to-right"  # of autoregressive models, which have no other

@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from sedd_scale.data.tokenizers import Tokenizer
+from sedd_scale.arrays import BoolArray, IntArray
 from sedd_scale.errors import DataError
+from sedd_scale.tokenizers.base import Tokenizer
 
 DEFAULT_MARKER = "____"
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Infill(NamedTuple):

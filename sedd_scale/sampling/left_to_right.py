@@ -6,17 +6,15 @@ and not L * L.
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from sedd_scale.arrays import BoolArray
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.logits import LogitModel
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def is_autoregressive(model: LogitModel) -> bool:

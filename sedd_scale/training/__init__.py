@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: optimizer, checkpoints, metrics."""
+"""The training loop: batches, optimizer, guards, resume, signals."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from sedd_scale.config import Config
-from sedd_scale.parallel.engine import MicroBatch, StepResult
+from sedd_scale.engine.engine import MicroBatch, StepResult
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.tracking.metrics import keep_history
 from sedd_scale.training.guards import Verdict
-from sedd_scale.training.metrics import keep_history
 
 FILE_NAME = "bad_steps.jsonl"
 

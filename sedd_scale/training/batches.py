@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import BoolArray, IntArray
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus, JointReader
 from sedd_scale.data.loader import Shard
@@ -22,16 +22,12 @@ from sedd_scale.diffusion.corruption import NoisyBatch, keyed_uniform_rows, stra
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.engine.engine import MicroBatch
 from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import context_of
-from sedd_scale.parallel.engine import MicroBatch
+from sedd_scale.parallel.agreement import Agreement
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
-from sedd_scale.training.agreement import Agreement
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-
 
 # Sequences that are corrupted together, and validation blocks whose text is counted together.
 CORRUPTED_TOGETHER = 64

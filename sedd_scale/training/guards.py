@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sedd_scale.config_sections import TrainingConfig
-from sedd_scale.parallel.engine import Engine, MicroBatch, StepResult
-from sedd_scale.parallel.update_gate import StepNumbers, are_finite
+from sedd_scale.config.sections import TrainingConfig
+from sedd_scale.engine.engine import Engine, MicroBatch, StepResult
+from sedd_scale.engine.update_gate import StepNumbers, are_finite
 
 # Values that a window needs before a new one is compared with them.
 MIN_SCORED = 8

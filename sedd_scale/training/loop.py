@@ -17,31 +17,31 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sedd_scale.checkpoint.reading import CheckpointWriter
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.engine.engine import Engine, make_engine
 from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
-from sedd_scale.parallel.engine import Engine, make_engine
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
+from sedd_scale.tracking.metrics import MetricsLog
+from sedd_scale.tracking.utilisation import Utilisation
 from sedd_scale.training.bad_steps import BadSteps
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
-from sedd_scale.training.checkpoint import CheckpointWriter
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
-from sedd_scale.training.metrics import MetricsLog
 from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
 from sedd_scale.training.resume import find_resume, load_state
 from sedd_scale.training.run_lock import RunLock
 from sedd_scale.training.signals import StopSignals
-from sedd_scale.training.utilisation import Utilisation
 from sedd_scale.training.watchdog import Watchdog
 
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from sedd_scale.checkpoint.directory import saved_steps
+from sedd_scale.checkpoint.reading import load_checkpoint
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
+from sedd_scale.engine.engine import Engine, MicroBatch
+from sedd_scale.engine.update_gate import StepNumbers, are_finite
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from sedd_scale.interop.initial_weights import open_initial_weights
-from sedd_scale.parallel.engine import Engine, MicroBatch
-from sedd_scale.parallel.update_gate import StepNumbers, are_finite
 from sedd_scale.training.bad_steps import FILE_NAME, batch_fingerprint
 from sedd_scale.training.batches import TrainBatches
-from sedd_scale.training.checkpoint import load_checkpoint
-from sedd_scale.training.checkpoint_directory import saved_steps
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.loop import build, fit_to_dataset

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sedd_scale.engine.fragments import STATE_KEYS, ZeroFragments
 from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.fragments import STATE_KEYS, ZeroFragments
 from sedd_scale.parallel.layout import Layout
 
 # Numbers hashed at a time, so that a check needs little memory of its own.

@@ -5,20 +5,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.config import Config, config_from_dict
-from sedd_scale.data.corpus import Corpus
-from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from sedd_scale.interop.initial_weights import check_same_model
-from sedd_scale.parallel.engine import Engine
-from sedd_scale.training.checkpoint import (
+from sedd_scale.checkpoint.directory import resume_candidates
+from sedd_scale.checkpoint.reading import (
     find_checkpoint,
     has_checkpoint,
     load_checkpoint,
     load_newest,
     read_meta,
 )
-from sedd_scale.training.checkpoint_directory import resume_candidates
-from sedd_scale.yaml_text import scalar_text
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.config.yaml_text import scalar_text
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.engine.engine import Engine
+from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sedd_scale.interop.initial_weights import check_same_model
 
 
 def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:

@@ -6,10 +6,10 @@ Two jobs that went on with one run would each drop the other's metrics and repla
 from pathlib import Path
 from typing import IO
 
-from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.folder_lock import lock_folder
+from sedd_scale.parallel.agreement import raise_together
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.training.agreement import raise_together
 
 
 class RunLock:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from sedd_scale.config_sections import TrainingConfig
+from sedd_scale.config.sections import TrainingConfig
 from sedd_scale.training.signals import EXIT_LOST_RANK
 
 # Recent steps whose median is compared with; fewer than MEASURED count as no measurement yet.

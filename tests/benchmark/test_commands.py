@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sedd_scale.benchmark import communication, data, optimizer, step
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["--model", "tiny", "--block-length", "32", "--vocab-size", "300"]
 
 
@@ -87,7 +87,7 @@ def test_communication_sends_no_more_than_it_must() -> None:
             *(sys.executable, "tools/benchmark.py", "communication", *chosen, *SMALL, "--json"),
             "model.num_layers=2",
         ],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,

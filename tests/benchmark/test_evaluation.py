@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sedd_scale.benchmark import evaluation
-from sedd_scale.data.prepare import prepare
 from sedd_scale.errors import ConfigError
+from sedd_scale.preparation.prepare import prepare
 from tests.data.corpus import make_texts, write_jsonl
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from sedd_scale.benchmark.loss import textbook_loss
 from sedd_scale.parallel.vocab import linear_score_entropy
 from tests.model.small_network import relative
 from tests.parallel.vocab_worker import KINDS, make_problem
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
 
 
 @pytest.mark.parametrize(("name", "scaled"), KINDS)
@@ -50,7 +48,7 @@ def test_the_command_reports_one_json_object_last(options: tuple[str, ...]) -> N
     small = ("--block-length=32", "--vocab-size=1000", "--width=64", "--repeats=1", "--threads=1")
     done = subprocess.run(
         [sys.executable, "tools/benchmark.py", "loss", "--baseline", "--json", *small, *options],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,

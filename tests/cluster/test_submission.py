@@ -10,9 +10,9 @@ from sedd_scale.cluster.submission import next_folder, render, snapshot, submitt
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.layouts import Plan, plan
+from tests.repository import ROOT
 from tools import submit
 
-ROOT = Path(__file__).resolve().parents[2]
 XL = ROOT / "configs/runs/openwebtext_xl.yaml"
 HOUR = 3600.0
 

@@ -8,9 +8,9 @@ import pytest
 
 from sedd_scale.config import Config, config_from_dict, load_config
 from sedd_scale.data.corpus import Corpus, plan_of
-from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BadShardError, Dataset
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
+from sedd_scale.preparation.prepare import prepare
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import serving
 

@@ -10,8 +10,8 @@ import pytest
 from sedd_scale.data.loader import TrainLoader, spread_blocks
 from sedd_scale.data.order import BlockOrder
 from sedd_scale.data.prefetcher import Prefetcher
-from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BlockReader, Dataset
+from sedd_scale.preparation.prepare import prepare
 from tests.data.corpus import make_texts, write_jsonl
 
 

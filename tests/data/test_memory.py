@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
+
 # Prints the peak of this process's memory (MB) while preparing, then while an epoch is loaded.
 PROGRAM = """
 import re, sys
 from pathlib import Path
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
-from sedd_scale.data.prepare import prepare
+from sedd_scale.preparation.prepare import prepare
 
 def peak():
     # Not getrusage: what it tells includes the process that this one was forked from.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.data.prepare import prepare
 from sedd_scale.errors import CheckpointError
+from sedd_scale.preparation.prepare import prepare
 from sedd_scale.training.loop import train
 from tests.data.corpus import make_texts, write_jsonl
 

@@ -15,10 +15,10 @@ import pytest
 
 from sedd_scale.data.cache import ATTEMPTS, FileCache
 from sedd_scale.data.loader import TrainLoader
-from sedd_scale.data.prepare import prepare
 from sedd_scale.data.shards import BadShardError, Dataset
 from sedd_scale.data.sources import ObjectSource, is_remote, open_source
 from sedd_scale.errors import DataError
+from sedd_scale.preparation.prepare import prepare
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import FileServer, serving
 

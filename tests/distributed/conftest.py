@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.data.prepare import prepare
+from sedd_scale.preparation.prepare import prepare
 
 WORDS = ["the", "one", "mask", "token", "noise", "score", "river", "stone", "walks", "falls", "old"]
 

@@ -13,7 +13,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
+
 WORKER = Path(__file__).with_name("train_worker.py")
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -75,7 +76,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: Path) -> Non
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(REPOSITORY)
+    os.chdir(ROOT)
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sedd_scale.checkpoint.reading import find_checkpoint, load_weights
 from sedd_scale.config import load_config
 from sedd_scale.data.shards import Dataset
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import initialize_layout
-from sedd_scale.training.checkpoint import find_checkpoint, load_weights
 from tests.distributed.plain_loop import plain_training
-from tests.distributed.runs import REPOSITORY, Run, train_runs
+from tests.distributed.runs import Run, train_runs
+from tests.repository import ROOT
 
 CLIP = 0.5
 
@@ -119,8 +120,8 @@ def relative(found: list[float], expected: list[float]) -> float:
 def weights(run: Run, key: str = "master") -> dict[str, torch.Tensor]:
     """A run's final weights, whole, by logical name."""
     layout = initialize_layout()
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
-    vocab_size = Dataset(config.require_data()).vocab_size
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
+    vocab_size = Dataset(str(config.data.path)).vocab_size
     graph = make_graph(config.graph.name, vocab_size)
     network = ScoreNetwork(
         layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma)
@@ -184,7 +185,7 @@ def test_one_process_agrees_with_a_plain_pytorch_loop(
     runs: dict[tuple[str, str], Run], variant: str
 ) -> None:
     run = runs["TP1 PP1", variant]
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     plain = plain_training(config)
     assert relative(run.series("loss"), plain.losses) < 1e-5
     assert relative(run.series("grad_norm"), plain.grad_norms) < 1e-5

@@ -15,8 +15,9 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
-from tests.distributed.runs import REPOSITORY, Run, train_runs
+from tests.distributed.runs import Run, train_runs
 from tests.distributed.test_layouts import relative, weight_difference, weights
+from tests.repository import ROOT
 
 STEPS = 4
 BASE = (
@@ -80,7 +81,7 @@ def test_the_first_loss_is_the_definition_s(
 ) -> None:
     """Weight times cross-entropy of every row, from whole logits."""
     run = runs[objective, "one process"]
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     corpus, made = Corpus(config.data), make_objective(config)
     model = ScoreModel(
         config, corpus.vocab_size, initialize_layout(), block_length=32, tokenizer=corpus

@@ -8,9 +8,10 @@ import pytest
 from sedd_scale.config import load_config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.padding import counted_positions
-from sedd_scale.data.prepare import prepare
+from sedd_scale.preparation.prepare import prepare
 from tests.distributed.plain_loop import plain_training
-from tests.distributed.runs import REPOSITORY, Run, train_runs
+from tests.distributed.runs import Run, train_runs
+from tests.repository import ROOT
 
 STEPS = 4
 BASE = (
@@ -76,7 +77,7 @@ def test_loss_is_the_mean_over_text_under_every_layout(
     runs: dict[tuple[str, str], Run], graph: str
 ) -> None:
     first = runs["one process, one micro-batch", graph]
-    plain = plain_training(load_config(REPOSITORY / "configs/runs/tiny.yaml", first.overrides))
+    plain = plain_training(load_config(ROOT / "configs/runs/tiny.yaml", first.overrides))
     for name in LAYOUTS:
         run = runs[name, graph]
         assert run.series("loss") == pytest.approx(plain.losses, rel=1e-5), name
@@ -87,7 +88,7 @@ def test_loss_is_the_mean_over_text_under_every_layout(
 
 def test_tokens_are_those_of_text(runs: dict[tuple[str, str], Run], graph: str) -> None:
     run = runs["one process, one micro-batch", graph]
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     corpus = Corpus(config.data)
     loader = corpus.train_loader(config)
     blocks = [loader.batch(step, range(8)) for step in range(STEPS)]

@@ -12,14 +12,13 @@ import pytest
 from sedd_scale.doctor import installation, machine
 from sedd_scale.doctor.findings import BAD, GOOD, NOTICE, OPTIONAL, Finding, verdict
 from sedd_scale.doctor.processes import run_trial, run_trials, trial_environment
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
 
 
 def doctor(*words: str, **environment: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         [sys.executable, "-m", "sedd_scale", "doctor", *words],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

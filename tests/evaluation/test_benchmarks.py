@@ -13,13 +13,13 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from sedd_scale.data.tokenizers import BytesTokenizer
 from sedd_scale.evaluation import DATASETS
 from sedd_scale.evaluation.benchmarks import BENCHMARKS
 from sedd_scale.evaluation.corpora import open_corpus
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.evaluation.hub_server import serving_hub
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = {
     "wikitext": ["", " = A @-@ title = \n", "", " Text , of it . \n"],
     "ptb": ["the <unk> does n't", "rose N N"],
@@ -59,7 +59,7 @@ def fetch(cache: Path, endpoint: str, *names: str) -> dict[str, str]:
     """What each name became, with the hub at `endpoint`."""
     finished = subprocess.run(
         [sys.executable, "-c", FETCH, str(cache), *names],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"},
         capture_output=True,
         text=True,

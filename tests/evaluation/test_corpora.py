@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.data.prepare import prepare
-from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer, Tokenizer
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.corpora import Corpus, open_corpus
 from sedd_scale.evaluation.text_blocks import TextSettings
+from sedd_scale.preparation.prepare import prepare
+from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
+from sedd_scale.tokenizers.base import Tokenizer
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import serving
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sedd_scale.cli import run_command
-from sedd_scale.data.prepare import prepare
-from sedd_scale.data.tokenizers import Text8Tokenizer
+from sedd_scale.preparation.prepare import prepare
+from sedd_scale.tokenizers.alphabets import Text8Tokenizer
 from tests.data.corpus import make_texts, write_jsonl
 from tests.interop.tiny_checkpoints import write_checkpoint
 from tools.eval_ppl import build_parser, eval_command

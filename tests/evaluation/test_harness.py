@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sedd_scale.data.tokenizers import BytesTokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation.harness import SeddScaleLM
 from sedd_scale.interop.convert import write_native
 from sedd_scale.interop.pretrained import load_pretrained
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.tiny_checkpoints import write_checkpoint
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TASKS = {
     "local_choice": """
 output_type: multiple_choice
@@ -81,7 +81,7 @@ def test_the_command_line_runs_local_tasks(work: Path) -> None:
             *("--tasks", ",".join(TASKS), "--include_path", str(work), "--batch_size", "8"),
             *("--output_path", str(work / "out")),
         ],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,8 +9,8 @@ import pytest
 
 from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation import harness_hook
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 # What of the harness the hook touches.
 REGISTRY = """
 class Registry(dict):
@@ -32,7 +32,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def models_known(tmp_path: Path, line: str, *, path: str = str(REPOSITORY)) -> list[str]:
+def models_known(tmp_path: Path, line: str, *, path: str = str(ROOT)) -> list[str]:
     """The names in the harness's table, in a process that runs the line as it starts."""
     for name, text in (("api/registry.py", REGISTRY), ("models/__init__.py", MODELS)):
         file = tmp_path / "lm_eval" / name

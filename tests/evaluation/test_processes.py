@@ -14,10 +14,10 @@ import pytest
 from tests.data.corpus import make_texts, write_jsonl
 from tests.distributed.runs import launch
 from tests.interop.tiny_checkpoints import write_checkpoint
+from tests.repository import ROOT
 from tools.eval_ppl import build_parser, evaluate
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-WORKER = REPOSITORY / "tests/evaluation/eval_worker.py"
+WORKER = ROOT / "tests/evaluation/eval_worker.py"
 FEW = ("--max-blocks", "7", "--batch-size", "6")
 COMMANDS = {
     "low-variance": (*FEW, "--draws", "4"),
@@ -82,7 +82,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(work: Path) -> None:
     command = [sys.executable, "tools/eval_ppl.py", *words(work, name, *many)]
     child = subprocess.Popen(
         [*command, "--resume", str(kept)],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )

@@ -15,14 +15,14 @@ import pytest
 import yaml
 
 from sedd_scale.cli import run_command
-from sedd_scale.data.folder_lock import lock_folder
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import comparison
 from sedd_scale.experiments.experiment import load_experiment
 from sedd_scale.experiments.report import summarise, to_markdown
+from sedd_scale.files.folder_lock import lock_folder
+from tests.repository import ROOT
 from tools.compare import build_parser, compare_command
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 
 STEPS = 600  # of the run that is stopped

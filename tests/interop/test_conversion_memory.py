@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.interop.conversion_memory_worker import DrawnSource
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHALLOW, DEEP = 2, 10
 
 
@@ -22,11 +22,11 @@ def test_conversions_hold_one_tensor_at_a_time(tmp_path: Path) -> None:
             *(sys.executable, "-W", "ignore", "tests/interop/conversion_memory_worker.py"),
             *(str(tmp_path), str(SHALLOW), str(DEEP)),
         ],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": str(ROOT),
             # What is freed goes back at once: else holes of the heap would count as well.
             "MALLOC_MMAP_THRESHOLD_": "65536",
         },

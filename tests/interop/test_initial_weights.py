@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from sedd_scale import load_pretrained
 from sedd_scale.config import Config, load_config
-from sedd_scale.data.prepare import prepare
-from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert
@@ -22,9 +20,12 @@ from sedd_scale.interop.source import STATE_KEYS
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.preparation.prepare import prepare
+from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.loop import fit_to_dataset, train
-from tests.distributed.runs import REPOSITORY, Run, train_runs
+from tests.distributed.runs import Run, train_runs
+from tests.repository import ROOT
 
 LENGTH, TOKENS, FEW_TOKENS = 16, 257, 200
 BASE = (
@@ -80,7 +81,7 @@ class Averaged(ModelSource):
 
 
 def config_of(*overrides: str) -> Config:
-    return load_config(REPOSITORY / "configs/runs/tiny.yaml", [*BASE, *overrides])
+    return load_config(ROOT / "configs/runs/tiny.yaml", [*BASE, *overrides])
 
 
 def source_model(num_tokens: int, *overrides: str) -> ScoreModel:
@@ -128,7 +129,7 @@ def single(
     )
     made["grown"] = Run(folder / "grown", grown(dataset, sources["few"]))
     for run in made.values():
-        train(load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides), run.run_dir)
+        train(load_config(ROOT / "configs/runs/tiny.yaml", run.overrides), run.run_dir)
     return made
 
 
@@ -141,7 +142,7 @@ def grown(dataset: Path, source: Path, *overrides: str) -> tuple[str, ...]:
 
 def first_loss(model: ScoreModel, run: Run) -> float:
     """The model's own loss on the first batch of a run."""
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", run.overrides)
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     config, corpus = fit_to_dataset(config)
     batches = TrainBatches(corpus, config, model.graph, model.schedule, model.layout)
     losses = [model.network(*batch) for batch in batches.of_step(0).micro_batches]

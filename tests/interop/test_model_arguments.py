@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedd_scale.data.tokenizers import BytesTokenizer, Text8Tokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from tests.interop.tiny_checkpoints import write_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
 
 
 def parsed(*arguments: object) -> argparse.Namespace:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from sedd_scale.data.tokenizers import BytesTokenizer, Tokenizer
 from sedd_scale.interop.convert import write_native
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
+from sedd_scale.tokenizers.base import Tokenizer
 from tests.evaluation.enumeration import tiny_model
 
 

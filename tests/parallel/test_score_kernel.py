@@ -22,8 +22,8 @@ from tests.parallel.score_kernel_worker import (
     run_chunk,
     run_loss,
 )
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -42,7 +42,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
     worker = Path(__file__).with_name("score_kernel_worker.py")

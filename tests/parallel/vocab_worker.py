@@ -24,11 +24,11 @@ from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout, leave_layout, shutdown
 from sedd_scale.parallel.vocab import (
     ScoreTargets,
-    VocabShard,
     linear_score_entropy,
     linear_score_entropy_per_sequence,
     score_targets,
 )
+from sedd_scale.parallel.vocab_shard import VocabShard
 from tests.distributed.runs import launch
 from tests.model.small_network import gradients, noisy_batch, small_network
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from sedd_scale.config import Config, load_config
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model.network import ScoreNetwork, layer_builders
-from sedd_scale.parallel import vocab
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.parallel.vocab_shard import VocabShard
 from sedd_scale.planning import activations
 from sedd_scale.planning.activations import stage_activations
-from tests.distributed.runs import REPOSITORY
 from tests.model.small_network import noisy_batch
+from tests.repository import ROOT
 
 VOCAB_SIZE, BATCH, LENGTH = 60, 2, 64
 SELECTIVE = "parallel.recompute_mode=selective"
@@ -36,7 +36,7 @@ def config_of(*overrides: str) -> Config:
         f"training.micro_batch={BATCH}",
         f"data.block_length={LENGTH}",
     )
-    return load_config(REPOSITORY / "configs/runs/tiny.yaml", [*sizes, *overrides])
+    return load_config(ROOT / "configs/runs/tiny.yaml", [*sizes, *overrides])
 
 
 def predicted(config: Config, *, layers: range, in_flight: int = 1) -> int:
@@ -115,9 +115,7 @@ def test_sequence_parallelism_splits_all_but_the_heads_input() -> None:
 
 
 def test_chunks_of_the_loss_are_those_of_the_loss() -> None:
-    shard = vocab.VocabShard(
-        graph=make_graph("absorb", 10), scaled=True, start=0, length=10, group=None
-    )
+    shard = VocabShard(graph=make_graph("absorb", 10), scaled=True, start=0, length=10, group=None)
     for rows in (11, 50_258, 10**8):
         chunk = activations.CHUNK_BYTES // (4 * rows)
         assert shard.chunk_rows(rows, "cuda") == max(activations.MIN_CHUNK_ROWS, chunk)

@@ -9,10 +9,10 @@ from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.planning.flops import head_rows, move_probability, run_seconds, step_flops
-from tests.distributed.runs import REPOSITORY
 from tests.model.small_network import noisy_batch
+from tests.repository import ROOT
 
-TINY = REPOSITORY / "configs/runs/tiny.yaml"
+TINY = ROOT / "configs/runs/tiny.yaml"
 
 
 def product_flops(
@@ -80,7 +80,7 @@ def test_share_of_masked_positions_follows_the_schedule(name: str) -> None:
 
 
 def test_the_small_model_at_forty_percent_of_an_h100() -> None:
-    config = load_config(REPOSITORY / "configs/runs/openwebtext_small.yaml")
+    config = load_config(ROOT / "configs/runs/openwebtext_small.yaml")
     flops = step_flops(config, vocab_size=50_257, block_length=1024)
     # 6 FLOPs a parameter of the products and token, attention's 12 L H a layer besides.
     per_token = 6 * (12 * 12 * 768**2 + 0.5 * 768 * 50_257) + 12 * 12 * 1024 * 768

@@ -7,14 +7,14 @@ from sedd_scale.config import Config, load_config
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning import LayoutFit, fit_layouts, model_states, plan
 from sedd_scale.planning.layouts import legal_layouts
-from tests.distributed.runs import REPOSITORY
+from tests.repository import ROOT
 
 SIZES = {"vocab_size": 50_257, "block_length": 1024}
 USABLE = 72e9
 
 
 def config_of(name: str, *overrides: str) -> Config:
-    return load_config(REPOSITORY / f"configs/runs/openwebtext_{name}.yaml", overrides)
+    return load_config(ROOT / f"configs/runs/openwebtext_{name}.yaml", overrides)
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +144,14 @@ def test_flash_attention_is_planned_where_it_is_not_installed() -> None:
 def test_buckets_are_those_the_engine_asks_deepspeed_for() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from sedd_scale.parallel.engine import _deepspeed_config
+    from sedd_scale.engine.engine import _deepspeed_config
     from sedd_scale.parallel.layout import initialize_layout
 
     alone = initialize_layout()
     for zero_stage in (1, 2, 3):
         for data in (1, 2):
             config = load_config(
-                REPOSITORY / "configs/runs/tiny.yaml", [f"parallel.zero_stage={zero_stage}"]
+                ROOT / "configs/runs/tiny.yaml", [f"parallel.zero_stage={zero_stage}"]
             )
             layout = dataclasses.replace(alone, data=data)
             zero = DeepSpeedZeroConfig(**_deepspeed_config(config, layout)["zero_optimization"])

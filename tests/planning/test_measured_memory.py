@@ -7,7 +7,8 @@ import pytest
 
 from sedd_scale.config import load_config
 from sedd_scale.planning import plan
-from tests.distributed.runs import REPOSITORY, launch
+from tests.distributed.runs import launch
+from tests.repository import ROOT
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 VOCAB_SIZE, BLOCK_LENGTH = 2001, 16
@@ -66,7 +67,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_prediction_is_within_ten_percent_of_what_is_measured(name: str, reports: Path) -> None:
     num_processes, overrides = LAYOUTS[name]
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", [*SIZES, *overrides])
+    config = load_config(ROOT / "configs/runs/tiny.yaml", [*SIZES, *overrides])
     planned = plan(config, num_processes, vocab_size=VOCAB_SIZE, block_length=BLOCK_LENGTH)
     measured = [
         json.loads((reports / name / f"{r}.json").read_text()) for r in range(num_processes)

@@ -6,7 +6,7 @@ from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.planning.parameters import count_by_part, layer_shapes, stage_bounds
-from tests.distributed.runs import REPOSITORY
+from tests.repository import ROOT
 
 MODELS = {
     "tiny": ("model.num_layers=3",),
@@ -24,7 +24,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("vocab_size", [2, 101])
 def test_shapes_are_those_of_the_real_network_in_its_order(name: str, vocab_size: int) -> None:
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml", MODELS[name])
+    config = load_config(ROOT / "configs/runs/tiny.yaml", MODELS[name])
     layout = initialize_layout()
     graph = make_graph(config.graph.name, vocab_size)
     builders = layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma)
@@ -43,7 +43,7 @@ def test_shapes_are_those_of_the_real_network_in_its_order(name: str, vocab_size
     ("model", "total"), [("small", 169_627_218), ("medium", 424_477_010), ("7b", 6_957_692_242)]
 )
 def test_shipped_models_have_the_number_of_parameters_they_state(model: str, total: int) -> None:
-    config = load_config(REPOSITORY / f"configs/models/{model}.yaml")
+    config = load_config(ROOT / f"configs/models/{model}.yaml")
     assert sum(count_by_part(layer_shapes(config, 50_257)).values()) == total
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from sedd_scale.config import load_config
-from sedd_scale.data.prepare import prepare
 from sedd_scale.planning import plan
-from tests.distributed.runs import REPOSITORY
+from sedd_scale.preparation.prepare import prepare
+from tests.repository import ROOT
 
 SMALL = "configs/runs/openwebtext_small.yaml"
 
@@ -16,7 +16,7 @@ SMALL = "configs/runs/openwebtext_small.yaml"
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "tools/plan.py", *arguments],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -27,7 +27,7 @@ def test_json_is_the_last_line_and_is_the_plan() -> None:
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     found = json.loads(lines[-1])
-    config = load_config(REPOSITORY / SMALL, ["parallel.zero_stage=2"])
+    config = load_config(ROOT / SMALL, ["parallel.zero_stage=2"])
     planned = plan(config, 8, vocab_size=50_257, block_length=1024)
     assert found["parameters"] == 169_627_218
     assert found["gpus"] == 8 and found["zero_stage"] == 2
@@ -58,7 +58,7 @@ def test_a_plan_needs_no_torch() -> None:
     )
     finished = subprocess.run(
         [sys.executable, "-c", program, SMALL, "--vocab-size", "50257"],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -95,7 +95,7 @@ def test_sizes_come_from_the_dataset(tmp_path: Path) -> None:
     )
     tiny = ("configs/runs/tiny.yaml", f"data.path={tmp_path / 'prepared'}", "--json")
     found = json.loads(run(*tiny).stdout.splitlines()[-1])
-    config = load_config(REPOSITORY / "configs/runs/tiny.yaml")
+    config = load_config(ROOT / "configs/runs/tiny.yaml")
     planned = plan(config, found["gpus"], vocab_size=257, block_length=32)
     assert found["parameters"] == planned.total_parameters
     mixture = f"data.mixture=[{{path: {tmp_path / 'prepared'}, weight: 1}}]"

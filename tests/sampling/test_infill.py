@@ -2,7 +2,6 @@
 
 import pytest
 
-from sedd_scale.data.tokenizers import BytesTokenizer
 from sedd_scale.errors import DataError
 from sedd_scale.sampling.infill import (
     Infill,
@@ -10,6 +9,7 @@ from sedd_scale.sampling.infill import (
     infill_from_text,
     infill_from_tokens,
 )
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
 
 BYTES = BytesTokenizer()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.data.prepare import prepare
+from sedd_scale.preparation.prepare import prepare
 from tests.slurm.cluster import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]

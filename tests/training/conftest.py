@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.live_run import REPOSITORY, SMALL, environment
+from tests.repository import ROOT
+from tests.training.live_run import SMALL, environment
 from tests.training.test_loop import prepared
 
 WORKER = Path(__file__).with_name("fault_worker.py")
@@ -31,8 +32,8 @@ class Faults:
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
                 *("--nproc-per-node=2", str(WORKER), str(folder), str(dataset)),
             ],
-            cwd=REPOSITORY,
-            env=environment(PYTHONPATH=str(REPOSITORY)),
+            cwd=ROOT,
+            env=environment(PYTHONPATH=str(ROOT)),
             capture_output=True,
             text=True,
             timeout=400,

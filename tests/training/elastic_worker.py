@@ -20,7 +20,8 @@ import torch.distributed as dist  # noqa: E402
 from sedd_scale.config import load_config  # noqa: E402
 from sedd_scale.parallel.layout import leave_layout, shutdown  # noqa: E402
 from sedd_scale.training.loop import train  # noqa: E402
-from tests.training.live_run import REPOSITORY, SMALL, free_port  # noqa: E402
+from tests.repository import ROOT  # noqa: E402
+from tests.training.live_run import SMALL, free_port  # noqa: E402
 
 # Processes, and the step up to which they train.
 LEGS = ((4, 4), (2, 8), (4, 12))
@@ -41,7 +42,7 @@ def main() -> None:
 
     def go_on(name: str, steps: int) -> None:
         config = load_config(
-            REPOSITORY / "configs/runs/tiny.yaml", [*overrides, f"training.steps={steps}"]
+            ROOT / "configs/runs/tiny.yaml", [*overrides, f"training.steps={steps}"]
         )
         train(config, folder / name)
         leave_layout()

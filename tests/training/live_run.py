@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
+
 TRAIN = ("tools/train.py", "configs/runs/tiny.yaml")
 STEPS, EVERY = 120, 20
 SMALL = (
@@ -58,7 +59,7 @@ class Torchrun:
                     *(f"--nproc-per-node={num_processes}", *options, *TRAIN),
                     *("--run-dir", str(run_dir), *overrides),
                 ],
-                cwd=REPOSITORY,
+                cwd=ROOT,
                 env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -135,7 +136,7 @@ class LiveRun:
                 self._processes.append(
                     subprocess.Popen(
                         [sys.executable, *TRAIN, "--run-dir", str(run_dir), *overrides],
-                        cwd=REPOSITORY,
+                        cwd=ROOT,
                         env=place,
                         stdout=stdout,
                         stderr=stderr,

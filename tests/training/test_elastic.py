@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.repository import ROOT
 from tests.training.elastic_worker import LEGS
-from tests.training.live_run import REPOSITORY, environment, free_port, losses
+from tests.training.live_run import environment, free_port, losses
 from tests.training.test_loop import prepared
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
@@ -24,7 +25,7 @@ def test_four_processes_then_two_then_four_make_the_same_losses(tmp_path: Path) 
                 WORLD_SIZE="4",
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
-                PYTHONPATH=str(REPOSITORY),
+                PYTHONPATH=str(ROOT),
             )
             command = [sys.executable, str(WORKER), str(tmp_path), str(dataset)]
             processes.append(

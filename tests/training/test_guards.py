@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from sedd_scale.config_sections import TrainingConfig
-from sedd_scale.parallel.update_gate import StepNumbers
+from sedd_scale.config.sections import TrainingConfig
+from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.training.guards import StepGuard, ZScore
 
 

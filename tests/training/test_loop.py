@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.data.prepare import prepare
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
+from sedd_scale.preparation.prepare import prepare
+from sedd_scale.tracking.plots import TIME_KEYS
 from sedd_scale.training.batches import TIME_BINS, TrainBatches, ValidationBatches
 from sedd_scale.training.loop import fit_to_dataset, train
-from sedd_scale.training.plots import TIME_KEYS
 from sedd_scale.training.resume import find_resume
+from tests.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = REPOSITORY / "configs/runs/tiny.yaml"
+TINY = ROOT / "configs/runs/tiny.yaml"
 
 
 def prepared(folder: Path, *, seed: int) -> Path:
@@ -144,7 +144,7 @@ def test_the_command_reports_a_user_error_in_one_line(tmp_path: Path) -> None:
             *(sys.executable, "tools/train.py", str(TINY), "--run-dir", str(tmp_path / "run")),
             "training.stepz=3",
         ],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sedd_scale.config_sections import TrainingConfig
+from sedd_scale.config.sections import TrainingConfig
 from sedd_scale.training.signals import EXIT_LOST_RANK
 from sedd_scale.training.watchdog import Watchdog
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from sedd_scale.training.console import open_console
+from sedd_scale.tracking.console import open_console
 
 STEPS = 1000
 

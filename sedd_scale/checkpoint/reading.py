@@ -1,0 +1,347 @@
+"""Checkpoints that know no layout: what one layout saved, any other resumes.
+
+Each process writes and reads its own ZeRO fragments as boxes of the logical tensors NAME/master,
+NAME/exp_avg, NAME/exp_avg_sq and NAME/ema (float32, without padding); nothing is gathered. The
+directory is described in `checkpoint_directory`, saving in the background in `checkpoint_writer`.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
+from sedd_scale.checkpoint.directory import (
+    MANIFEST_SINCE,
+    find_checkpoint,
+    has_checkpoint,
+    read_meta,
+    resume_candidates,
+)
+from sedd_scale.checkpoint.files import UNREADABLE
+from sedd_scale.checkpoint.manifest import (
+    MANIFEST,
+    read_manifest,
+    share,
+    wrong_hash,
+    wrong_size,
+)
+from sedd_scale.checkpoint.state import (
+    KEYS,
+    all_shapes,
+    fragment_tensors,
+)
+from sedd_scale.checkpoint.writer import CheckpointWriter
+from sedd_scale.config.sections import CheckpointConfig
+from sedd_scale.errors import CheckpointError, DamagedCheckpointError
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.agreement import raise_together
+from sedd_scale.parallel.layout import Layout
+
+if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
+    from sedd_scale.engine.fragments import ZeroFragments
+
+__all__ = [
+    "CheckpointWriter",
+    "find_checkpoint",
+    "has_checkpoint",
+    "load_checkpoint",
+    "load_newest",
+    "load_weights",
+    "read_meta",
+    "save_checkpoint",
+]
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    *,
+    engine_fragments: "ZeroFragments",
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    meta: Mapping[str, Any],
+    tokenizer_directory: Path | None = None,
+    keep: int = 3,
+) -> Path:
+    """Write one checkpoint and return when it is on the disk; `latest` names it then.
+
+    Collective over all processes. A run that saves often uses `CheckpointWriter`.
+
+    Args:
+        meta: the run's place and identity, `META_KEYS`, as JSON values.
+        tokenizer_directory: copied into the checkpoint, so that it can be sampled from alone.
+        keep: checkpoints kept, counting this one; 0: all.
+
+    Raises:
+        CheckpointError: on every process, when any could not write; `latest` is as before.
+    """
+    with CheckpointWriter(
+        run_dir,
+        engine_fragments=engine_fragments,
+        parameters=parameters,
+        layout=layout,
+        config=CheckpointConfig(keep=keep, async_save=False),
+        tokenizer_directory=tokenizer_directory,
+    ) as writer:
+        writer.save(meta)
+    return Path(run_dir) / "checkpoints" / f"step-{int(meta['step'])}"
+
+
+def load_newest(
+    run_dir: str | Path,
+    *,
+    engine_fragments: "ZeroFragments",
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    verify: bool = True,
+    check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Load the newest checkpoint of a run that is not damaged; returns its directory and meta.json.
+
+    Collective over all processes. Every damaged one that is passed over is named on stderr.
+
+    Args:
+        verify: as `load_checkpoint`.
+        check: raises CheckpointError where a checkpoint must not be gone on from.
+        say: called with what was passed over, one line at a time.
+
+    Raises:
+        CheckpointError: on every process: there is no good checkpoint, or the newest good one is of
+            another model or refused by `check`.
+    """
+    found: list[Any] = [resume_candidates(run_dir) if layout.rank == 0 else None]
+    dist.broadcast_object_list(found)
+    candidates, complaint = found[0]
+    failures = [complaint] if complaint else []
+    for path in candidates:
+        try:
+            meta = load_checkpoint(
+                path,
+                engine_fragments=engine_fragments,
+                parameters=parameters,
+                layout=layout,
+                verify=verify,
+                check=check,
+            )
+        except DamagedCheckpointError as error:
+            failures.append(str(error))
+            continue
+        for failure in failures:
+            line = f"warning: {failure}; went on from {path} instead"
+            say(line)
+            if layout.rank == 0:
+                print(line, file=sys.stderr, flush=True)
+        return path, meta
+    raise CheckpointError(
+        f"no good checkpoint in {Path(run_dir) / 'checkpoints'}: {'; '.join(failures)}; restore "
+        "one from a copy, or start anew with another --run-dir"
+    )
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    engine_fragments: "ZeroFragments",
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    verify: bool = True,
+    check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
+) -> dict[str, Any]:
+    """Load masters, moments, averages and the optimizer's step in place; returns meta.json.
+
+    Collective over all processes. Nothing is overwritten unless the checkpoint is complete and of
+    this model.
+
+    Args:
+        path: a run directory, its checkpoints/ folder, or one step-N directory.
+        verify: hash every file first, each process a part of them; sizes are always compared.
+        check: called with the directory and meta.json before anything is loaded.
+
+    Raises:
+        DamagedCheckpointError: on every process, when its files are not what was written.
+        CheckpointError: on every process, when there is none, or it is of another model.
+    """
+    meta: dict[str, Any] = {}
+    metadata: Metadata | None = None
+    error: CheckpointError | None = None
+    try:
+        path = find_checkpoint(path)
+        _verify(path, hashes=verify, rank=layout.rank, num_ranks=layout.world_size)
+    except CheckpointError as caught:
+        error = caught
+    raise_together(error)
+    try:
+        meta = read_meta(path)
+        check(Path(path), meta)
+        metadata = _read_metadata(Path(path))
+    except CheckpointError as caught:
+        error = caught
+    raise_together(error)
+    assert metadata is not None
+    shapes = all_shapes(parameters, layout)
+    mismatch = _mismatch(path, shapes, metadata, KEYS)
+    raise_together(None if mismatch is None else CheckpointError(mismatch))
+    engine_fragments.ensure_state()
+    with _read_errors(path):
+        dcp.load(
+            fragment_tensors(engine_fragments, parameters, layout, saving=False),
+            storage_reader=dcp.FileSystemReader(path),
+            planner=BoxLoadPlanner(),
+        )
+    engine_fragments.set_step(int(meta["optimizer_step"]))
+    engine_fragments.refresh_parameters()
+    return meta
+
+
+@torch.no_grad()
+def load_weights(
+    path: str | Path,
+    parameters: Iterable[LogicalParameter],
+    layout: Layout,
+    *,
+    weights: str = "ema",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Load one kind of weights into plain parameters, for sampling and evaluation.
+
+    Each process reads its own shards by itself; nothing here is collective. Padding becomes zero.
+    Returns meta.json.
+
+    Args:
+        path: a run directory, its checkpoints/ folder, or one step-N directory.
+        weights: "ema" or "master".
+        dtype: cast the parameters to it; None keeps theirs.
+        verify: hash every file first; sizes are always compared.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged or of another model.
+    """
+    assert weights in ("ema", "master"), weights
+    path = find_checkpoint(path)
+    _verify(path, hashes=verify)
+    meta = read_meta(path)
+    metadata = _read_metadata(path)
+    parameters = list(parameters)
+    shapes = {logical.name: logical.shape for logical in parameters}
+    # A stage of a pipeline holds some of the names only.
+    error = _mismatch(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
+    if error is not None:
+        raise CheckpointError(error)
+    tensors = {}
+    for logical in parameters:
+        parameter = logical.parameter
+        assert tuple(parameter.shape) == logical.local_shape, (logical.name, parameter.shape)
+        parameter.data = parameter.data.to(dtype or parameter.dtype).contiguous()
+        flat = parameter.data.view(-1)
+        flat[valid_numel(logical) :].zero_()
+        tensor = LogicalTensor(logical.shape)
+        tensor.add(logical, flat, 0)
+        tensors[f"{logical.name}/{weights}"] = tensor
+    with _read_errors(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(
+            tensors,
+            storage_reader=dcp.FileSystemReader(path),
+            planner=BoxLoadPlanner(),
+            no_dist=True,
+        )
+    return meta
+
+
+def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> None:
+    """Compare this process's share of the files, and the sizes of all, with the manifest.
+
+    Raises:
+        DamagedCheckpointError: naming the file that is not what was written.
+    """
+    if not (path / MANIFEST).is_file() and read_meta(path)["format_version"] < MANIFEST_SINCE:
+        return
+    try:
+        files = read_manifest(path)
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    wrong = wrong_size(path, files)
+    if wrong is None and hashes:
+        wrong = wrong_hash(path, share(files, rank, num_ranks))
+    if wrong is not None:
+        raise DamagedCheckpointError(wrong)
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """The checkpoint's index of tensors and files, after a look that the files are all there."""
+    try:
+        metadata = dcp.FileSystemReader(path).read_metadata()
+        files: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            end = info.offset + info.length
+            files[info.relative_path] = max(end, files.get(info.relative_path, 0))
+    except UNREADABLE as error:
+        raise DamagedCheckpointError(
+            f"checkpoint file {path / '.metadata'} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    for name, length in files.items():
+        if not (path / name).is_file():
+            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
+        if (path / name).stat().st_size < length:
+            raise DamagedCheckpointError(
+                f"checkpoint file {path / name} is cut short: "
+                f"{(path / name).stat().st_size} of {length} bytes"
+            )
+    return metadata
+
+
+def _mismatch(
+    path: str | Path,
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Metadata,
+    keys: Sequence[str],
+    *,
+    allow_more: bool = False,
+) -> str | None:
+    """One line on how the checkpoint's tensors differ from the model's, or None."""
+    found = {
+        name: tuple(tensor.size)
+        for name, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    lines = []
+    for name, shape in shapes.items():
+        saved = [found.get(f"{name}/{key}") for key in keys]
+        wrong = [size for size in saved if size is not None and size != tuple(shape)]
+        if wrong:
+            lines.append(f"{name} is {list(shape)} in the model and {list(wrong[0])} in it")
+        elif None in saved:
+            lines.append(f"{name} {list(shape)} is missing from it")
+    if not allow_more:
+        extra = {name.rsplit("/", 1)[0]: shape for name, shape in found.items()}
+        lines += [
+            f"{name} {list(shape)} is not in the model"
+            for name, shape in extra.items()
+            if name not in shapes
+        ]
+    if not lines:
+        return None
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
+
+
+@contextlib.contextmanager
+def _read_errors(path: str | Path) -> Iterator[None]:
+    """What torch raises on every process when any fails, as one line."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise DamagedCheckpointError(
+            f"cannot read checkpoint {path}: rank {rank}: {type(cause).__name__}: {cause}"
+        ) from error

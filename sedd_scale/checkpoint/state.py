@@ -1,0 +1,147 @@
+"""What a checkpoint holds of this process: its fragments as boxes, in place or in a host copy."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sedd_scale.checkpoint.boxes import LogicalTensor
+from sedd_scale.errors import TrainingError
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
+
+if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
+    from sedd_scale.engine.fragments import ZeroFragments
+
+KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+_BYTES = 4  # of a float32
+
+
+def fragment_tensors(
+    fragments: "ZeroFragments",
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    *,
+    saving: bool,
+) -> dict[str, LogicalTensor]:
+    """The logical tensors NAME/KEY, whose parts are views of this process's state.
+
+    Args:
+        saving: leave out what another tensor rank writes.
+    """
+    tensors = {}
+    for logical in parameters:
+        for key in KEYS:
+            tensor = LogicalTensor(logical.shape)
+            if not saving or _writes(logical, layout):
+                fragment = fragments.get(logical, key)
+                if fragment is not None:
+                    tensor.add(logical, fragment.flat, fragment.start)
+            tensors[f"{logical.name}/{key}"] = tensor
+    return tensors
+
+
+def all_shapes(
+    parameters: Sequence[LogicalParameter],
+    layout: Layout,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Logical shapes of all pipeline stages' parameters; collective over all processes."""
+    speaks = layout.tensor_rank == 0 and layout.data_rank == 0
+    own = {logical.name: logical.shape for logical in parameters} if speaks else {}
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own, group=group)
+    return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
+
+
+def state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of the tensors in a checkpoint of parameters of these shapes."""
+    return len(KEYS) * _BYTES * sum(math.prod(shape) for shape in shapes.values())
+
+
+class HostCopy:
+    """A copy of what this process saves, in host memory that is made once and used again.
+
+    With a GPU the memory is page-locked. It takes as many bytes as this process's share of a
+    checkpoint: 16 a parameter, over the data-parallel ranks.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, LogicalTensor] = {}
+        self._parts: dict[tuple[str, str], Tensor] = {}
+        self._locked: Tensor | None = None
+
+    @torch.no_grad()
+    def take(
+        self,
+        fragments: "ZeroFragments",
+        parameters: Sequence[LogicalParameter],
+        layout: Layout,
+    ) -> dict[str, LogicalTensor]:
+        """Copy the state as it is now; the same tensors as `fragment_tensors`, of the copy.
+
+        What an earlier call returned changes with it.
+        """
+        if not self._tensors:
+            self._make(fragments, parameters, layout)
+        for logical in parameters:
+            for key in KEYS:
+                part = self._parts.get((logical.name, key))
+                if part is not None:
+                    fragment = fragments.get(logical, key)
+                    assert fragment is not None, logical.name
+                    part.copy_(fragment.flat, non_blocking=True)
+        if layout.device.type == "cuda":
+            torch.cuda.synchronize(layout.device)
+        return self._tensors
+
+    def close(self) -> None:
+        """Let the memory go."""
+        if self._locked is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr())
+        self._locked = None
+        self._tensors, self._parts = {}, {}
+
+    def _make(
+        self,
+        fragments: "ZeroFragments",
+        parameters: Sequence[LogicalParameter],
+        layout: Layout,
+    ) -> None:
+        found = {
+            (logical.name, key): (logical, fragment)
+            for logical in parameters
+            if _writes(logical, layout)
+            for key in KEYS
+            if (fragment := fragments.get(logical, key)) is not None
+        }
+        memory = torch.empty(sum(fragment.flat.numel() for _, fragment in found.values()))
+        if layout.device.type == "cuda" and memory.numel():
+            # Not `pin_memory`, which would round the size up to a power of two.
+            status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            if int(status) != 0:
+                raise TrainingError(
+                    f"cannot lock {memory.nbytes} bytes of host memory for the copy of a "
+                    "checkpoint: set checkpoint.async_save=false"
+                )
+            self._locked = memory
+        self._tensors = {
+            f"{logical.name}/{key}": LogicalTensor(logical.shape)
+            for logical in parameters
+            for key in KEYS
+        }
+        begin = 0
+        for (name, key), (logical, fragment) in found.items():
+            part = memory.narrow(0, begin, fragment.flat.numel())
+            self._parts[name, key] = part
+            self._tensors[f"{name}/{key}"].add(logical, part, fragment.start)
+            begin += part.numel()
+
+
+def _writes(logical: LogicalParameter, layout: Layout) -> bool:
+    """Whether this process writes its part: tensor ranks hold copies of what they do not split."""
+    return logical.partition_dim is not None or layout.tensor_rank == 0

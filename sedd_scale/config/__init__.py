@@ -1,0 +1,29 @@
+"""What a run depends on: a tree of dataclasses, its YAML, and the rules of what goes together."""
+
+from sedd_scale.config.config import Config, config_from_dict, load_config
+from sedd_scale.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    GraphConfig,
+    LoggingConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "GraphConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+    "config_from_dict",
+    "load_config",
+]

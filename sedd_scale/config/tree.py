@@ -1,0 +1,111 @@
+"""The tree of sections, and what follows from its values by arithmetic alone."""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, cast
+
+from sedd_scale.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    GraphConfig,
+    LoggingConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from sedd_scale.config.yaml_text import scalar_text
+from sedd_scale.errors import ConfigError
+
+
+def _section(section_class: type, sentence: str) -> Any:
+    return field(default_factory=section_class, metadata={"sentence": sentence})
+
+
+@dataclass(frozen=True)
+class ConfigTree:
+    """The sections of a configuration; immutable, so that all readers agree."""
+
+    model: ModelConfig = _section(ModelConfig, "The network.")
+    graph: GraphConfig = _section(GraphConfig, "How tokens are corrupted.")
+    noise: NoiseConfig = _section(NoiseConfig, "How much tokens are corrupted, and when.")
+    data: DataConfig = _section(DataConfig, "What to train on.")
+    parallel: ParallelConfig = _section(
+        ParallelConfig, "How processes share the work; data parallelism is what is left of them."
+    )
+    optimizer: OptimizerConfig = _section(OptimizerConfig, "How weights follow the gradient.")
+    training: TrainingConfig = _section(TrainingConfig, "How long, with what batch, from where.")
+    logging: LoggingConfig = _section(LoggingConfig, "What is reported, and where to.")
+    checkpoint: CheckpointConfig = _section(CheckpointConfig, "What is saved.")
+
+    @property
+    def resolved_scale_by_sigma(self) -> bool:
+        """`model.scale_by_sigma`, with null resolved by the graph."""
+        if self.model.scale_by_sigma is None:
+            return self.graph.name == "absorb"
+        return self.model.scale_by_sigma
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model.hidden_size // self.model.num_heads
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of model replicas among `world_size` processes; ConfigError if none fits."""
+        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
+        if world_size < 1 or world_size % (tensor * pipeline):
+            raise ConfigError(
+                f"{world_size} processes cannot be shared by parallel.tensor={tensor} x "
+                f"parallel.pipeline={pipeline}: start a multiple of {tensor * pipeline} processes "
+                "or change these keys"
+            )
+        return world_size // (tensor * pipeline)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches one rank runs in one step; ConfigError if the batch does not divide."""
+        data_parallel = self.data_parallel(world_size)
+        global_batch, micro_batch = self.training.global_batch, self.training.micro_batch
+        unit = micro_batch * data_parallel
+        if global_batch % unit:
+            nearest = max(1, round(global_batch / unit)) * unit
+            raise ConfigError(
+                f"training.global_batch={global_batch} is not a multiple of "
+                f"training.micro_batch={micro_batch} x {data_parallel} data-parallel ranks: "
+                f"set training.global_batch={nearest} or change training.micro_batch"
+            )
+        return global_batch // unit
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value, of plain types only."""
+        return {
+            section.name: {
+                key.name: getattr(getattr(self, section.name), key.name)
+                for key in fields(section_type)
+            }
+            for section, section_type in sections()
+        }
+
+    def to_yaml(self) -> str:
+        """The whole tree as YAML with every sentence as a comment; it loads back equal."""
+        lines: list[str] = []
+        for section, section_type in sections():
+            lines += [f"# {section.metadata['sentence']}", f"{section.name}:"]
+            for key in fields(section_type):
+                value = getattr(getattr(self, section.name), key.name)
+                lines.append(f"  # {key.metadata['sentence']}")
+                lines.append(f"  {key.name}: {scalar_text(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def sections() -> Iterator[tuple[Field[Any], type[Any]]]:
+    """Each section's field in the tree, with the dataclass of its keys."""
+    for section in fields(ConfigTree):
+        yield section, cast(type[Any], section.type)
+
+
+def config_keys() -> Iterator[tuple[str, Field[Any]]]:
+    """Every key as section.key, with the field that describes it."""
+    for section, section_type in sections():
+        for key in fields(section_type):
+            yield f"{section.name}.{key.name}", key

@@ -1,0 +1,1 @@
+"""Samples by the million: requests, batches, files, their quality, how they came about."""

@@ -1,0 +1,201 @@
+"""What is to be drawn, cut into batches the same way whatever the number of ranks, and drawn."""
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sedd_scale.errors import ConfigError
+from sedd_scale.generation.prompts_file import Prompt
+from sedd_scale.generation.quality import token_entropy
+from sedd_scale.generation.trace import TraceRecorder
+from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling.infill import Infill
+from sedd_scale.sampling.samplers import sample_with
+from sedd_scale.sampling.settings import SamplerSettings
+from sedd_scale.tokenizers.base import Tokenizer
+
+
+class Request(NamedTuple):
+    """One sample to draw.
+
+    Attributes:
+        id: what the output calls it.
+        infill: what is given of it.
+        seed: of its draws.
+        number: which draw of that seed it is.
+        settings: how it is drawn.
+    """
+
+    id: str | int
+    infill: Infill
+    seed: int
+    number: int
+    settings: SamplerSettings = SamplerSettings()
+
+    @property
+    def num_free(self) -> int:
+        """Positions to be drawn."""
+        return len(self.infill.fixed_L) - int(self.infill.fixed_L.sum())
+
+
+def unconditional_requests(
+    count: int, infill: Infill, seed: int, settings: SamplerSettings | None = None
+) -> list[Request]:
+    """`count` samples, ids 0..count-1."""
+    chosen = settings or SamplerSettings()
+    return [Request(number, infill, seed, number, chosen) for number in range(count)]
+
+
+def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
+    """All samples of all prompts, in order.
+
+    A prompt with a seed of its own numbers its samples from 0, so that they do not depend on its
+    place in the file; the others share `seed` and are numbered on.
+    """
+    requests: list[Request] = []
+    shared = 0
+    for prompt in prompts:
+        for number in range(prompt.num_samples):
+            name = prompt.id if prompt.num_samples == 1 else f"{prompt.id}-{number}"
+            own = prompt.seed is not None
+            requests.append(
+                Request(
+                    name,
+                    prompt.infill,
+                    seed if prompt.seed is None else prompt.seed,
+                    number if own else shared,
+                    prompt.settings,
+                )
+            )
+            shared += not own
+    return requests
+
+
+def cut_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Indices of requests in batches of equal settings, each at most `batch_size`.
+
+    Within equal settings the short ones come first, so that few positions of a batch only fill it
+    up.
+    """
+    alike: dict[SamplerSettings, list[int]] = {}
+    for index, request in enumerate(requests):
+        alike.setdefault(request.settings, []).append(index)
+    batches = []
+    for indices in alike.values():
+        indices.sort(key=lambda index: len(requests[index].infill.tokens_L))
+        batches += [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
+    return batches
+
+
+def requests_of_shard(
+    requests: Sequence[Request], batch_size: int, shard: int, num_shards: int
+) -> list[Request]:
+    """Every `num_shards`-th batch, from number `shard` on, for jobs that share the work in advance.
+
+    The batches are those of the whole, so that a sample is the same in a shard.
+
+    Raises:
+        ConfigError: the shard has no batch.
+    """
+    batches = cut_batches(requests, batch_size)
+    if shard >= len(batches):
+        raise ConfigError(
+            f"--shard {shard}/{num_shards} is empty, there are {len(batches)} batches: give fewer "
+            "shards or a smaller --batch-size"
+        )
+    chosen = sorted(index for batch in batches[shard::num_shards] for index in batch)
+    return [requests[index] for index in chosen]
+
+
+def batch_cost(batch: Sequence[Request]) -> int:
+    """Tokens that go through the network for a batch, at most: what its time grows with."""
+    longest = max(len(request.infill.tokens_L) for request in batch)
+    free = max(request.num_free for request in batch)
+    return len(batch) * longest * max(1, batch[0].settings.resolved_steps or free)
+
+
+def requests_digest(requests: Sequence[Request]) -> str:
+    """SHA-256 (hex) of everything the samples depend on but the model."""
+    digest = hashlib.sha256()
+    infills: dict[int, str] = {}  # shared by many requests; kept alive by them
+    for request in requests:
+        key = id(request.infill)
+        if key not in infills:
+            tokens_L, fixed_L = request.infill
+            content = tokens_L.astype("<i8").tobytes() + fixed_L.tobytes()
+            infills[key] = hashlib.sha256(content).hexdigest()
+        line = [request.id, infills[key], request.seed, request.number, request.settings.to_dict()]
+        digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def draw_batch(
+    model: ScoreModel,
+    batch: Sequence[Request],
+    *,
+    tokenizer: Tokenizer | None,
+    traced: Collection[int] = (),
+) -> list[dict[str, Any]]:
+    """Draw requests of equal settings; tensor-parallel ranks call it together.
+
+    Returns a record each: id, text (None without a tokenizer), tokens, given (ranges of fixed
+    positions, [start, end) each), seed, number, settings, entropy (nats, of the sample's tokens),
+    length, seconds (of the batch), and trace for the rows of the batch in `traced`.
+
+    Raises:
+        CheckpointError: the network's outputs are not finite.
+    """
+    start = time.perf_counter()
+    lengths_B = [len(request.infill.tokens_L) for request in batch]
+    given_BL = np.zeros((len(batch), max(lengths_B)), dtype=np.int64)
+    fixed_BL = np.zeros(given_BL.shape, dtype=np.bool_)
+    for row, request in enumerate(batch):
+        given_BL[row, : lengths_B[row]], fixed_BL[row, : lengths_B[row]] = request.infill
+    recorder = TraceRecorder(
+        {row: batch[row].infill for row in traced}, mask_id=model.graph.mask_id
+    )
+    drawn_BL = sample_with(
+        model,
+        torch.from_numpy(given_BL),
+        torch.from_numpy(fixed_BL),
+        batch[0].settings,
+        seed=[request.seed for request in batch],
+        sample_ids_B=[request.number for request in batch],
+        lengths_B=None if min(lengths_B) == max(lengths_B) else lengths_B,
+        on_step=recorder.on_step if traced else None,
+    ).numpy()
+    seconds = time.perf_counter() - start
+    traces = recorder.traces(tokenizer)
+    records = []
+    for row, request in enumerate(batch):
+        tokens_L = drawn_BL[row, : lengths_B[row]]
+        record = {
+            "id": request.id,
+            "text": None if tokenizer is None else tokenizer.decode(tokens_L),
+            "tokens": tokens_L.tolist(),
+            "given": fixed_ranges(request.infill),
+            "seed": request.seed,
+            "number": request.number,
+            "settings": {
+                **request.settings.to_dict(),
+                "steps": request.settings.resolved_steps,
+            },
+            "entropy": token_entropy(tokens_L),
+            "length": len(tokens_L),
+            "seconds": round(seconds, 3),
+        }
+        if row in traces:
+            record["trace"] = traces[row]
+        records.append(record)
+    return records
+
+
+def fixed_ranges(infill: Infill) -> list[list[int]]:
+    """The given positions as ranges [start, end)."""
+    edges = np.flatnonzero(np.diff(infill.fixed_L.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).tolist()

@@ -1,0 +1,241 @@
+"""A file of prompts: one JSON object a line, each with what is given, how often and how to draw it.
+
+Reading has two halves: what can be checked from the file alone, before a model is opened, and what
+needs the model's tokenizer and length.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.sampling.infill import (
+    DEFAULT_MARKER,
+    Infill,
+    infill_from_ends,
+    infill_from_text,
+    infill_from_tokens,
+)
+from sedd_scale.sampling.left_to_right import check_prefix
+from sedd_scale.sampling.settings import SamplerSettings
+from sedd_scale.tokenizers.base import Tokenizer
+
+GIVEN_KEYS = ("text", "prefix", "suffix", "tokens", "positions")
+SETTINGS_KEYS = tuple(key.name for key in fields(SamplerSettings))
+PROMPT_KEYS = ("id", *GIVEN_KEYS, "length", "num_samples", "seed", *SETTINGS_KEYS)
+
+OnBadPrompt = Callable[[DataError], None]
+
+
+class PromptLine(NamedTuple):
+    """One line of the file as read; its keys and counts are checked, its tokens are not."""
+
+    where: str
+    """`file:line`, for errors."""
+    number: int
+    """Line number, from 1."""
+    record: dict[str, Any]
+
+
+class Prompt(NamedTuple):
+    """What one line asks for."""
+
+    id: str | int
+    infill: Infill
+    num_samples: int
+    seed: int | None
+    settings: SamplerSettings
+
+
+def read_prompt_lines(path: str | Path, *, on_bad: OnBadPrompt | None = None) -> list[PromptLine]:
+    """The lines of a JSONL file, blank ones passed over; nothing is tokenised yet.
+
+    Args:
+        on_bad: told of each line that cannot be used, which is then left out; None: it is raised.
+
+    Raises:
+        DataError: the file is missing or holds no usable line, or (without `on_bad`) a line is
+            malformed; it is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"prompts file {path} does not exist: give a JSONL file")
+    lines: list[PromptLine] = []
+    places: dict[str | int, int] = {}
+    found = 0
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        found += 1
+        where = f"{path}:{number}"
+        try:
+            line = PromptLine(where, number, _record_of(raw, where))
+            name = line.record.setdefault("id", number)
+            if name in places:
+                raise DataError(f"{where}: id={name!r} is also that of line {places[name]}")
+        except DataError as error:
+            _bad(error, on_bad)
+            continue
+        places[name] = number
+        lines.append(line)
+    if not found:
+        raise DataError(f"prompts file {path} is empty: give at least one line")
+    return _some(lines, path)
+
+
+def prompts_of_lines(
+    lines: Sequence[PromptLine],
+    *,
+    tokenizer: Tokenizer | None,
+    num_tokens: int,
+    length: int,
+    graph: str = "absorb",
+    marker: str = DEFAULT_MARKER,
+    settings: SamplerSettings | None = None,
+    on_bad: OnBadPrompt | None = None,
+) -> list[Prompt]:
+    """The prompts of lines, in order.
+
+    A line holds `text` with blanks, or `prefix` and/or `suffix`, or `tokens` with `positions`; and
+    optionally `id` (the line number by default), `length`, `num_samples` (1), `seed`, and any of
+    the options of `SamplerSettings`.
+
+    Args:
+        tokenizer: of the model; None where there is none, which leaves only token ids.
+        num_tokens: N.
+        length: L, the most tokens a sequence may have.
+        graph: name of the model's graph, whose samplers may be asked for.
+        settings: what a line's options change; the defaults when None.
+        on_bad: as in `read_prompt_lines`.
+
+    Raises:
+        DataError: (without `on_bad`) a line that this model cannot answer; or no line is left.
+    """
+    prompts: list[Prompt] = []
+    for line in lines:
+        record = line.record
+        limit = record.get("length", length)
+        options = {key: record[key] for key in SETTINGS_KEYS if key in record}
+        try:
+            if limit > length:
+                raise DataError(
+                    f"length={limit} is more than the length {length}: give a longer --length"
+                )
+            base = settings or SamplerSettings()
+            own = replace(base, **options)
+            own.check_graph(graph)
+            if (own.sampler == LEFT_TO_RIGHT) != (base.sampler == LEFT_TO_RIGHT):
+                raise ConfigError(
+                    f"sampler {own.sampler} does not go with this model: choose {base.sampler}"
+                )
+            infill = _infill(record, tokenizer, num_tokens, limit, marker)
+            if own.sampler == LEFT_TO_RIGHT:
+                check_prefix(infill.fixed_L)
+        except (ConfigError, DataError) as error:
+            _bad(DataError(f"{line.where}: {error}"), on_bad)
+            continue
+        count, seed = record.get("num_samples", 1), record.get("seed")
+        prompts.append(Prompt(record["id"], infill, count, seed, own))
+    return _some(prompts, Path(lines[0].where.rpartition(":")[0]))
+
+
+def _some(found: list[Any], path: Path) -> list[Any]:
+    if not found:
+        raise DataError(f"prompts file {path} has no line that can be used: mend at least one")
+    return found
+
+
+def _bad(error: DataError, on_bad: OnBadPrompt | None) -> None:
+    if on_bad is None:
+        raise error
+    on_bad(error)
+
+
+def _record_of(raw: bytes, where: str) -> dict[str, Any]:
+    """The object of one line, its keys and counts checked."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not UTF-8 (byte {error.start} of the line): convert the file to UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}): each line must be one object") from error
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half of a surrogate pair: mend the line") from error
+    try:
+        _check_record(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    assert isinstance(record, dict)
+    return record
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise DataError(f"a JSON {type(record).__name__} is no prompt: each line must be an object")
+    unknown = sorted(set(record) - set(PROMPT_KEYS))
+    if unknown:
+        raise DataError(f"unknown key {unknown[0]!r}: the keys are {', '.join(PROMPT_KEYS)}")
+    for key in ("text", "prefix", "suffix"):
+        if key in record and not isinstance(record[key], str):
+            raise DataError(f"{key}={record[key]!r} is no text: give a string")
+    for key in ("num_samples", "length"):
+        if key in record and (type(record[key]) is not int or record[key] < 1):
+            raise DataError(f"{key}={record[key]!r} is no positive integer")
+    seed = record.get("seed")
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise DataError(f"seed={seed!r} is no integer from 0 on")
+    if "id" in record and type(record["id"]) not in (str, int):
+        raise DataError(f"id={record['id']!r} is neither a string nor an integer")
+    kinds = [
+        keys
+        for keys in (("text",), ("prefix", "suffix"), ("tokens", "positions"))
+        if any(key in record for key in keys)
+    ]
+    if len(kinds) != 1:
+        raise DataError("give exactly one of text, prefix/suffix, or tokens with positions")
+    if "tokens" in kinds[0]:
+        for key in kinds[0]:
+            value = record.get(key)
+            if not isinstance(value, list) or any(type(entry) is not int for entry in value):
+                raise DataError(f"{key}={value!r} is no list of integers")
+
+
+def _infill(
+    record: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    num_tokens: int,
+    length: int,
+    marker: str,
+) -> Infill:
+    if "tokens" in record:
+        return infill_from_tokens(record["tokens"], record["positions"], num_tokens, length)
+    if tokenizer is None:
+        raise DataError(
+            "the checkpoint carries no tokenizer to read text with: give --tokenizer-path, or "
+            "tokens with positions"
+        )
+    for key in ("text", "prefix", "suffix"):
+        _check_spelling(record.get(key, ""), tokenizer, marker)
+    if "text" in record:
+        return infill_from_text(record["text"], tokenizer, length, marker=marker)
+    return infill_from_ends(record.get("prefix", ""), record.get("suffix", ""), tokenizer, length)
+
+
+def _check_spelling(text: str, tokenizer: Tokenizer, marker: str) -> None:
+    """Raise DataError where the vocabulary has no token for a character of the text."""
+    unknown = tokenizer.unknown_id
+    given = text.replace(marker, " ")
+    if unknown is None or unknown not in tokenizer.encode(given):
+        return
+    for character in dict.fromkeys(given):
+        if unknown in tokenizer.encode(character):
+            raise DataError(
+                f"the text holds {character!r}, for which the tokenizer has no token: leave it out"
+            )

@@ -1,0 +1,112 @@
+"""What every tokenizer does: text to token ids and back, and the files that define it.
+
+Every tokenizer has N real tokens, ids 0..N-1, of which one (`eos_id`) separates documents. The mask
+state of an absorbing graph is not one of them: it belongs to the graph.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from sedd_scale.arrays import IntArray
+from sedd_scale.errors import DataError
+from sedd_scale.files.atomic import write_atomically
+
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_VERSION = 1
+
+
+class Tokenizer(ABC):
+    """A reversible map between text and ids 0..N-1.
+
+    Attributes:
+        kind: its name, one of `opening.KINDS`.
+        vocab_size: N, the number of real tokens.
+        eos_id: the id written after every document.
+        unknown_id: the id that stands for text the vocabulary cannot spell, or None.
+        eos_in_text: whether EOS also occurs inside documents, so that it marks no boundary.
+        threads: how many threads `encode_batch` may use, where its library has threads.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    eos_id: int
+    unknown_id: int | None = None
+    eos_in_text: ClassVar[bool] = False
+    threads: int = 1
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        """The ids of each text, without EOS; one int64 array [tokens] per text."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids that are known to lie in 0..N-1."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """The files that define this tokenizer: name -> content."""
+
+    def normalize(self, text: str) -> str:
+        """The text whose characters the ids spell; only text8 changes it."""
+        return text
+
+    def encode(self, text: str) -> IntArray:
+        """The ids of one text, without EOS; int64 [tokens]."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a sequence of ids.
+
+        EOS becomes its own piece in gpt2 ("<|endoftext|>"), a space in text8, and nothing
+        elsewhere. Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id is outside 0..N-1, such as a mask state that was never unmasked.
+        """
+        known = [int(token) for token in ids]
+        for token in known:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"token id {token} is outside 0..{self.vocab_size - 1} of the {self.kind} "
+                    "tokenizer: replace mask states before decoding, or use the tokenizer that "
+                    "made these ids"
+                )
+        return self._decode(known)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the kind and of every defining file."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, content in sorted(self.files().items()):
+            digest.update(f"\0{name}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the defining files into `directory`, and tokenizer.json last."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_atomically(target / name, content)
+        description = {
+            "version": FORMAT_VERSION,
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "fingerprint": self.fingerprint,
+            "files": sorted(self.files()),
+        }
+        text = json.dumps(description, indent=2) + "\n"
+        write_atomically(target / TOKENIZER_FILE, text.encode())
+
+
+def read_tokenizer_file(path: Path) -> bytes:
+    """The bytes of a file; DataError where it is missing."""
+    if not path.is_file():
+        raise DataError(f"tokenizer file {path} does not exist: give the path of an existing one")
+    return path.read_bytes()

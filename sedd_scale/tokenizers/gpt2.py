@@ -1,0 +1,139 @@
+"""GPT-2's byte-level BPE, from its published vocabulary and merges."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sedd_scale.arrays import IntArray
+from sedd_scale.errors import DataError
+from sedd_scale.tokenizers.base import Tokenizer, read_tokenizer_file
+
+GPT2_EOS = "<|endoftext|>"
+# How GPT-2 (Radford et al., 2019, section 2.2) cuts text before merging.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE from its vocabulary and merges; EOS is `<|endoftext|>`.
+
+    The text "<|endoftext|>" inside a document is ordinary text and never becomes EOS.
+
+    Args:
+        vocabulary: the bytes of vocab.json (piece -> id).
+        merges: the bytes of merges.txt.
+        name: what errors call the vocabulary.
+
+    Raises:
+        DataError: a file is malformed, or the two do not belong together.
+    """
+
+    kind = "gpt2"
+    VOCABULARY_FILE = "vocab.json"
+    MERGES_FILE = "merges.txt"
+
+    def __init__(self, vocabulary: bytes, merges: bytes, *, name: str = VOCABULARY_FILE) -> None:
+        import tiktoken
+
+        ids_of_pieces = _parse_gpt2_vocabulary(vocabulary, name)
+        pairs = _parse_gpt2_merges(merges, ids_of_pieces, name)
+        symbols = _byte_symbols()
+        for symbol in symbols.values():
+            if symbol not in ids_of_pieces:
+                raise DataError(f"{name} is not a byte-level vocabulary: it lacks {symbol!r}")
+        self._files = {self.VOCABULARY_FILE: vocabulary, self.MERGES_FILE: merges}
+        self.vocab_size = len(ids_of_pieces)
+        self.eos_id = ids_of_pieces[GPT2_EOS]
+        # Pieces in the order of merging: their ranks, which need not be their ids.
+        pieces = [*symbols.values(), *(left + right for left, right in pairs)]
+        if len(set(pieces)) < len(pieces):
+            raise DataError(
+                f"two merges of {name} make one piece, so that its order of merging is not clear: "
+                "give GPT-2's merges.txt"
+            )
+        bytes_of = {symbol: byte for byte, symbol in symbols.items()}
+        spelled = [bytes(bytes_of[symbol] for symbol in piece) for piece in pieces]
+        self._id_of_rank = np.array([ids_of_pieces[piece] for piece in pieces], dtype=np.int64)
+        self._bytes_of_id = dict(zip(self._id_of_rank.tolist(), spelled))
+        self._bytes_of_id[self.eos_id] = GPT2_EOS.encode()
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks={piece: rank for rank, piece in enumerate(spelled)},
+            special_tokens={},
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        encode = self._encoding.encode_to_numpy
+        return [self._id_of_rank[encode(text, disallowed_special=())] for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self._bytes_of_id.get(token, b"") for token in ids).decode(errors="replace")
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
+
+
+def _byte_symbols() -> dict[int, str]:
+    """The character that stands for each byte in GPT-2's files: printable ones for themselves."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in sorted(printable)} | {
+        byte: chr(256 + place) for place, byte in enumerate(others)
+    }
+
+
+def _parse_gpt2_vocabulary(vocabulary: bytes, name: str) -> dict[str, int]:
+    try:
+        parsed = json.loads(vocabulary)
+    except ValueError as error:
+        raise DataError(f"{name} is not JSON ({error}): give GPT-2's vocab.json") from error
+    if not isinstance(parsed, dict) or sorted(
+        token for token in parsed.values() if isinstance(token, int)
+    ) != list(range(len(parsed))):
+        raise DataError(f"{name} does not map pieces to the ids 0..N-1: give GPT-2's vocab.json")
+    if GPT2_EOS not in parsed:
+        raise DataError(f"{name} lacks {GPT2_EOS}, which separates documents: add it")
+    return parsed
+
+
+def _parse_gpt2_merges(
+    merges: bytes, ids_of_pieces: dict[str, int], name: str
+) -> list[tuple[str, str]]:
+    try:
+        lines = merges.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the merges of {name} are not UTF-8: give GPT-2's merges.txt") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2 or parts[0] + parts[1] not in ids_of_pieces:
+            raise DataError(
+                f"line {number} of the merges does not fit {name}: {line!r}; give the merges.txt "
+                "that belongs to it"
+            )
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def open_gpt2(path: str | os.PathLike[str]) -> GPT2Tokenizer:
+    """The GPT-2 tokenizer of a directory, or of a vocab.json with its merges.txt beside it.
+
+    The files may also be named gpt2-vocab.json and gpt2-merges.txt.
+    """
+    given = Path(path)
+    names = (GPT2Tokenizer.VOCABULARY_FILE, "gpt2-" + GPT2Tokenizer.VOCABULARY_FILE)
+    if given.is_dir():
+        found = [given / name for name in names if (given / name).is_file()]
+        if not found:
+            raise DataError(f"{given} holds neither {names[0]} nor {names[1]}: add it")
+        given = found[0]
+    elif not given.name.endswith(GPT2Tokenizer.VOCABULARY_FILE):
+        raise DataError(f"{given} is neither a directory nor a file named *{names[0]}")
+    stem = given.name[: -len(GPT2Tokenizer.VOCABULARY_FILE)]
+    merges = given.with_name(stem + GPT2Tokenizer.MERGES_FILE)
+    return GPT2Tokenizer(read_tokenizer_file(given), read_tokenizer_file(merges), name=str(given))

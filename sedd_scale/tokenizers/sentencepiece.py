@@ -1,0 +1,103 @@
+"""SentencePiece models as tokenizers."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sedd_scale.arrays import IntArray
+from sedd_scale.errors import DataError
+from sedd_scale.tokenizers.base import Tokenizer, read_tokenizer_file
+
+# Of text that SentencePiece is given at a time; a merge takes longer in a long text.
+BPE_CHUNK_CHARACTERS = 2000
+SPACE_PIECE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; EOS is the model's own end-of-sentence piece.
+
+    Args:
+        model: the bytes of a `.model` file.
+        name: what errors call it.
+
+    Raises:
+        DataError: the bytes are no SentencePiece model, or the model has no EOS piece.
+    """
+
+    kind = "sentencepiece"
+    MODEL_FILE = "sentencepiece.model"
+
+    def __init__(self, model: bytes, *, name: str = "the SentencePiece model") -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(
+                f"{name} is not a SentencePiece model, or is cut short: give a .model file that "
+                "sentencepiece wrote"
+            ) from error
+        self._model = model
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise DataError(
+                f"{name} has no end-of-sentence piece to separate documents with: train it with "
+                "--eos_id set"
+            )
+        self.unknown_id = self._processor.unk_id()
+        self._in_chunks = _merges_within_words(model)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
+        if self._in_chunks:
+            parts = self._processor.parallel_encode(
+                list(texts),
+                chunk_len=BPE_CHUNK_CHARACTERS,
+                num_threads=self.threads,
+                return_type="numpy",
+            )
+        else:
+            parts = self._processor.encode(
+                list(texts), num_threads=self.threads, return_type="numpy"
+            )
+        return [ids.astype(np.int64) for ids in parts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
+
+    def files(self) -> dict[str, bytes]:
+        return {self.MODEL_FILE: self._model}
+
+
+def _merges_within_words(model: bytes) -> bool:
+    """Whether the text between two spaces has the same ids whatever stands around it.
+
+    So it is with byte pair encoding, none of whose pieces goes on behind a space. Unigram models
+    sum up scores over the whole text, and where two spellings score alike, rounding decides.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:  # no protobuf; encoding whole texts gives the same ids more slowly
+        return False
+    described: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    trainer, normal = described.trainer_spec, described.pieces[0].NORMAL
+    return bool(trainer.model_type == trainer.BPE) and not any(
+        SPACE_PIECE in piece.piece.lstrip(SPACE_PIECE)
+        for piece in described.pieces
+        if piece.type == normal
+    )
+
+
+def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
+    """The SentencePiece tokenizer of a `.model` file, or of a directory that holds exactly one."""
+    given = Path(path)
+    if given.is_dir():
+        models = sorted(given.glob("*.model"))
+        if len(models) != 1:
+            raise DataError(f"{given} holds {len(models)} .model files: name the one to use")
+        given = models[0]
+    return SentencePieceTokenizer(read_tokenizer_file(given), name=str(given))

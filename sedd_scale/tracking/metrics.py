@@ -1,0 +1,210 @@
+"""A run's numbers: metrics.jsonl always, the console, and trackers where they are asked for."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from sedd_scale.config import LoggingConfig
+from sedd_scale.files.atomic import write_atomically
+from sedd_scale.tracking.console import Console, open_console
+from sedd_scale.tracking.trackers import TrackerProcess, finite_or_null, open_trackers
+from sedd_scale.tracking.utilisation import Utilisation
+
+# For trackers of a run that ends with an error.
+_FAILED_SECONDS = 10.0
+
+
+class MetricsLog:
+    """Writes a run's numbers where they are read; on every process but the main one it is silent.
+
+    In a `with` the console and the trackers are left in order however the run ends.
+
+    Args:
+        run_dir: holds metrics.jsonl and what the trackers write.
+        logging_config: the section `logging` of the configuration.
+        is_main: whether this process writes.
+        total_steps: steps of the whole run.
+        resumed_step: step of the checkpoint that the run goes on from; later lines of metrics.jsonl
+            are dropped, so that the file holds one history. None: a new run, an empty file.
+        run_config: the resolved configuration, for trackers.
+        utilisation: measures the main process. None: no `mfu` and `memory_bytes`.
+        stream: the console.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        logging_config: LoggingConfig,
+        *,
+        is_main: bool,
+        total_steps: int,
+        resumed_step: int | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        utilisation: Utilisation | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._is_main = is_main
+        self._utilisation = utilisation
+        self._console: Console | None = None
+        self._trackers: list[TrackerProcess] = []
+        if not is_main:
+            return
+        path = Path(run_dir) / "metrics.jsonl"
+        keep_history(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._console = open_console(
+            stream or sys.stdout,
+            title=Path(run_dir).resolve().name,
+            total_steps=total_steps,
+            first_step=resumed_step or 0,
+            peak=utilisation.peak.name if utilisation is not None else "peak",
+            live=logging_config.console == "auto",
+        )
+        self._trackers = open_trackers(
+            Path(run_dir), logging_config, run_config or {}, resumed_step=resumed_step
+        )
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(None if error_type is None else _FAILED_SECONDS)
+
+    def training(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        tokens_per_second: float,
+        step_ms: float,
+        loss_z: float = math.nan,
+        grad_norm_z: float = math.nan,
+        skipped_steps: int = 0,
+        data: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record one interval of training, after `step` updates.
+
+        Args:
+            loss: nats a token.
+            grad_norm: before clipping.
+            tokens: of text seen since the run began, padding left out.
+            step_ms: milliseconds a step.
+            loss_z: z-score of the loss among recent steps, nan while there are too few.
+            grad_norm_z: the same of the gradient norm.
+            skipped_steps: updates left out since the run began.
+            data: epochs and the like, for the file alone.
+        """
+        if self._console is None:
+            return
+        values: dict[str, float] = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": tokens_per_second,
+            "step_ms": step_ms,
+            "loss_z": loss_z,
+            "grad_norm_z": grad_norm_z,
+            "skipped_steps": skipped_steps,
+        }
+        if self._utilisation is not None:
+            values["mfu"] = self._utilisation.mfu(step_ms / 1000)
+            values["memory_bytes"] = self._utilisation.memory_bytes()
+        self._record(step, {**values, **(data or {})})
+        self._console.training(step, values)
+
+    def validation(
+        self,
+        step: int,
+        *,
+        nats_per_token: float,
+        stderr: float,
+        data: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record the bound on the averaged weights and its standard error, both nats a token.
+
+        Args:
+            data: what else there is to say of the validation blocks, for the file alone.
+        """
+        if self._console is None:
+            return
+        values = {"valid_nats_per_token": nats_per_token, "valid_stderr": stderr}
+        self._record(step, {**values, **(data or {})})
+        self._console.validation(step, nats_per_token, stderr)
+
+    def warn(self, step: int, line: str) -> None:
+        """Record what somebody who reads the file later has to know, and say it."""
+        if self._is_main:
+            self._file.write(
+                json.dumps({"step": step, "warning": line.removeprefix("warning: ")}) + "\n"
+            )
+            self._file.flush()
+        self.say(line)
+
+    def advance(self, step: int) -> None:
+        """Note that `step` updates have been made."""
+        if self._console is not None:
+            self._console.advance(step)
+
+    def saved(self, step: int) -> None:
+        """Note that the checkpoint of `step` is complete."""
+        if self._console is not None:
+            self._console.saved(step)
+
+    def say(self, line: str) -> None:
+        """Print one line on the console of the main process."""
+        if self._console is not None:
+            self._console.say(line)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Leave the console, the file and the trackers; these have so long to send what is left."""
+        console, self._console = self._console, None
+        if console is None:
+            return
+        console.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close(seconds)
+
+    def _record(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(metrics_line(step, values))
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+
+def keep_history(path: Path, resumed_step: int | None) -> None:
+    """Drop the lines of metrics.jsonl after `resumed_step` (None: all), and any cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        step = _step_of(line)
+        if step is not None and resumed_step is not None and step <= resumed_step:
+            kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept).encode())
+
+
+def metrics_line(step: int, values: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl; numbers that are not finite become null, which JSON can hold."""
+    return json.dumps({"step": step, **finite_or_null(values)}, allow_nan=False) + "\n"
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
