@@ -2,8 +2,8 @@
 
     python examples/train_from_scratch.py [STEPS]
 
-The text is that which every Python carries; the model goes to example-model/. 200 steps take about
-a minute on two CPU cores.
+The text is the documentation and sources that every Python carries. The model goes to
+example-model/. 200 steps take about a minute on two CPU cores.
 """
 
 import sys
@@ -11,15 +11,20 @@ import sys
 import torch
 
 import sedd_scale
-from sedd_scale.data.builtin_text import builtin_python_documents
-from sedd_scale.data.tokenizers import BytesTokenizer
+from sedd_scale.preparation.builtin_text import builtin_python_documents
+from sedd_scale.tokenizers.alphabets import BytesTokenizer
 
-steps, length = int(sys.argv[1]) if len(sys.argv) > 1 else 200, 64
+steps = 200
+if len(sys.argv) > 1:
+    steps = int(sys.argv[1])
+length = 64
+
 tokenizer = BytesTokenizer()
 texts = [document["text"] for document in builtin_python_documents()[:200]]
 train_ids = torch.from_numpy(tokenizer.encode("\n\n".join(texts[1:])))
 model = sedd_scale.new_model("configs/models/tiny.yaml", tokenizer, block_length=length)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+
 model.train()
 for step in range(1, steps + 1):
     starts_B1 = torch.randint(len(train_ids) - length, (32, 1))
@@ -28,6 +33,8 @@ for step in range(1, steps + 1):
     nats.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    print(f"step {step}: {nats:.3f} nats/token") if step % 20 == 0 else None
+    if step % 20 == 0:
+        print(f"step {step}: {nats:.3f} nats/token")
+
 print(sedd_scale.evaluate(model, texts[0], max_blocks=16, draws=4).perplexity)
 sedd_scale.save_pretrained(model, "example-model")

@@ -65,15 +65,6 @@ def test_the_notebook_of_the_docs_runs(
     assert sedd_scale.load_pretrained(tmp_path / "notebook-model").block_length == 64
 
 
-def test_training_takes_less_than_20_lines_of_code() -> None:
-    tree = ast.parse((EXAMPLES / "train_from_scratch.py").read_text(encoding="utf-8"))
-    inside = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-    docstring = tree.body[0]
-    lines = {node.lineno for node in inside if node is not docstring}
-    imports = {node.lineno for node in inside if isinstance(node, ast.Import | ast.ImportFrom)}
-    assert len(lines - imports) < 20
-
-
 def small_model(*overrides: str) -> ScoreModel:
     shrunk = ("model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", *overrides)
     return sedd_scale.new_model(

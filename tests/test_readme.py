@@ -2,62 +2,39 @@
 
 import argparse
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from sedd_scale import __main__ as package_commands
+from sedd_scale.cli import Command
+from sedd_scale.commands import COMMANDS
 from sedd_scale.config import Config, load_config
-from sedd_scale.config_reference import reference
+from sedd_scale.config.reference import reference
 from sedd_scale.errors import ConfigError
 from tests.interop.tiny_checkpoints import write_checkpoint
-from tools import (
-    benchmark,
-    compare,
-    convert_ckpt,
-    eval_ppl,
-    generate,
-    plan,
-    plot_run,
-    prepare_data,
-    quickstart,
-    samples,
-    submit,
-    train,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    f"tools/{module.__name__.rpartition('.')[2]}.py": module.build_parser
-    for module in (
-        benchmark,
-        compare,
-        convert_ckpt,
-        eval_ppl,
-        generate,
-        plan,
-        plot_run,
-        prepare_data,
-        quickstart,
-        samples,
-        submit,
-        train,
-    )
-}
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 KEY = re.compile(r"[a-z]+\.[a-z_0-9]+")
+# A table whose first column alone holds names of this program.
+THEIRS = re.compile(r"<!-- names of other programs.*?-->(.*?)<!-- end of names -->", re.DOTALL)
 # Files whose names look like keys.
 FILES = ("model.safetensors", "checkpoint.pth")
-FOLDERS = ("tools", "configs", "docs", "sedd_scale", "tests")
+FOLDERS = ("tools", "configs", "docs", "sedd_scale", "tests", "slurm", "benchmarks", "examples")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -67,14 +44,18 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
-    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+    """The page without its fenced blocks and without other programs' names."""
+
+    def first_column(table: re.Match[str]) -> str:
+        return "\n".join(row.split("|")[1] for row in table[1].strip().splitlines())
+
+    return THEIRS.sub(first_column, BLOCK.sub("", page.read_text(encoding="utf-8")))
 
 
 def commands() -> list[tuple[str, str]]:
     """(page, command line) of every line of every `sh` block, continuations joined."""
     return [
-        (page.name, line.strip())
+        (page.relative_to(ROOT).as_posix(), line.strip())
         for page in PAGES
         for block in blocks(page, "sh")
         for line in block.replace("\\\n", " ").splitlines()
@@ -90,80 +71,102 @@ def known_keys() -> set[str]:
     }
 
 
-def after_launcher(words: list[str]) -> tuple[int | None, list[str]]:
-    """Number of processes, if a launcher states it, and the tool with its arguments."""
-    launcher = Path(words[0]).name
-    if launcher == "python":
-        return None, words[1:]
-    assert launcher == "torchrun", f"{launcher} is no launcher of this project"
+def subcommands_of(name: str) -> dict[str, Command]:
+    """What a name of sedd-scale runs, by the word that follows it; "" is the name alone."""
+    assert name in COMMANDS, f"no command {name}"
+    found: dict[str, Command] = importlib.import_module(f"sedd_scale.commands.{name}").COMMANDS
+    return found
+
+
+def after_torchrun(words: list[str]) -> tuple[int, list[str]]:
+    """Number of processes, and what they run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--standalone", action="store_true")
+    parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--nproc-per-node", type=int, default=1)
+    parser.add_argument("--max-restarts", type=int)
+    parser.add_argument("--rdzv-backend")
+    parser.add_argument("--rdzv-endpoint")
+    parser.add_argument("-m", dest="module", action="store_true")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
-    launched = parser.parse_args(words[1:])
-    return launched.nproc_per_node, launched.rest
+    launched = parser.parse_args(words)
+    rest = ["-m", *launched.rest] if launched.module else launched.rest
+    return launched.nnodes * launched.nproc_per_node, rest
 
 
-def check_training(arguments: list[str], num_processes: int) -> None:
-    """Refuse a line for tools/train.py whose configuration cannot run on so many processes."""
-    parsed = train.build_parser().parse_intermixed_args(arguments)
-    config = load_config(ROOT / parsed.config, parsed.overrides)
-    config.require_data()
-    config.validate(num_processes)
+def after_srun(words: list[str]) -> tuple[int, list[str]]:
+    """Number of tasks, and what they run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ntasks-per-node", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    launched = parser.parse_args(words)
+    return launched.nodes * launched.ntasks_per_node, launched.rest
+
+
+def check_own(name: str, arguments: list[str], num_processes: int) -> None:
+    """Fail unless a command of sedd-scale takes these arguments, and its configuration can run."""
+    subcommands = subcommands_of(name)
+    named = bool(arguments) and arguments[0] in subcommands
+    build_parser, _, intermixed = subcommands[arguments[0] if named else ""]
+    parser = build_parser()
+    parse = parser.parse_intermixed_args if intermixed else parser.parse_args
+    parsed = parse(arguments[named:])
+    if name in ("train", "plan", "submit") and hasattr(parsed, "config"):
+        config = load_config(ROOT / parsed.config, parsed.overrides)
+        if name == "train":
+            assert config.data.path or config.data.mixture, "train needs data"
+            config.validate(num_processes)
+        else:
+            config.validate()
+
+
+def check_python(words: list[str], num_processes: int) -> None:
+    """Fail unless python can run what follows it on the line."""
+    while words[:1] == ["-W"]:
+        words = words[2:]
+    if words[0] != "-m":
+        script = Path(words[0])
+        assert (ROOT / script).is_file(), f"no file {script}"
+        if script.parts[0] == "tools":
+            check_own(script.stem, words[1:], num_processes)
+    elif words[1] == "sedd_scale":
+        check_own(words[2], words[3:], num_processes)
+    else:
+        assert importlib.util.find_spec(words[1]) is not None, f"no module {words[1]}"
+        if words[1] == "pytest":
+            assert all((ROOT / word).exists() for word in words[2:] if word[0] != "-")
 
 
 def check_command(line: str) -> None:
     """Fail unless the line is one that its program takes."""
+    line = re.sub(r"^[a-z]+=\$\((.*)\)$", r"\1", line)  # its output goes to a variable
     words = shlex.split(line.partition(" > ")[0])
-    while re.match(r"[A-Z_]+=", words[0]):
+    while re.match(r"[A-Z_]+=", words[0]) or words[0] == "sudo":
         words = words[1:]
-    words[0] = words[0].removeprefix(".venv/bin/")
-    if words[0] == "make":
+    num_processes = 1
+    if words[0] == "srun":
+        num_processes, words = after_srun(words[1:])
+    program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+    if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert len(words) >= 2 and words[1] in targets, line
-        return
-    if words[0] == "lm_eval":  # of another package, which knows the model by its name
-        assert words[1:3] == ["--model", "sedd_scale"], line
-        return
-    num_processes, rest = after_launcher(words)
-    while rest[:1] == ["-W"]:
-        rest = rest[2:]
-    if rest[:2] == ["-m", "sedd_scale"]:
-        package_commands.build_parser().parse_args(rest[2:])
-        return
-    if rest[0] == "-m":
-        assert importlib.util.find_spec(rest[1]) is not None, line
-        if rest[1] == "pytest":
-            assert all((ROOT / word).exists() for word in rest[2:] if word[0] != "-"), line
-        return
-    assert (ROOT / rest[0]).is_file(), line
-    if rest[0].startswith(("tests/", "examples/")):
-        return
-    if rest[0] == "tools/train.py":
-        check_training(rest[1:], num_processes or 1)
-    elif rest[0] == "tools/plan.py":
-        parsed = plan.build_parser().parse_intermixed_args(rest[1:])
-        load_config(ROOT / parsed.config, parsed.overrides).validate()
-    elif rest[:2] == ["tools/prepare_data.py", "inspect"]:
-        prepare_data.build_inspect_parser().parse_args(rest[2:])
-    elif rest[:2] == ["tools/submit.py", "status"]:
-        submit.build_status_parser().parse_args(rest[2:])
-    elif rest[0] == "tools/submit.py":
-        submit.build_parser().parse_intermixed_args(rest[1:])
+        assert rest and rest[0] in targets, line
+    elif program == ".":
+        assert rest == [".venv/bin/activate"], line
+    elif program == "hf":  # of the Hugging Face hub
+        assert rest[0] == "download", line
+    elif program == "sbatch":
+        (script,) = [word for word in rest if word.endswith(".sh")]
+        assert (ROOT / script).is_file(), line
+    elif program == "sedd-scale":
+        check_own(rest[0], rest[1:], num_processes)
+    elif program == "python":
+        check_python(rest, num_processes)
     else:
-        PARSERS[rest[0]]().parse_args(rest[1:])
-
-
-def test_every_step_from_text_to_export_is_shown_in_the_readme():
-    shown = {
-        word
-        for page, line in commands()
-        if page == "README.md"
-        for word in shlex.split(line)
-        if word.startswith("tools/")
-    }
-    assert {*PARSERS} - {"tools/quickstart.py", "tools/samples.py"} <= shown
-    assert {"make quickstart", "make test"} <= {line for _, line in commands()}
+        assert program == "torchrun", f"{program} is no launcher of this project"
+        num_processes, rest = after_torchrun(rest)
+        check_python(rest, num_processes)
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
@@ -176,11 +179,16 @@ def test_command_exists(page: str, line: str):
     [
         "make everything",
         "python tools/gone.py",
+        "sedd-scale gone",
+        "sedd-scale generate --checkpoint runs/a --output o.jsonl --heat 1",
         "python tools/generate.py --checkpoint runs/a --output o.jsonl --heat 1",
-        "python tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d model.depth=3",
+        "sedd-scale train configs/runs/tiny.yaml --run-dir r data.path=d model.depth=3",
+        "torchrun --nproc-per-node 3 -m sedd_scale train configs/runs/tiny.yaml --run-dir r "
+        "data.path=d",
         "torchrun --nproc-per-node 3 tools/train.py configs/runs/tiny.yaml --run-dir r data.path=d",
-        "python tools/train.py configs/runs/tiny.yaml --run-dir r",
+        "sedd-scale train configs/runs/tiny.yaml --run-dir r",
         "python -m sedd_scale.gone",
+        "sbatch slurm/gone.sh",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(line: str):
@@ -189,20 +197,28 @@ def test_a_command_that_does_not_exist_is_found(line: str):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_keys_and_files_in_the_text_exist(page: Path):
+def test_keys_commands_and_files_in_the_text_exist(page: Path):
     sections = {section.name for section in fields(Config)}
+    name = page.relative_to(ROOT)
     for code in INLINE.findall(prose(page)):
         key = code.partition("=")[0]
         is_key = KEY.fullmatch(key) and key.partition(".")[0] in sections
         if is_key and not is_module(key) and key not in FILES:
-            assert key in known_keys(), f"{page.name}: `{code}`"
+            assert key in known_keys(), f"{name}: `{code}`"
             if "=" in code:
                 Config().override(code)
-        path = code.split()[0]
-        if path.partition("/")[0] in FOLDERS and "/" in path:
-            assert (ROOT / path).exists(), f"{page.name}: `{code}`"
+        words = code.split()
+        if words[0].partition("/")[0] in FOLDERS and "/" in words[0]:
+            assert (ROOT / words[0]).exists(), f"{name}: `{code}`"
+        if words[0] == "sedd-scale" and words[1:]:
+            assert words[1] in {*COMMANDS, "NAME", "..."}, f"{name}: `{code}`"
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
-            assert flag in known_flags(), f"{page.name}: `{code}`"
+            assert flag in known_flags(), f"{name}: `{code}`"
+
+
+def test_the_page_of_commands_lists_all_of_them():
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `sedd-scale (\w+)` \|", page, re.MULTILINE)) == {*COMMANDS}
 
 
 def is_module(name: str) -> bool:
@@ -210,17 +226,24 @@ def is_module(name: str) -> bool:
     return (ROOT / "sedd_scale" / f"{name.replace('.', '/')}.py").is_file()
 
 
-def known_flags() -> set[str]:
-    torchrun = {"--max-restarts", "--nnodes", "--signals-to-handle", "--shutdown-timeout"}
-    flags = {"--run-dir", "--full", *torchrun}  # --full is of the tests
-    parsers = [build_parser() for build_parser in PARSERS.values()]
-    parsers.append(package_commands.build_parser())
-    while parsers:
-        for action in parsers.pop()._actions:
-            flags.update(action.option_strings)
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """Those of all commands and of their subcommands."""
+    found = [
+        command.build_parser() for name in COMMANDS for command in subcommands_of(name).values()
+    ]
+    while found:
+        yield (parser := found.pop())
+        for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-    return flags
+                found += action.choices.values()
+
+
+def known_flags() -> set[str]:
+    of_others = {"--full"}  # the tests
+    of_others |= {"--max-restarts", "--nnodes", "--nproc-per-node"}  # torchrun
+    of_others |= {"--signals-to-handle", "--shutdown-timeout"}
+    of_others |= {"--exclude", "--signal", "--nodes", "--array", "--kill-on-invalid-dep"}  # Slurm
+    return of_others | {flag for parser in parsers() for flag in parser._option_string_actions}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -235,6 +258,11 @@ def test_links_resolve(page: Path):
             titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_index():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(LINK.findall(prose(ROOT / "docs/index.md")))
 
 
 def said(path: Path) -> list[str]:
@@ -263,7 +291,7 @@ def test_messages_of_troubleshooting_are_said_somewhere():
 
 
 def test_configuration_reference_is_up_to_date():
-    """If not: python -m sedd_scale.config_reference > docs/configuration.md"""
+    """If not: python -m sedd_scale.config.reference > docs/configuration.md"""
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == reference()
     for key in known_keys():
         assert f"| `{key}` |" in reference()
@@ -272,7 +300,20 @@ def test_configuration_reference_is_up_to_date():
 def test_python_in_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """With small untrained models in the places of the published one and of the reader's."""
+    """With an untrained model in the place of the quickstart's."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "quickstart/run", block_length=64)
+    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("def ") == 2
+    # An untrained model has log2 257 = 8.0 bits a token, and what scores that are off cost.
+    assert float(printed.split()[-1]) > 7.5
+
+
+def test_python_of_a_published_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a small untrained model in the published one's place."""
     import torch
 
     from sedd_scale.interop.convert import write_published
@@ -283,15 +324,19 @@ def test_python_in_the_readme_runs(
     model = ScoreModel(config, 50, initialize_layout(), block_length=64)
     write_published(model, tmp_path / "sedd-small", None)
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "runs/books", block_length=64)
-    sampling, snippet = blocks(ROOT / "README.md", "python")
-    exec(compile(sampling, "README.md", "exec"), {})
-    assert capsys.readouterr().out.count("It was ") == 2
+    (snippet,) = blocks(ROOT / "docs/checkpoints.md", "python")
     names: dict[str, torch.Tensor] = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(snippet, "docs/checkpoints.md", "exec"), names)
     assert names["log_score_BLV"].shape == (2, 64, 51)
     assert names["nats_B"].shape == (2,)
     # An untrained head is zero: every masked token costs ln N, at the rate of its time.
     share = (names["masked_BL"] == 50).double().sum(1) / names["t_B"].double()
     expected = share * torch.log(torch.tensor(50.0, dtype=torch.float64))
     torch.testing.assert_close(names["nats_B"].double(), expected, rtol=1e-4, atol=0.0)
+
+
+def test_python_of_the_page_on_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "runs/books", block_length=64)
+    (snippet,) = blocks(ROOT / "docs/sampling.md", "python")
+    exec(compile(snippet.replace("383", "83"), "docs/sampling.md", "exec"), {})
