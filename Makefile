@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it sets up.
 VENV ?= .venv
 PYTHON ?= python3
-TORCH := torch==2.13.0
+CONSTRAINTS := constraints.txt
 # Without an NVIDIA GPU torch comes as its small CPU build; TORCH_INDEX= forces the full one.
 TORCH_INDEX ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ help: ## List the targets.
 setup: $(READY) ## Install everything into .venv (VENV=; Python 3.10 to 3.12; a CPU build of torch without a GPU).
 
 quickstart: $(READY) ## Train a small model on the text every Python carries, evaluate it and sample from it.
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/sedd-scale quickstart
 
 test: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -43,7 +43,7 @@ clean: ## Remove .venv and caches; runs and prepared data stay.
 	rm -rf $(VENV) build sedd_scale.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): setup.py
+$(READY): setup.py $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || \
 		{ echo "error: there is no '$(PYTHON)'; name one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 13) or sys.exit( \
@@ -52,10 +52,10 @@ $(READY): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # The index of CPU builds may be out of reach: one quick try with it, then pip's own settings.
 ifneq ($(TORCH_INDEX),)
-	$(BIN)/pip install --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) $(TORCH) \
-		|| $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) -c $(CONSTRAINTS) torch \
+		|| $(BIN)/pip install -c $(CONSTRAINTS) torch
 else
-	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -c $(CONSTRAINTS) torch
 endif
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

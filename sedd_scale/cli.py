@@ -1,13 +1,15 @@
-"""What every command shares: one-line errors, exit codes and the --debug and --version flags."""
+"""What every command shares: subcommands, one-line errors, exit codes, --debug and --version."""
 
 import argparse
 import os
 import select
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sedd_scale.errors import SeddScaleError
 from sedd_scale.files.task_environment import adopt_slurm_task
@@ -25,25 +27,56 @@ COMMON_EXIT_CODES = {
 }
 
 
+class Command(NamedTuple):
+    """What a name on the command line runs.
+
+    Attributes:
+        build_parser: makes its arguments; imports nothing heavy.
+        run: does it, and gives the exit code; None: 0.
+        intermixed: positional arguments may stand before and after options.
+    """
+
+    build_parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int | None]
+    intermixed: bool = False
+
+
+def run_one_of(commands: Mapping[str, Command], argv: Sequence[str]) -> int:
+    """Run the command that the first word names, or the one under "" where it names none."""
+    named = argv[0] if argv and argv[0] in commands else ""
+    words = argv[1:] if named else argv
+    build_parser, run, intermixed = commands[named]
+    return run_command(build_parser(), run, words, intermixed=intermixed)
+
+
+def nearest(name: str, known: Sequence[str], *, most: int = 3) -> str:
+    """The known names closest to `name` in spelling, for an error: "a, b or c"."""
+    close = get_close_matches(name, known, n=most) or get_close_matches(name, known, 1, 0.0)
+    *first, last = close
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def make_parser(
+    prog: str,
     description: str,
     example: str,
     *,
     exit_codes: Mapping[int, str] | None = None,
-    prog: str | None = None,
+    notes: str = "",
 ) -> argparse.ArgumentParser:
     """An argument parser with the flags that every command has.
 
     Args:
+        prog: how the command is called.
         description: one sentence on what the command does.
         example: a command line that works, shown by --help.
         exit_codes: what they mean, where the command has more than 0 and 2 or means more by them.
-        prog: its name, if other than that of the file.
+        notes: shown before the example.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog=_epilog(example, exit_codes),
+        epilog=_epilog(example, exit_codes, notes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -66,7 +99,6 @@ def add_command(
     example: str,
     description: str | None = None,
     exit_codes: Mapping[int, str] | None = None,
-    notes: str = "",
 ) -> argparse.ArgumentParser:
     """The parser of a subcommand, with the same flags and the same closing lines.
 
@@ -75,13 +107,12 @@ def add_command(
         help: a line in the list of subcommands.
         example, exit_codes: as `make_parser`.
         description: more than `help` says.
-        notes: shown before the example.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=help,
         description=description or f"{help[:1].upper()}{help[1:]}.",
-        epilog="\n\n".join(filter(None, (notes.strip("\n"), _epilog(example, exit_codes)))),
+        epilog=_epilog(example, exit_codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # What stands before the subcommand is not taken back.
@@ -102,10 +133,11 @@ def _nobody_reads_stdout() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _epilog(example: str, exit_codes: Mapping[int, str] | None) -> str:
+def _epilog(example: str, exit_codes: Mapping[int, str] | None, notes: str = "") -> str:
     codes = sorted({**COMMON_EXIT_CODES, **(exit_codes or {})}.items())
     lines = "\n".join(f"  {code:<3} {meaning}" for code, meaning in codes)
-    return f"example:\n  {example}\n\nexit codes:\n{lines}"
+    notes = notes and f"{notes.strip()}\n\n"
+    return f"{notes}example:\n  {example}\n\nexit codes:\n{lines}"
 
 
 def run_command(
@@ -117,8 +149,9 @@ def run_command(
 ) -> int:
     """Parse `argv`, run `command` and return its exit code.
 
-    With `intermixed` positional arguments may stand before and after options. In a step of Slurm
-    the process first learns its place among the others.
+    With `intermixed` positional arguments may stand before and after options. `command` finds the
+    line it was called by in `arguments.command_line`. In a step of Slurm the process first learns
+    its place among the others.
 
     A `SeddScaleError` or an error of the operating system becomes one line on stderr and its exit
     code, mostly 2; with --debug the traceback is shown. In a job of several processes each rank
@@ -130,7 +163,9 @@ def run_command(
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args
-    arguments = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parse(words)
+    arguments.command_line = shlex.join([*parser.prog.split(), *words])
     try:
         adopt_slurm_task(os.environ)
         code = command(arguments) or 0

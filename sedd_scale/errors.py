@@ -28,6 +28,10 @@ class TrainingError(SeddScaleError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
 
 
+class InstallationError(SeddScaleError, ImportError):
+    """A package of a release that this program cannot work with."""
+
+
 class LostRankError(SeddScaleError):
     """Another process of the job ended or cannot be reached, so that this one cannot go on."""
 

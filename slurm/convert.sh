@@ -4,7 +4,7 @@
 #   SEDD_CHECKPOINT=runs/large SEDD_OUTPUT=exported sbatch slurm/convert.sh \
 #     --from native --to sedd-hf
 #
-# What stands after the script goes to tools/convert_ckpt.py.
+# What stands after the script goes to `sedd-scale convert_ckpt`.
 #
 #   SEDD_CHECKPOINT   what to convert (runs/large)
 #   SEDD_OUTPUT       where to (exported)
@@ -23,5 +23,5 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 output=${SEDD_OUTPUT:-exported}
-sedd_job "$output.slurm" "$output" convert_ckpt.py convert "$@" \
+sedd_job "$output.slurm" "$output" convert_ckpt convert "$@" \
   "${SEDD_CHECKPOINT:-runs/large}" "$output"

@@ -4,7 +4,7 @@
 #   SEDD_CHECKPOINT=runs/large sbatch slurm/eval_ppl.sh --data data/openwebtext
 #   sbatch --nodes=2 slurm/eval_ppl.sh --data wikitext103.txt --protocol paper
 #
-# What stands after the script goes to tools/eval_ppl.py.
+# What stands after the script goes to `sedd-scale eval_ppl`.
 #
 #   SEDD_CHECKPOINT   a run directory or checkpoint (runs/large)
 #   SEDD_OUTPUT       the line of JSON; made when the evaluation is done (eval-JOB.json)
@@ -23,5 +23,5 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 SEDD_STDOUT=${SEDD_OUTPUT:-eval-$SLURM_JOB_ID.json}
-sedd_job "$SEDD_STDOUT.slurm" "$SEDD_STDOUT" eval_ppl.py \
+sedd_job "$SEDD_STDOUT.slurm" "$SEDD_STDOUT" eval_ppl \
   --checkpoint "${SEDD_CHECKPOINT:-runs/large}" --json "$@"

@@ -7,8 +7,8 @@
 #   sbatch --nodes=4 slurm/generate.sh --num-samples 10000              # one job of four nodes
 #   sbatch --array=0-7 slurm/generate.sh --prompts prompts.jsonl        # eight jobs of one node
 #
-# What stands after the script goes to tools/generate.py. A job that was cut short goes on from the
-# batches that are done. In an array each job draws every n-th batch, and the last one to end joins
+# What stands after the script goes to `sedd-scale generate`. A job that was cut short resumes after
+# the batches that are done. In an array each job draws every n-th batch, and the last one to end joins
 # the files; the report over all samples is written by the other two forms only.
 #
 #   SEDD_CHECKPOINT   a run directory or checkpoint (runs/large)
@@ -50,5 +50,5 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
       --shards "$SLURM_ARRAY_TASK_COUNT" "${prompts[@]}"
   }
 fi
-sedd_job "${SEDD_OUTPUT:-samples.jsonl}.slurm" "$output" generate.py \
+sedd_job "${SEDD_OUTPUT:-samples.jsonl}.slurm" "$output" generate \
   "${words[@]}" --output "$output" "$@"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the job scripts of this folder share; they source it and call `sedd_job`. It runs a command
-# of tools/ on every task of the allocation, ends it in order when Slurm asks, and lets the job
+# of sedd-scale on every task of the allocation, ends it in order when Slurm asks, and lets the job
 # requeue itself until its work is done.
 #
 # Environment, all optional (sbatch hands on yours; or sbatch --export=ALL,NAME=value):
@@ -23,13 +23,14 @@
 #   SEDD_HEALTH_SECONDS time for the check of all nodes (180)
 #   MASTER_ADDR, MASTER_PORT   rendezvous; default: the first node, a port made of the job's number
 
-# sedd_job STATE PROGRESS PROGRAM [ARGUMENT...]: run tools/PROGRAM on all tasks, and end the script.
+# sedd_job STATE PROGRESS COMMAND [ARGUMENT...]: run `sedd-scale COMMAND` on all tasks, and end the
+# script.
 #   STATE     folder for what is known of the job's attempts; made if absent
 #   PROGRESS  what grows as the work goes on: a run directory, or an output
 # With SEDD_STDOUT set, the command's standard output goes to that file, which appears when done. A
 # function sedd_after is called once the command has ended well.
 sedd_job() {
-  local state=$1 progress=$2 program=$3
+  local state=$1 progress=$2 command=$3
   shift 3
   sedd_environment
   SEDD_LEDGER=$state/attempts-$SLURM_JOB_ID.jsonl SEDD_PROGRESS=$progress
@@ -44,9 +45,9 @@ sedd_job() {
     sedd_health "$state"
   fi
   if [[ -n ${SEDD_STDOUT:-} ]]; then
-    sedd_launch "$SEDD_HOME/tools/$program" "$@" >"$SEDD_STDOUT.tmp"
+    sedd_launch -m sedd_scale "$command" "$@" >"$SEDD_STDOUT.tmp"
   else
-    sedd_launch "$SEDD_HOME/tools/$program" "$@"
+    sedd_launch -m sedd_scale "$command" "$@"
   fi
   if [[ $SEDD_CODE == 0 && -n ${SEDD_STDOUT:-} ]]; then
     mv "$SEDD_STDOUT.tmp" "$SEDD_STDOUT"

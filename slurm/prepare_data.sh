@@ -5,7 +5,7 @@
 #     --input 'openwebtext/*.jsonl.xz' --tokenizer gpt2 --tokenizer-path GPT2_DIR \
 #     --block-length 1024
 #
-# What stands after the script goes to tools/prepare_data.py.
+# What stands after the script goes to `sedd-scale prepare_data`.
 #
 #   SEDD_OUTPUT   the dataset's directory (data/openwebtext)
 # and those of slurm/launch.sh.
@@ -25,5 +25,5 @@ export SEDD_THREADS=1
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 output=${SEDD_OUTPUT:-data/openwebtext}
-sedd_job "$output.slurm" "$output" prepare_data.py "$@" --output "$output" \
+sedd_job "$output.slurm" "$output" prepare_data "$@" --output "$output" \
   --processes "$SLURM_CPUS_PER_TASK"

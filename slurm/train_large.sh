@@ -29,5 +29,5 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 run_dir=${SEDD_RUN_DIR:-runs/large}
-sedd_job "$run_dir/slurm" "$run_dir" train.py \
+sedd_job "$run_dir/slurm" "$run_dir" train \
   "${SEDD_CONFIG:-configs/runs/openwebtext_large.yaml}" --run-dir "$run_dir" "$@"

@@ -23,5 +23,5 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 run_dir=${SEDD_RUN_DIR:-runs/medium}
-sedd_job "$run_dir/slurm" "$run_dir" train.py \
+sedd_job "$run_dir/slurm" "$run_dir" train \
   "${SEDD_CONFIG:-configs/runs/openwebtext_medium.yaml}" --run-dir "$run_dir" "$@"

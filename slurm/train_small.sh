@@ -23,5 +23,5 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 run_dir=${SEDD_RUN_DIR:-runs/small}
-sedd_job "$run_dir/slurm" "$run_dir" train.py \
+sedd_job "$run_dir/slurm" "$run_dir" train \
   "${SEDD_CONFIG:-configs/runs/openwebtext_small.yaml}" --run-dir "$run_dir" "$@"

@@ -1,79 +1,8 @@
-"""Train objectives, graphs and schedules on equal tokens and seeds, and report how they compare."""
+"""`sedd-scale compare` in a checkout: python tools/compare.py, or under torchrun."""
 
-import argparse
-import shlex
 import sys
 
-from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.errors import ConfigError
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = make_parser(
-        "Train every variant of an experiment once for each seed, on the same tokens, evaluate all "
-        "alike and write report.md, report.png and report.json with the ratio to the baseline. "
-        "Killed and started again, the same command goes on.",
-        "python tools/compare.py configs/experiments/text8_style.yaml --data books.jsonl.xz "
-        "--output runs/text8_style",
-    )
-    add = parser.add_argument
-    add("config", type=given_path, help="YAML file of the experiment")
-    add(
-        "--data",
-        type=given_path,
-        required=True,
-        metavar="PATH",
-        help="a dataset of tools/prepare_data.py, or text (a file, or a quoted pattern of files) "
-        "that is prepared first",
-    )
-    add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
-    add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")
-    add(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="these variants (and the baseline) alone, in the report too",
-    )
-    add("--jobs", type=int, metavar="K", help="runs at a time (the experiment's)")
-    return parser
-
-
-def compare_command(arguments: argparse.Namespace) -> None:
-    """Run what is missing of the experiment and write its report."""
-    from dataclasses import replace
-
-    from sedd_scale.experiments.experiment import check_seeds, load_experiment
-
-    experiment = load_experiment(arguments.config)
-    if arguments.seeds is not None:
-        check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
-        experiment = replace(experiment, seeds=arguments.seeds)
-    if arguments.jobs is not None:
-        if arguments.jobs < 1:
-            raise ConfigError(f"--jobs {arguments.jobs} is too small: give at least 1")
-        experiment = replace(experiment, jobs=arguments.jobs)
-    if arguments.only is not None:
-        for name in arguments.only:
-            if name not in experiment.variants:
-                known = ", ".join(experiment.variants)
-                raise ConfigError(f"--only {name} is none of the variants {known}")
-        kept = {experiment.baseline, *arguments.only}
-        experiment = replace(
-            experiment,
-            variants={name: config for name, config in experiment.variants.items() if name in kept},
-        )
-
-    from sedd_scale.experiments.comparison import run_experiment
-    from sedd_scale.experiments.report import write_report
-
-    results = run_experiment(experiment, arguments.data, arguments.output)
-    command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
-    paths = write_report(experiment, results, arguments.output, command=command)
-    print(paths[1].read_text(), end="")
-    for path in paths:
-        print(path)
-
+from sedd_scale.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), compare_command))
+    sys.exit(main(["compare", *sys.argv[1:]]))

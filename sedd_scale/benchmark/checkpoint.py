@@ -26,7 +26,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "checkpoint",
         help="saving and loading the state of a run",
-        example="python tools/benchmark.py checkpoint --model tiny --repeats 3 --json",
+        example="sedd-scale benchmark checkpoint --model tiny --repeats 3 --json",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")

@@ -10,13 +10,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from sedd_scale.benchmark.arguments import add_shape_arguments
 from sedd_scale.benchmark.report import environment
 from sedd_scale.cli import add_command
 from sedd_scale.errors import ConfigError, SeddScaleError
+from sedd_scale.files.package import environment_for
 
 # name: processes, overrides
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -36,7 +36,6 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2 DP2 ZeRO 3": (4, ("parallel.tensor=2", "parallel.zero_stage=3")),
 }
 ALLOWED = 1.05
-PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 
 def add_arguments(subparsers: Any) -> None:
@@ -45,7 +44,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "communication",
         help="bytes sent per rank and step, by layout",
-        example="python tools/benchmark.py communication --layout TP2 --json",
+        example="sedd-scale benchmark communication --layout TP2 --json",
     )
     parser.add_argument(
         "--layout",
@@ -101,10 +100,18 @@ def launch(
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(num_processes), str(PROGRAM)),
-            *("communication", "--json", *words, *arguments.overrides),
+            *("--nproc-per-node", str(num_processes)),
+            *(
+                "-m",
+                "sedd_scale",
+                "benchmark",
+                "communication",
+                "--json",
+                *words,
+                *arguments.overrides,
+            ),
         ],
-        env={"OMP_NUM_THREADS": "1", **os.environ},
+        env=environment_for({"OMP_NUM_THREADS": "1", **os.environ}),
         capture_output=True,
         text=True,
     )

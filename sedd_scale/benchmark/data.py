@@ -26,7 +26,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "data",
         help="one process that loads and corrupts batches",
-        example="python tools/benchmark.py data --block-length 256 --json",
+        example="sedd-scale benchmark data --block-length 256 --json",
     )
     parser.add_argument("--data", type=given_path, help="a prepared dataset (one made here)")
     parser.add_argument(

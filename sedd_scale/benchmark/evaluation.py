@@ -44,7 +44,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "eval",
         help="network calls of the bound's protocols for the same standard error",
-        example="python tools/benchmark.py eval --json",
+        example="sedd-scale benchmark eval --json",
     )
     add = parser.add_argument
     add(

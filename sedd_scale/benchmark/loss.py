@@ -24,7 +24,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "loss",
         help="head and score entropy, with their gradients",
-        example="python tools/benchmark.py loss --baseline --json",
+        example="sedd-scale benchmark loss --baseline --json",
     )
     parser.add_argument("--batch-size", type=int, default=2, help="sequences (default: 2)")
     parser.add_argument("--block-length", type=int, default=1024, help="positions (default: 1024)")

@@ -17,7 +17,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "optimizer",
         help="the update of weights and their average",
-        example="python tools/benchmark.py optimizer --baseline --json",
+        example="sedd-scale benchmark optimizer --baseline --json",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")

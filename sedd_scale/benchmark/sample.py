@@ -26,7 +26,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "sample",
         help="sampling steps, beside the textbook sampler",
-        example="python tools/benchmark.py sample --timed-steps 4 --json",
+        example="sedd-scale benchmark sample --timed-steps 4 --json",
     )
     add = parser.add_argument
     add("--model", default="small", help="of configs/models, or a YAML file (default: small)")

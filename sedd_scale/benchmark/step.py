@@ -25,7 +25,7 @@ def add_arguments(subparsers: Any) -> None:
         subparsers,
         "step",
         help="the whole training step",
-        example="python tools/benchmark.py step --baseline --json",
+        example="sedd-scale benchmark step --baseline --json",
     )
     parser.add_argument(
         "--precision",

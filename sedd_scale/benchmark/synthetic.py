@@ -1,7 +1,6 @@
 """A training run on random tokens: the configuration, the batches and the engine of a benchmark."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine, MicroBatch, StepResult, make_engine
+from sedd_scale.files.package import CONFIGS
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import micro_batch_of
 from sedd_scale.training.loop import make_optimizer
 
-MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 LEARNING_RATE = 1e-4
 
 
@@ -26,7 +25,7 @@ def synthetic_config(arguments: argparse.Namespace, *overrides: str, world_size:
 
     Those of the command line come last. Raises ConfigError as `load_config` and `validate` do.
     """
-    named = MODELS / f"{arguments.model}.yaml"
+    named = CONFIGS / "models" / f"{arguments.model}.yaml"
     config = load_config(
         named if named.is_file() else arguments.model,
         [

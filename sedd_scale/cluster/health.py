@@ -258,6 +258,7 @@ def _show(
 def main() -> int:
     """The command of slurm/launch.sh."""
     parser = make_parser(
+        "python -m sedd_scale.cluster.health",
         "Check the nodes of a Slurm step.",
         "srun python -m sedd_scale.cluster.health --folder runs/a/slurm",
     )

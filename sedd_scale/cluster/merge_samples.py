@@ -76,6 +76,7 @@ def _command(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """The command of slurm/generate.sh."""
     parser = make_parser(
+        "python -m sedd_scale.cluster.merge_samples",
         "Join the shards of a generation into one file, once all are there.",
         "python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4",
     )

@@ -1,7 +1,7 @@
 """torchrun for one node of a Slurm step, which outlives the signals meant for its workers.
 
     srun --ntasks-per-node=1 python -m sedd_scale.cluster.node_agent --nproc-per-node=8 \\
-        tools/train.py ...
+        sedd-scale train ...
 
 Slurm sends a signal to every process of a step. torchrun itself would die of SIGUSR1, and at
 SIGTERM kill its workers after 30 seconds, in the middle of their save. It also ends with 1 whatever

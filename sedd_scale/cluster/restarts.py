@@ -230,6 +230,7 @@ def _command(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """The command of slurm/launch.sh."""
     parser = make_parser(
+        "python -m sedd_scale.cluster.restarts",
         "Note a start or an end of a Slurm job and say whether to requeue it.",
         "python -m sedd_scale.cluster.restarts begin runs/a/attempts-7.jsonl --progress runs/a",
     )

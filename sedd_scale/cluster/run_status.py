@@ -27,7 +27,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no run directory {run_dir}")
     job = newest_job(run_dir)
     if job is None:
-        raise ConfigError(f"{run_dir} was never submitted: use tools/submit.py or slurm/train_*.sh")
+        raise ConfigError(f"{run_dir} was never submitted: use `sedd-scale submit` or sbatch")
     ledger = read_ledger(run_dir / "slurm" / f"attempts-{job}.jsonl")
     asked = job_fields(job)
     restarts = max((line["restart"] for line in ledger), default=0)

@@ -1,6 +1,6 @@
 """One submission of a run: its code and configuration, kept in the run directory, and its job file.
 
-    RUN_DIR/submissions/N/code/         the package, tools/ and slurm/ as they were
+    RUN_DIR/submissions/N/code/         the package with its configurations, as it was
     RUN_DIR/submissions/N/config.yaml   the resolved configuration
     RUN_DIR/submissions/N/version.txt   the commit, and whether files differed from it
     RUN_DIR/submissions/N/job.sbatch    what was submitted; submit it by hand to start again
@@ -20,9 +20,11 @@ from sedd_scale.cluster.job_size import JobSize
 from sedd_scale.cluster.restarts import job_fields
 from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.package import PACKAGE, checkout
+from sedd_scale.version import __version__
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CODE = ("sedd_scale", "tools", "slurm")
+# In a checkout, what a submission depends on.
+CODE = ("sedd_scale", "configs", "slurm")
 GOING_ON = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 # Before the end of a start: time to save.
 SIGNAL_SECONDS = 300
@@ -76,9 +78,9 @@ def render(
         f"export SEDD_LAUNCHER=${{SEDD_LAUNCHER:-{launcher}}}",
         f"export SEDD_MAX_RESTARTS=${{SEDD_MAX_RESTARTS:-{max(20, 3 * size.starts)}}}",
         "# shellcheck source=slurm/launch.sh",
-        '. "$SEDD_HOME/slurm/launch.sh"',
+        '. "$SEDD_HOME/sedd_scale/slurm/launch.sh"',
         f"run_dir={shlex.quote(str(run_dir))}",
-        'sedd_job "$run_dir/slurm" "$run_dir" train.py '
+        'sedd_job "$run_dir/slurm" "$run_dir" train '
         f'{shlex.quote(str(folder / "config.yaml"))} --run-dir "$run_dir" "$@"',
     ]
     return "\n".join(lines) + "\n"
@@ -87,24 +89,28 @@ def render(
 def snapshot(folder: Path, config: Config) -> None:
     """Copy the code and write the configuration into `folder`, which it makes."""
     folder.mkdir(parents=True)
-    for name in CODE:
-        shutil.copytree(
-            REPOSITORY / name,
-            folder / "code" / name,
-            ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
-        )
+    shutil.copytree(
+        PACKAGE,
+        folder / "code" / PACKAGE.name,
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
+    )
     (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "version.txt").write_text(version_of(REPOSITORY))
+    (folder / "version.txt").write_text(version_of(checkout()))
 
 
-def version_of(repository: Path) -> str:
-    """The commit of a git checkout and the files that differ from it."""
+def version_of(repository: Path | None) -> str:
+    """The commit of a git checkout and the files that differ from it; None: the version."""
+    if repository is None:
+        return f"sedd_scale {__version__}, installed\n"
     try:
         head, changed = (
             subprocess.run(
                 ["git", "-C", str(repository), *words], capture_output=True, text=True, check=True
             ).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--short", "--", *CODE])
+            for words in (
+                ["rev-parse", "HEAD"],
+                ["status", "--short", "--", *CODE],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedd_scale.config.rules import check_combinations, check_value
+from sedd_scale.config.shipped import find_config
 from sedd_scale.config.tree import ConfigTree, config_keys, sections
 from sedd_scale.config.yaml_text import parse_yaml, read_yaml, scalar_text
 from sedd_scale.errors import ConfigError
@@ -49,13 +50,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, the files its `base:` names, and dotted overrides.
 
     Bases (a path or a list, relative to the file) come first, later over earlier; the file comes
-    over its bases, and overrides such as `parallel.tensor=2` over everything.
+    over its bases, and overrides such as `parallel.tensor=2` over everything. A path that is not
+    there may name a shipped file, as configs/runs/tiny.yaml does.
 
     Raises:
         ConfigError: a file is missing, empty or no YAML; bases form a circle; a key is unknown; a
             value has the wrong type. Limits and combinations are `Config.validate`'s work.
     """
-    return _build(_load_file(Path(path), ())).override(*overrides)
+    return _build(_load_file(find_config(path), ())).override(*overrides)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:

@@ -19,7 +19,7 @@ files (one or a list, relative to the file) that come first; what no file gives 
 below. On the command line `section.key=value` comes over all files:
 
 ```sh
-torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first \\
+torchrun --nproc-per-node 2 -m sedd_scale train configs/runs/tiny.yaml --run-dir runs/first \\
   data.path=data/books training.steps=200 parallel.tensor=2
 ```
 

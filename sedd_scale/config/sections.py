@@ -98,7 +98,7 @@ class NoiseConfig:
 class DataConfig:
     path: str | None = _key(
         None,
-        "Dataset of tools/prepare_data.py: a directory, a URL, or pipe: and a command.",
+        "Dataset of sedd-scale prepare_data: a directory, a URL, or pipe: and a command.",
     )
     mixture: list[Any] | None = _key(
         None,

@@ -250,7 +250,7 @@ def locations_of(config: DataConfig) -> list[str]:
         return [str(entry["path"]) for entry in config.mixture]
     if config.path is None:
         raise ConfigError(
-            "data.path is null: prepare a dataset with tools/prepare_data.py and give its "
+            "data.path is null: prepare a dataset with sedd-scale prepare_data and give its "
             "directory as data.path=DIR"
         )
     return [config.path]

@@ -117,7 +117,7 @@ class Dataset:
             if not index_path.is_file():
                 raise DataError(
                     f"{self.path} holds no {INDEX_FILE}: prepare a dataset there with "
-                    "tools/prepare_data.py, or name another directory"
+                    "sedd-scale prepare_data, or name another directory"
                 )
             content = index_path.read_bytes()
         self.index = _parse_index(content, self.describe(INDEX_FILE))

@@ -1,1 +1,1 @@
-"""What `python -m sedd_scale doctor` looks at and tries, and what it says of it."""
+"""What `sedd-scale doctor` looks at and tries, and what it says of it."""

@@ -4,17 +4,19 @@ import importlib.metadata
 import json
 import netrc
 import os
-import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from sedd_scale.doctor.findings import BAD, GOOD, NOTICE, OPTIONAL, Finding
 from sedd_scale.doctor.processes import run_trial
+from sedd_scale.files.package import PACKAGE, checkout
+from sedd_scale.version import TESTED
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Modules of the packages that are named otherwise.
 MODULES = {
@@ -30,6 +32,8 @@ EXTRAS = {
     "zstd": ("zstandard", "text in .zst files"),
     "remote": ("fsspec", "data on S3 and the like"),
     "judge": ("transformers", "generative perplexity by another model"),
+    "hub": ("huggingface_hub", "benchmarks by name"),
+    "harness": ("lm_eval", "tasks of lm-evaluation-harness"),
 }
 
 
@@ -44,18 +48,16 @@ def check_python() -> Finding:
     )
 
 
-def requirements() -> dict[str, str] | None:
-    """Pinned versions ("" where a range) of what is required, by package; None: not installed."""
+def requirements() -> dict[str, Requirement] | None:
+    """What is required, by package; None: this program is not installed."""
     try:
         lines = importlib.metadata.requires("sedd_scale") or []
     except importlib.metadata.PackageNotFoundError:
         return None
     found = {}
-    for line in lines:
-        requirement, _, marker = line.partition(";")
-        parts = re.match(r"\s*([\w.-]+)\s*(?:==\s*([\w.]+))?", requirement)
-        if parts is not None and "extra" not in marker:
-            found[parts[1].lower()] = parts[2] or ""
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found[requirement.name.lower()] = requirement
     return found
 
 
@@ -67,8 +69,8 @@ def check_packages() -> list[Finding]:
             Finding(
                 "sedd_scale",
                 BAD,
-                f"{REPOSITORY} is not installed, so nobody knows what it requires",
-                pip(f"-e {REPOSITORY}"),
+                f"{PACKAGE} is not installed, so nobody knows what it requires",
+                pip(f"-e {checkout() or PACKAGE.parent}"),
             )
         ]
     extras = {package: (extra, use) for extra, (package, use) in EXTRAS.items()}
@@ -76,8 +78,8 @@ def check_packages() -> list[Finding]:
     versions = {name: installed_version(name) for name in names}
     failures = import_failures(name for name in names if versions[name] is not None)
     findings = []
-    for name, pinned in needed.items():
-        findings.append(judge_required(name, pinned, versions[name], failures.get(name)))
+    for name, requirement in needed.items():
+        findings.append(judge_required(requirement, versions[name], failures.get(name)))
     for name, (extra, use) in extras.items():
         findings.append(judge_optional(name, extra, use, versions[name], failures.get(name)))
     findings.append(judge_triton(versions["triton"], failures.get("triton")))
@@ -122,17 +124,19 @@ def import_failures(names: Iterable[str]) -> dict[str, str]:
     return failures
 
 
-def judge_required(name: str, pinned: str, version: str | None, failure: str | None) -> Finding:
+def judge_required(requirement: Requirement, version: str | None, failure: str | None) -> Finding:
     """What to say of a package that is needed."""
-    wanted = f"{name}=={pinned}" if pinned else name
+    name = requirement.name.lower()
+    wanted = shlex.quote(f"{name}{requirement.specifier}")
     fix = pip(wanted)
     if version is None:
         return Finding(name, BAD, "not installed", fix)
     if failure is not None:
         again = pip(f"--force-reinstall {wanted}")
         return Finding(name, BAD, f"{version} is installed, but {failure}", again)
-    if pinned and version.partition("+")[0] != pinned:
-        return Finding(name, NOTICE, f"{version}; tested with {pinned}", fix)
+    if not requirement.specifier.contains(version, prereleases=True):
+        detail = f"{version}, but {requirement.specifier} is needed"
+        return Finding(name, BAD if name in TESTED else NOTICE, detail, fix)
     return Finding(name, GOOD, version)
 
 
@@ -140,8 +144,8 @@ def judge_optional(
     name: str, extra: str, use: str, version: str | None, failure: str | None
 ) -> Finding:
     """What to say of a package that an extra brings."""
-    here = (REPOSITORY / "setup.py").is_file()
-    fix = pip(f"-e '{REPOSITORY}[{extra}]'" if here else f"'sedd_scale[{extra}]'")
+    here = checkout()
+    fix = pip(f"'sedd_scale[{extra}]'" if here is None else f"-e '{here}[{extra}]'")
     if version is None:
         return Finding(name, OPTIONAL, f"not installed; for {use}", fix)
     if failure is not None:
@@ -186,7 +190,7 @@ def check_slurm() -> Finding:
         return Finding(
             "Slurm",
             OPTIONAL,
-            "not on this machine; for slurm/*.sh and tools/submit.py",
+            "not on this machine; for slurm/*.sh and sedd-scale submit",
             "use them on a login node of a cluster",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -197,7 +201,7 @@ def check_slurm() -> Finding:
             "Slurm",
             OPTIONAL,
             f"its commands are here, but no cluster answers: {reason}",
-            "use slurm/*.sh and tools/submit.py on a login node of a cluster",
+            "use slurm/*.sh and sedd-scale submit on a login node of a cluster",
         )
     states = "; ".join(" ".join(line.split()) for line in nodes.stdout.splitlines()[:4])
     return Finding("Slurm", GOOD, f"nodes: {states or 'none'}")

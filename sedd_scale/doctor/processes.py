@@ -7,11 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import IO
 
+from sedd_scale.files.package import environment_for
+
 LIMIT_SECONDS = 240.0
-PACKAGE = Path(__file__).resolve().parents[1]
 # Of a launcher that the doctor itself may run under.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -23,9 +23,7 @@ def trial_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _LAUNCHER and not name.startswith(("SLURM_", "TORCHELASTIC_"))
     }
-    paths = [str(PACKAGE.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return environment
+    return environment_for(environment)
 
 
 def run_trial(*words: str, seconds: float = LIMIT_SECONDS) -> tuple[list[str], str | None]:

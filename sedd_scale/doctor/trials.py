@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.files.package import PACKAGE
+
 NUMBERS = 1 << 20
 REPEATS = 3
 LIMIT_SECONDS = 120.0
@@ -127,8 +129,7 @@ def train(folder: Path) -> None:
     from sedd_scale.preparation.prepare import prepare
     from sedd_scale.training.loop import train as train_run
 
-    package = Path(__file__).resolve().parents[1]
-    for number, source in enumerate(sorted(package.glob("data/*.py"))):
+    for number, source in enumerate(sorted(PACKAGE.glob("d*/*.py"))):
         (folder / f"{number}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     prepare(
         [str(folder / "*.txt")],

@@ -125,7 +125,7 @@ def open_corpus(
         if not (path / INDEX_FILE).is_file():
             raise DataError(
                 f"--data {path} is a directory without {INDEX_FILE}: give one that "
-                "tools/prepare_data.py wrote, or a text file"
+                "sedd-scale prepare_data wrote, or a text file"
             )
         return _prepared(Dataset(path), tokenizer, num_tokens, block_length, split, max_blocks)
     if split is not None:

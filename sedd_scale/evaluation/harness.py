@@ -41,7 +41,7 @@ class SeddScaleLM(LM):
     """A checkpoint as the harness asks it.
 
     Args:
-        checkpoint: as of `tools/eval_ppl.py`.
+        checkpoint: as of `sedd-scale eval_ppl`.
         weights: "ema" or "master".
         tokenizer: path, for a checkpoint that carries none.
         draws: times a request is looked at.

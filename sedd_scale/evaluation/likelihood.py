@@ -36,8 +36,8 @@ def evaluate(
 ) -> BoundResult:
     """Bound the negative log-likelihood of text, in nats per token, with its standard error.
 
-    What tools/eval_ppl.py prints, for a model in memory; of an autoregressive model the likelihood
-    itself. Give exactly one of `text`, `data` and `tokens_nL`. Dropout is off meanwhile.
+    What `sedd-scale eval_ppl` prints, for a model in memory; of an autoregressive model the
+    likelihood itself. Give exactly one of `text`, `data` and `tokens_nL`. Dropout is off meanwhile.
 
     Args:
         model: of `sedd_scale.load_pretrained` or `sedd_scale.new_model`.

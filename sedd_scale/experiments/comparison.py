@@ -23,10 +23,9 @@ from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
 from sedd_scale.files.atomic import write_atomically
 from sedd_scale.files.folder_lock import lock_folder
+from sedd_scale.files.package import command, environment_for
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.preparation.prepare import prepare
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 # What the dataset was made of.
 ORIGIN = "data.json"
@@ -144,11 +143,11 @@ class _Runs:
         _say(f"{name}, seed {seed}: training")
         run = folder / "run"
         with _timed(folder, run / "metrics.jsonl"):
-            self._call(folder, ["train.py", str(folder / CONFIG), "--run-dir", str(run)], "train")
+            self._call(folder, ["train", str(folder / CONFIG), "--run-dir", str(run)], "train")
         # Of a run that was stopped and went on, all parts.
         train_seconds = sum(map(float, (folder / SECONDS).read_text().split()))
         settings = self.experiment.evaluation
-        command = ["eval_ppl.py", "--checkpoint", str(run), "--data", str(self.dataset), "--json"]
+        command = ["eval_ppl", "--checkpoint", str(run), "--data", str(self.dataset), "--json"]
         command += ["--max-blocks", str(settings.max_blocks)]
         command += ["--batch-size", str(settings.batch_size)]
         if self.experiment.variants[name].training.objective != "autoregressive":
@@ -198,18 +197,18 @@ class _Runs:
             raise _another_configuration(path.parent)
 
     def _call(self, folder: Path, arguments: list[str], what: str) -> str:
-        """Run one of the tools; its standard output."""
-        environment = dict(os.environ)
+        """Run one of the commands; its standard output."""
+        environment = environment_for(os.environ)
         if self.experiment.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.experiment.threads)
         log = folder / f"{what}.log"
-        command = [sys.executable, str(TOOLS / arguments[0]), *arguments[1:]]
+        words = [*command(arguments[0]), *arguments[1:]]
         with log.open("wb") as errors:
             with self._lock:
                 if self._stopping:
                     raise TrainingError("stopped")
                 child = subprocess.Popen(
-                    command, env=environment, stdout=subprocess.PIPE, stderr=errors
+                    words, env=environment, stdout=subprocess.PIPE, stderr=errors
                 )
                 self._children.add(child)
             printed, _ = child.communicate()

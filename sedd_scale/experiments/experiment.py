@@ -11,7 +11,7 @@
     variants:
       NAME: {section.key: value, ...}
 
-`run` is a configuration as `tools/train.py` takes it, without a dataset.
+`run` is a configuration as `sedd-scale train` takes it, without a dataset.
 """
 
 import re
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.config import Config, config_from_dict
+from sedd_scale.config.shipped import find_config
 from sedd_scale.config.yaml_text import read_yaml, scalar_text
 from sedd_scale.errors import ConfigError
 
@@ -40,7 +41,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How every run is evaluated, as options of `tools/eval_ppl.py`."""
+    """How every run is evaluated, as options of `sedd-scale eval_ppl`."""
 
     max_blocks: int = 256
     draws: int = 8
@@ -85,6 +86,7 @@ def load_experiment(path: Path) -> Experiment:
         ConfigError: a key that is unknown, missing or of the wrong kind; a variant that cannot run,
             or that is trained on other tokens than the others.
     """
+    path = find_config(path)
     tree = read_yaml(path)
     for key in tree:
         if key not in _KEYS:

@@ -8,27 +8,12 @@ out, and the chain's next ones close up. Scores are compared with the ratios of 
 so the error at rate 0 is that of training and the rest is the damage's.
 """
 
-import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
-from sedd_scale.experiments.support_coverage import (
-    GRAPHS,
-    LENGTH,
-    TOKENS,
-    chain_law,
-    drawn,
-    measure,
-    outside_of,
-)
-
-KINDS = ("noise", "missing")
+from sedd_scale.experiments.support_coverage import LENGTH, TOKENS, chain_law, drawn, outside_of
 
 
 def damaged(kind: str, rate: float) -> Callable[[int, Any], Any]:
@@ -84,48 +69,3 @@ def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, comman
 
     report = {"steps": steps, "rows": rows}
     write_report_files(output, report, lines, draw, command=command, picture="errors over the rate")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = make_parser(
-        "Train a small model on sequences with planted noise or missing tokens and compare its "
-        "scores with the source's: report.md, report.json and report.png.",
-        "python -m sedd_scale.experiments.robustness --output runs/robustness",
-    )
-    add = parser.add_argument
-    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=int, default=1000, metavar="K", help="of training (%(default)s)")
-    add("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="of damage (0 0.05 0.2)")
-    add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
-    add("--seed", type=int, default=0, metavar="I", help="of weights and data (%(default)s)")
-    return parser
-
-
-def robustness_command(arguments: argparse.Namespace) -> None:
-    """Train, compare and report."""
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
-    for rate in arguments.rates:
-        if not 0.0 <= rate < 1.0:
-            raise ConfigError(f"--rates {rate} is no rate: give numbers from 0 on, below 1")
-    rows = []
-    for graph in arguments.graphs:
-        for kind in KINDS:
-            for rate in arguments.rates:
-                found = measure(
-                    graph,
-                    "loglinear",
-                    steps=arguments.steps,
-                    seed=arguments.seed,
-                    draw=damaged(kind, rate),
-                )
-                rows.append({**found, "damage": kind, "rate": rate})
-                print(f"{graph}, {kind} {rate}: {rows[-1]}", file=sys.stderr, flush=True)
-    words = ["python", "-m", "sedd_scale.experiments.robustness", *sys.argv[1:]]
-    write_report(rows, arguments.output, steps=arguments.steps, command=shlex.join(words))
-    print((arguments.output / "report.md").read_text(), end="")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), robustness_command))

@@ -10,15 +10,12 @@ of b comes from the scatter about it. Killed and started again, the same command
 
 import argparse
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_scale.cli import given_path, make_parser, run_command
 from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
@@ -163,66 +160,3 @@ def write_report(summary: dict[str, Any], output: Path, command: str) -> None:
     write_report_files(
         output, summary, lines, draw, command=command, picture="bits over parameters"
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = make_parser(
-        "Train several sizes of score entropy and autoregressive models with equal FLOPs and fit a "
-        "power law to each: report.md, report.json and report.png.",
-        "python -m sedd_scale.experiments.scaling --data books.jsonl.xz --output runs/scaling",
-    )
-    add = parser.add_argument
-    add(
-        "--data",
-        type=given_path,
-        required=True,
-        metavar="PATH",
-        help="text, or a dataset of 27 symbols",
-    )
-    add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
-    add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
-    add("--steps", type=int, default=800, metavar="K", help="of the largest size (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
-    add("--block-length", type=int, default=128, metavar="L", help="(%(default)s)")
-    add("--jobs", type=int, default=2, metavar="K", help="runs at a time (%(default)s)")
-    return parser
-
-
-def scaling_command(arguments: argparse.Namespace) -> None:
-    """Run what is missing, fit and report."""
-    from sedd_scale.experiments.comparison import run_experiment
-    from sedd_scale.experiments.experiment import (
-        DataSettings,
-        EvaluationSettings,
-        Experiment,
-        check_seeds,
-    )
-
-    check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
-    if len(set(arguments.widths)) < 3:
-        raise ConfigError(f"--widths {arguments.widths}: give at least three different ones")
-    for name in ("steps", "jobs", "block_length"):
-        if getattr(arguments, name) < 1:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {getattr(arguments, name)}: give at least 1")
-    variants = variants_of(arguments)
-    experiment = Experiment(
-        title="Scaling at equal compute",
-        variants=variants,
-        changes={name: [] for name in variants},
-        baseline=next(iter(variants)),
-        seeds=arguments.seeds,
-        data=DataSettings(block_length=arguments.block_length),
-        evaluation=EvaluationSettings(),
-        jobs=arguments.jobs,
-        threads=1,
-    )
-    results = run_experiment(experiment, arguments.data, arguments.output)
-    words = ["python", "-m", "sedd_scale.experiments.scaling", *sys.argv[1:]]
-    write_report(summarise(results), arguments.output, shlex.join(words))
-    print((arguments.output / "report.md").read_text(), end="")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), scaling_command))

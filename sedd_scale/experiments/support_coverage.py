@@ -1,6 +1,6 @@
 """Does a model learn the ratios of a source that is known, and nothing outside its support?
 
-    python -m sedd_scale.experiments.support_coverage --output runs/support_coverage
+    sedd-scale experiment coverage --output runs/support_coverage
 
 The source is a chain over a few tokens in which some tokens never follow some others. All its
 sequences are visited, so the ratios p_t(y) / p_t(x) of every noisy sequence x and of those one
@@ -12,22 +12,15 @@ compared with them, at times spread over the move probability:
                 stand there, beside 0 for the truth
 """
 
-import argparse
 import itertools
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.errors import ConfigError
 from sedd_scale.experiments.report_files import write_report_files
 
 # The last is uniform too, under the mean parametrisation.
-GRAPHS = ("absorb", "uniform", "uniform-mean")
-SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
 TOKENS, LENGTH = 4, 3
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # move probabilities at which scores are compared
 
@@ -216,37 +209,3 @@ def write_report(rows: list[dict[str, Any]], output: Path, *, steps: int, comman
         picture="log errors",
         size=(7.0, 0.5 * len(rows) + 1.2),
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = make_parser(
-        "Train a small model under each graph and schedule on a source whose ratios are known, and "
-        "compare its scores with them: report.md, report.json and report.png.",
-        "python -m sedd_scale.experiments.support_coverage --output runs/support_coverage",
-    )
-    add = parser.add_argument
-    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=int, default=2000, metavar="K", help="of training (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
-    add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
-    add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
-    return parser
-
-
-def coverage_command(arguments: argparse.Namespace) -> None:
-    """Train, compare and report."""
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
-    rows = []
-    for choice in itertools.product(arguments.graphs, arguments.schedules, arguments.seeds):
-        graph, schedule, seed = choice
-        rows.append(measure(graph, schedule, steps=arguments.steps, seed=seed))
-        print(f"{graph}, {schedule}, seed {seed}: {rows[-1]}", file=sys.stderr, flush=True)
-    words = ["python", "-m", "sedd_scale.experiments.support_coverage", *sys.argv[1:]]
-    write_report(rows, arguments.output, steps=arguments.steps, command=shlex.join(words))
-    print((arguments.output / "report.md").read_text(), end="")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), coverage_command))

@@ -1,6 +1,6 @@
 """The place of a process started by `srun`, in the variables that torch's launcher would set.
 
-`srun python tools/train.py ...` starts one process a task and says where each stands in SLURM_*
+`srun sedd-scale train ...` starts one process a task and says where each stands in SLURM_*
 variables only. Every command calls `adopt_slurm_task` first, so that the rest of the package knows
 one set of names: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """

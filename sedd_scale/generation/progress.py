@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, TextIO
 
-from sedd_scale.tracking.console import format_duration
+from sedd_scale.quantities import format_duration
 
 TERMINAL_SECONDS = 0.5
 PLAIN_SECONDS = 30.0

@@ -30,7 +30,7 @@ def read_samples(path: Path) -> Iterator[Record]:
         DataError: the file is missing or empty, or a line holds no sample; it is named.
     """
     if not path.is_file():
-        raise DataError(f"there is no samples file {path}: give what tools/generate.py wrote")
+        raise DataError(f"there is no samples file {path}: give what sedd-scale generate wrote")
     number = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -41,7 +41,7 @@ def read_samples(path: Path) -> Iterator[Record]:
                 raise DataError(f"{where} is not JSON ({error}): generate it again") from error
             tokens = record.get("tokens") if isinstance(record, dict) else None
             if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-                raise DataError(f"{where} holds no tokens: give what tools/generate.py wrote")
+                raise DataError(f"{where} holds no tokens: give what sedd-scale generate wrote")
             yield record
     if not number:
         raise DataError(f"samples file {path} is empty: it holds no samples to report on")

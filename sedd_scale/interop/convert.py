@@ -53,7 +53,7 @@ def convert(
         extra_parameters: of sedd-train, parameters without state that the optimizer lists after
             the network's; None: as many as the source's had, else 0.
         assumptions: what a source of format sedd-train or mdlm does not say.
-        results: of sedd-hf, reports of tools/eval_ppl.py for the model card, each of the weights
+        results: of sedd-hf, reports of sedd-scale eval_ppl for the model card, each of the weights
             that are exported.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Everything in it comes from the checkpoint and from files of its run: config.yaml's resolved keys,
 the last validation of metrics.jsonl at or before the checkpoint's step, and reports of
-tools/eval_ppl.py that name the checkpoint's fingerprint.
+sedd-scale eval_ppl that name the checkpoint's fingerprint.
 """
 
 import json
@@ -58,7 +58,7 @@ def last_validation(run_dir: Path, step: int) -> Measured | None:
 
 
 def read_report(path: Path, *, fingerprint: str, weights: str) -> Measured:
-    """What tools/eval_ppl.py printed, of which the last line is its JSON.
+    """What sedd-scale eval_ppl printed, of which the last line is its JSON.
 
     Args:
         fingerprint: of the checkpoint that is exported.
@@ -75,8 +75,8 @@ def read_report(path: Path, *, fingerprint: str, weights: str) -> Measured:
         report = None
     if not isinstance(report, dict) or any(key not in report for key in _NEEDED):
         raise CheckpointError(
-            f"--results {path} is no report: give what tools/eval_ppl.py printed, whose last line "
-            "is JSON"
+            f"--results {path} is no report: give what `sedd-scale eval_ppl` printed, whose last "
+            "line is JSON"
         )
     if report.get("checkpoint_fingerprint") != fingerprint or report.get("weights") != weights:
         raise CheckpointError(

@@ -58,8 +58,7 @@ def read_run(run_dir: Path, *, name: str | None = None) -> RunMetrics:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise DataError(
-            f"{run_dir} holds no {METRICS_FILE}: give a directory that tools/train.py was given as "
-            "--run-dir"
+            f"{run_dir} holds no {METRICS_FILE}: give a --run-dir of `sedd-scale train`"
         )
     try:
         text = path.read_text(encoding="utf-8")

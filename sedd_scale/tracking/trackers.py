@@ -23,6 +23,7 @@ from typing import Any
 
 from sedd_scale.config import LoggingConfig
 from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.package import environment_for
 
 QUEUED_RECORDS = 1000
 """Records that wait for a tracker at most."""
@@ -32,7 +33,6 @@ CLOSING_SECONDS = 30.0
 WANDB = "sedd_scale.tracking.wandb_tracker:WandbTracker"
 TENSORBOARD = "sedd_scale.tracking.tensorboard_tracker:TensorBoardTracker"
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _EVERYTHING_ELSE = "metrics.jsonl has everything"
 
 
@@ -111,14 +111,13 @@ class TrackerProcess:
         # Off: it takes nothing more. Ending: it is being ended from here.
         self._off, self._ending = threading.Event(), threading.Event()
         self._queue: queue.Queue[str | None] = queue.Queue(queued)
-        path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sedd_scale.tracking.tracker_process", factory],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # out of reach of a terminal's Ctrl-C
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment_for(os.environ),
         )
         self._queue.put_nowait(json.dumps(arguments) + "\n")
         self._answers = threading.Thread(target=self._listen, daemon=True)

@@ -5,9 +5,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.files.package import PACKAGE, own_files
+
 SECONDS_TO_ANSWER = 60.0
 """For the service, at the start of a run."""
-CODE_FOLDERS = ("sedd_scale", "tools", "configs", "slurm")
 CODE_SUFFIXES = (".py", ".yaml", ".sh")
 CODE_ARCHIVE = "code.tar.gz"
 
@@ -88,11 +89,8 @@ class WandbTracker:
     def _save_code(self) -> None:
         """Keep the program as one file of the run, which needs no more of the service."""
         archive = Path(self._run.dir) / CODE_ARCHIVE
-        root = Path(__file__).resolve().parents[2]
         with tarfile.open(archive, "w:gz") as code:
-            for folder in CODE_FOLDERS:
-                for path in sorted((root / folder).rglob("*")):
-                    if path.suffix in CODE_SUFFIXES:
-                        with contextlib.suppress(FileNotFoundError):  # it went away meanwhile
-                            code.add(path, str(path.relative_to(root)))
+            for path in own_files(*CODE_SUFFIXES):
+                with contextlib.suppress(FileNotFoundError):  # it went away meanwhile
+                    code.add(path, str(path.relative_to(PACKAGE.parent)))
         self._run.save(str(archive), base_path=self._run.dir, policy="now")

@@ -1,6 +1,6 @@
 """The training loop: batch, corrupt, step, guard, log, validate, save.
 
-    torchrun --nproc-per-node 2 tools/train.py configs/runs/tiny.yaml --run-dir runs/first \\
+    torchrun --nproc-per-node 2 -m sedd_scale train configs/runs/tiny.yaml --run-dir runs/first \\
         data.path=data/books parallel.tensor=2
 """
 

@@ -1,4 +1,4 @@
-"""A recorded bad step once more, looked at closely: `tools/train.py --replay STEP`.
+"""A recorded bad step once more, looked at closely: `sedd-scale train --replay STEP`.
 
 Batches and noise are functions of the seed and the step, so the newest good checkpoint before the
 step is enough: the steps between are made again in memory, each update made or left out as it was

@@ -84,7 +84,16 @@ def test_communication_sends_no_more_than_it_must() -> None:
     chosen = [word for name in layouts for word in ("--layout", name)]
     finished = subprocess.run(
         [
-            *(sys.executable, "tools/benchmark.py", "communication", *chosen, *SMALL, "--json"),
+            *(
+                sys.executable,
+                "-m",
+                "sedd_scale",
+                "benchmark",
+                "communication",
+                *chosen,
+                *SMALL,
+                "--json",
+            ),
             "model.num_layers=2",
         ],
         cwd=ROOT,

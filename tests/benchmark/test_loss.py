@@ -47,7 +47,17 @@ def test_the_textbook_side_is_the_same_loss(name: str, scaled: bool) -> None:
 def test_the_command_reports_one_json_object_last(options: tuple[str, ...]) -> None:
     small = ("--block-length=32", "--vocab-size=1000", "--width=64", "--repeats=1", "--threads=1")
     done = subprocess.run(
-        [sys.executable, "tools/benchmark.py", "loss", "--baseline", "--json", *small, *options],
+        [
+            sys.executable,
+            "-m",
+            "sedd_scale",
+            "benchmark",
+            "loss",
+            "--baseline",
+            "--json",
+            *small,
+            *options,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from sedd_scale.__main__ import main
 from sedd_scale.cluster.job_size import TIME_EXTRA, JobSize, job_size
 from sedd_scale.cluster.submission import next_folder, render, snapshot, submitted_jobs
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.package import PACKAGE
 from sedd_scale.planning.layouts import Plan, plan
 from tests.repository import ROOT
-from tools import submit
 
 XL = ROOT / "configs/runs/openwebtext_xl.yaml"
 HOUR = 3600.0
@@ -103,8 +104,8 @@ def test_a_submission_keeps_code_and_configuration(tmp_path: Path) -> None:
     first = next_folder(run_dir)
     snapshot(first, config)
     assert load_config(first / "config.yaml") == config
-    for name in ("tools/train.py", "slurm/launch.sh", "sedd_scale/cluster/health.py"):
-        assert (first / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    for name in ("commands/train.py", "slurm/launch.sh", "configs/runs/tiny.yaml"):
+        assert (first / "code/sedd_scale" / name).read_bytes() == (PACKAGE / name).read_bytes()
     assert not list((first / "code").rglob("__pycache__"))
     assert next_folder(run_dir) == run_dir / "submissions/2"
     for number in (10, 9):
@@ -131,7 +132,7 @@ def test_submit_refuses_by_name(
     overrides = (
         ["parallel.recompute_every=0", "training.micro_batch=64"] if fault == "a rank needs" else []
     )
-    assert submit.main([*common, *words, *overrides]) == 2
+    assert main(["submit", *common, *words, *overrides]) == 2
     error = capsys.readouterr().err
     assert fault in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -140,8 +141,8 @@ def test_submit_refuses_by_name(
 def test_status_of_what_was_never_submitted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.main(["status", str(tmp_path / "gone")]) == 2
-    assert submit.main(["status", str(tmp_path)]) == 2
+    assert main(["submit", "status", str(tmp_path / "gone")]) == 2
+    assert main(["submit", "status", str(tmp_path)]) == 2
     gone, never = capsys.readouterr().err.splitlines()
     assert "no run directory" in gone and "never submitted" in never
 

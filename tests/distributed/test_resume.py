@@ -83,7 +83,9 @@ def test_a_finished_run_started_again_says_so_and_keeps_its_checkpoint(
     output = launch(
         1,
         [
-            "tools/train.py",
+            "-m",
+            "sedd_scale",
+            "train",
             "configs/runs/tiny.yaml",
             *("--run-dir", str(run.run_dir)),
             *run.overrides,

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.alphabets import Text8Tokenizer
 from tests.data.corpus import make_texts, write_jsonl
 from tests.interop.tiny_checkpoints import write_checkpoint
-from tools.eval_ppl import build_parser, eval_command
 
 KEYS = {
     "nats_per_token",
@@ -57,7 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(work: Path, *arguments: object, checkpoint: str = "run") -> int:
     chosen = ["--checkpoint", str(work / checkpoint), *map(str, arguments)]
-    return run_command(build_parser(), eval_command, chosen)
+    return main(["eval_ppl", *chosen])
 
 
 def test_table_and_json(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from sedd_scale.commands.eval_ppl import build_parser, evaluate
 from tests.data.corpus import make_texts, write_jsonl
 from tests.distributed.runs import launch
 from tests.interop.tiny_checkpoints import write_checkpoint
 from tests.repository import ROOT
-from tools.eval_ppl import build_parser, evaluate
 
 WORKER = ROOT / "tests/evaluation/eval_worker.py"
 FEW = ("--max-blocks", "7", "--batch-size", "6")
@@ -79,7 +79,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(work: Path) -> None:
     name, kept = "low-variance", work / "kept"
     many = ("--max-blocks", "60", "--draws", "8", "--seed", "5")
     expected = report(*words(work, name, *many))
-    command = [sys.executable, "tools/eval_ppl.py", *words(work, name, *many)]
+    command = [sys.executable, "-m", "sedd_scale", "eval_ppl", *words(work, name, *many)]
     child = subprocess.Popen(
         [*command, "--resume", str(kept)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""tools/compare.py from text to report, on runs of seconds; what cannot be compared is refused."""
+"""Comparisons from text to report, on runs of seconds; what cannot be compared is refused."""
 
 import copy
 import json
@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import yaml
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import comparison
 from sedd_scale.experiments.experiment import load_experiment
 from sedd_scale.experiments.report import summarise, to_markdown
 from sedd_scale.files.folder_lock import lock_folder
 from tests.repository import ROOT
-from tools.compare import build_parser, compare_command
 
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 
@@ -67,22 +66,18 @@ def words_of_five(folder: Path) -> Path:
     return path
 
 
-def compare(config: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
-    given = [str(config), *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", ["tools/compare.py", *given])
-    return run_command(build_parser(), compare_command, given)
+def compare(config: Path, *arguments: object) -> int:
+    return main(["compare", str(config), *map(str, arguments)])
 
 
-def test_from_text_to_report_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_text_to_report_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = words_of_five(tmp_path)
     output, config = tmp_path / "out", written(tmp_path)
     none = (config, "--data", tmp_path / "none*.jsonl", "--output", output)
-    assert compare(*none, monkeypatch=monkeypatch) == 2
+    assert compare(*none) == 2
     assert "none*.jsonl matches no file" in capsys.readouterr().err
     arguments = (config, "--data", tmp_path / "text*.jsonl", "--output", output)
-    assert compare(*arguments, monkeypatch=monkeypatch) == 0
+    assert compare(*arguments) == 0
     captured = capsys.readouterr()
     assert captured.err.count("training") == 2
     report = json.loads((output / "report.json").read_text())
@@ -104,11 +99,11 @@ def test_from_text_to_report_and_again(
     ]
     assert metrics[0] == metrics[1] > 0
 
-    assert compare(*arguments, monkeypatch=monkeypatch) == 0  # nothing is left to do
+    assert compare(*arguments) == 0  # nothing is left to do
     assert "training" not in capsys.readouterr().err
     assert json.loads((output / "report.json").read_text()) == report
     ready = ("--data", output / "data", "--output", output)
-    assert compare(config, *ready, monkeypatch=monkeypatch) == 0  # by another path
+    assert compare(config, *ready) == 0  # by another path
     assert "training" not in capsys.readouterr().err
     texts.write_text(texts.read_text() * 2)
     for data, changes, message in (
@@ -119,7 +114,7 @@ def test_from_text_to_report_and_again(
         (output / "data", {"data": {"tokenizer": "bytes", "block_length": 16}}, "tokenizer text8"),
     ):
         given = (written(tmp_path, **changes), "--data", data, "--output", output)
-        assert compare(*given, monkeypatch=monkeypatch) == 2
+        assert compare(*given) == 2
         assert message in capsys.readouterr().err
 
 
@@ -128,9 +123,9 @@ def test_the_last_complaint_of_a_failed_run_is_named(
 ) -> None:
     program = "import sys; print('step 3', flush=True); sys.exit('train.py: error: loss nan')"
     (tmp_path / "train.py").write_text(program)
-    monkeypatch.setattr(comparison, "TOOLS", tmp_path)
+    monkeypatch.setattr(comparison, "command", lambda name: [sys.executable, tmp_path / "train.py"])
     arguments = (written(tmp_path), "--data", words_of_five(tmp_path), "--output", tmp_path / "out")
-    assert compare(*arguments, monkeypatch=monkeypatch) == 2
+    assert compare(*arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended with code 1: train.py: error: loss nan (see" in error
     log = tmp_path / "out/runs/autoregressive-0/train.log"
@@ -142,7 +137,7 @@ def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(tmp_path: Path) -
     run["training"] |= {"steps": STEPS, "valid_every": 0}  # type: ignore[index]
     variants = {"autoregressive": {"training.objective": "autoregressive"}}
     config, output = written(tmp_path, run=run, variants=variants), tmp_path / "out"
-    command = [sys.executable, ROOT / "tools/compare.py", config]
+    command = [sys.executable, "-m", "sedd_scale", "compare", config]
     command += ["--data", words_of_five(tmp_path), "--output", output]
     process = subprocess.Popen(command, start_new_session=True)
     metrics = output / "runs/autoregressive-0/run/metrics.jsonl"

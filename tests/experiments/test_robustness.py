@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedd_scale.cli import run_command
-from sedd_scale.experiments.robustness import build_parser, damaged, robustness_command
+from sedd_scale.__main__ import main
+from sedd_scale.experiments.robustness import damaged
 from sedd_scale.experiments.support_coverage import chain_law, drawn
 
 
@@ -32,11 +32,11 @@ def test_damage_has_its_rate() -> None:
 
 def test_one_command_reports_the_errors(tmp_path: Path) -> None:
     arguments = ["--output", str(tmp_path), "--steps", "2", "--graphs", "absorb"]
-    assert run_command(build_parser(), robustness_command, [*arguments, "--rates", "0", "0.5"]) == 0
+    assert main(["experiment", "robustness", *arguments, "--rates", "0", "0.5"]) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [(row["damage"], row["rate"]) for row in rows] == [
         ("noise", 0.0), ("noise", 0.5), ("missing", 0.0), ("missing", 0.5),
     ]  # fmt: skip
     assert rows[0]["log_error"] != rows[1]["log_error"]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert run_command(build_parser(), robustness_command, [*arguments, "--rates", "1.5"]) == 2
+    assert main(["experiment", "robustness", *arguments, "--rates", "1.5"]) == 2

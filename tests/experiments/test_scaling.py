@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
+from sedd_scale.commands.experiment import build_scaling_parser
 from sedd_scale.experiments.scaling import (
     OBJECTIVES,
-    build_parser,
     fit_power_law,
     flops_per_token,
-    scaling_command,
     summarise,
     variants_of,
     write_report,
@@ -36,7 +35,7 @@ def test_the_fit_finds_a_law_and_its_error_is_its_scatter() -> None:
 
 
 def test_all_sizes_have_the_same_compute() -> None:
-    arguments = build_parser().parse_args(["--data", "d", "--output", "o"])
+    arguments = build_scaling_parser().parse_args(["--data", "d", "--output", "o"])
     spent = {}
     for name, config in variants_of(arguments).items():
         config.validate(1)
@@ -66,4 +65,4 @@ def test_the_report_has_a_law_for_each_objective(tmp_path: Path) -> None:
     assert laws["autoregressive"]["stderr"] > 0
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     few = ["--data", "d", "--output", str(tmp_path), "--widths", "64", "96"]
-    assert run_command(build_parser(), scaling_command, few) == 2
+    assert main(["experiment", "scaling", *few]) == 2

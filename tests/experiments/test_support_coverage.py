@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.experiments import GRAPHS
 from sedd_scale.experiments.support_coverage import (
-    GRAPHS,
     LENGTH,
     TOKENS,
-    build_parser,
-    coverage_command,
     exact_ratios,
     source,
 )
@@ -53,7 +51,7 @@ def test_training_comes_nearer_to_the_ratios_and_one_report_says_so(
     for steps in (1, 40):
         arguments = ["--output", str(tmp_path / str(steps)), "--steps", str(steps)]
         arguments += ["--schedules", "loglinear"]
-        assert run_command(build_parser(), coverage_command, arguments) == 0
+        assert main(["experiment", "coverage", *arguments]) == 0
         report = json.loads((tmp_path / str(steps) / "report.json").read_text())
         errors.append({row["graph"]: row for row in report["rows"]})
     for graph in GRAPHS:

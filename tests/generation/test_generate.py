@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.generation.quality import token_entropy
 from tests.interop.tiny_checkpoints import write_checkpoint
 from tests.repository import ROOT
-from tools.generate import build_parser, generate_command
-from tools.samples import build_parser as samples_parser
-from tools.samples import samples_command
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkpoint: Path, output: Path, *arguments: object) -> int:
     chosen = ["--checkpoint", str(checkpoint), "--output", str(output), "--steps", "5"]
-    return run_command(build_parser(), generate_command, [*chosen, *map(str, arguments)])
+    return main(["generate", *chosen, *map(str, arguments)])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -80,7 +77,7 @@ def test_prompts_are_kept_and_answered_in_order(checkpoint: Path, tmp_path: Path
 def test_a_killed_command_goes_on_without_a_gap(checkpoint: Path, tmp_path: Path) -> None:
     asked = ("--num-samples", 60, "--seed", 3, "--batch-size", 2, "--steps", 40)
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    words = ["tools/generate.py", "--checkpoint", checkpoint, "--output", killed, *asked]
+    words = ["-m", "sedd_scale", "generate", "--checkpoint", checkpoint, "--output", killed, *asked]
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -171,8 +168,8 @@ def test_traces_replay_to_their_samples_and_are_shown(
     assert page.read_text().startswith("<!DOCTYPE html>")
     capsys.readouterr()
     show = [str(output), "--show-trace", "--id", "1"]
-    assert run_command(samples_parser(), samples_command, show) == 0
+    assert main(["samples", *show]) == 0
     assert "--- sample 1: start, time 1" in capsys.readouterr().out
     show[-1] = "9"
-    assert run_command(samples_parser(), samples_command, show) == 2
+    assert main(["samples", *show]) == 2
     assert "no sample with the id 9" in capsys.readouterr().err

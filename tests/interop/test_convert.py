@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sedd_scale import load_pretrained
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert, write_native
@@ -21,13 +21,12 @@ from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.tiny_checkpoints import write_checkpoint
-from tools.convert_ckpt import build_parser, convert_command
 
 CASES = ("absorb-loglinear", "uniform-geometric")
 
 
 def run(*arguments: object) -> int:
-    return run_command(build_parser(), convert_command, [str(argument) for argument in arguments])
+    return main(["convert_ckpt", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("case", CASES)

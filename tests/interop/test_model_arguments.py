@@ -62,7 +62,7 @@ def test_precision_is_that_of_the_weights(tmp_path: Path) -> None:
 def test_commands_parse_without_torch() -> None:
     names = ("generate", "eval_ppl", "convert_ckpt")
     script = "import sys\n" + "".join(
-        f"import tools.{name}\ntools.{name}.build_parser()\n" for name in names
+        f"from sedd_scale.commands.{name} import build_parser\nbuild_parser()\n" for name in names
     )
     done = subprocess.run(
         [sys.executable, "-c", script + "print('torch' in sys.modules)"],

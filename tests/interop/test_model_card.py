@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.native import write_native_run
@@ -18,7 +18,6 @@ from sedd_scale.interop.published_files import published_shapes
 from sedd_scale.interop.source import Described
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.test_convert import Shifted
-from tools.convert_ckpt import build_parser, convert_command
 
 VALIDATIONS = [(5, 3.25, 0.5), (10, 2.5, 0.125), (15, 1.0, 0.25)]
 
@@ -33,7 +32,7 @@ class Trained(Shifted):
 
 
 def run(*arguments: object) -> int:
-    return run_command(build_parser(), convert_command, [str(argument) for argument in arguments])
+    return main(["convert_ckpt", *map(str, arguments)])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ SMALL = "configs/runs/openwebtext_small.yaml"
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "tools/plan.py", *arguments],
+        [sys.executable, "-m", "sedd_scale", "plan", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -51,9 +51,8 @@ def test_without_gpus_the_fewest_that_hold_the_layout_are_taken() -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     program = (
-        "import runpy, sys; sys.argv = ['plan.py', *sys.argv[1:]]\n"
-        "try:\n    runpy.run_path('tools/plan.py', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "import sys; from sedd_scale.__main__ import main\n"
+        "assert main(['plan', *sys.argv[1:]]) == 0\n"
         "assert 'torch' not in sys.modules"
     )
     finished = subprocess.run(

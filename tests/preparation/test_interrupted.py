@@ -75,7 +75,16 @@ def test_finished_shards_are_not_made_again(source: Path, tmp_path: Path) -> Non
 def test_killed_with_its_processes(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "texts.jsonl", make_texts(300) * 100)
     command = [
-        *(sys.executable, "tools/prepare_data.py", "--input", str(source), "--tokenizer", "text8"),
+        *(
+            sys.executable,
+            "-m",
+            "sedd_scale",
+            "prepare_data",
+            "--input",
+            str(source),
+            "--tokenizer",
+            "text8",
+        ),
         *("--block-length", "256", "--blocks-per-shard", "100", "--processes", "2", "--output"),
     ]
     out = tmp_path / "out"

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.data.shards import Dataset
 from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import serving
 from tests.repository import ROOT
-from tools.prepare_data import build_parser, main, prepare_command
 
 
 @pytest.fixture
@@ -23,12 +22,12 @@ def source(tmp_path: Path) -> Path:
 def run(source: Path | str, output: Path, *arguments: str) -> int:
     chosen = ["--input", str(source), "--output", str(output)]
     defaults = ["--tokenizer", "bytes", "--block-length", "64"]
-    return run_command(build_parser(), prepare_command, [*chosen, *defaults, *arguments])
+    return main(["prepare_data", *chosen, *defaults, *arguments])
 
 
 def test_as_a_process(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep/out"
-    start = [sys.executable, "tools/prepare_data.py", "--input", str(source), "--output"]
+    start = [sys.executable, "-m", "sedd_scale", "prepare_data", "--input", str(source), "--output"]
     done = subprocess.run(
         [*start, str(output), "--tokenizer", "bytes", "--block-length", "64"],
         cwd=ROOT,
@@ -55,7 +54,7 @@ def test_as_a_process(source: Path, tmp_path: Path) -> None:
 def test_help_is_quick() -> None:
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "tools/prepare_data.py", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "sedd_scale", "prepare_data", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -164,7 +163,10 @@ def test_inspect_shows_and_verifies(
     assert run(source, output, "--dedupe", "--blocks-per-shard", "40") == 0
     prepared = capsys.readouterr().out
     assert "0 duplicate documents dropped" in prepared
-    assert main(["inspect", str(output), "--num-blocks", "2", "--characters", "30"]) == 0
+    assert (
+        main(["prepare_data", "inspect", str(output), "--num-blocks", "2", "--characters", "30"])
+        == 0
+    )
     shown = capsys.readouterr().out
     for line in prepared.splitlines()[:-2]:
         assert line in shown
@@ -173,11 +175,14 @@ def test_inspect_shows_and_verifies(
     assert text in shown or "Document" in shown
     assert shown.rstrip().endswith("every SHA-256 is right")
     with serving(output) as server:
-        assert main(["inspect", server.url, "--cache-dir", str(tmp_path / "cache")]) == 0
+        assert (
+            main(["prepare_data", "inspect", server.url, "--cache-dir", str(tmp_path / "cache")])
+            == 0
+        )
     assert "every SHA-256 is right" in capsys.readouterr().out
     shard = output / "train-000001.tar"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert main(["inspect", str(output)]) == 2
+    assert main(["prepare_data", "inspect", str(output)]) == 2
     assert "train-000001.tar is damaged (its SHA-256" in capsys.readouterr().err

@@ -57,7 +57,14 @@ class Proof:
         self.reference = folder / "reference"
         started = time.monotonic()
         desk.local(
-            *("tools/train.py", "configs/runs/tiny.yaml", "--run-dir", str(self.reference)),
+            *(
+                "-m",
+                "sedd_scale",
+                "train",
+                "configs/runs/tiny.yaml",
+                "--run-dir",
+                str(self.reference),
+            ),
             *self.overrides(),
             num_processes=4,
         )
@@ -150,7 +157,7 @@ def data(proof: Proof) -> str:
     keys = (f"data.path={proof.data}", *TINY, "parallel.zero_stage=2", "training.steps=40")
     here = proof.folder / "data-reference"
     proof.desk.local(
-        *("tools/train.py", "configs/runs/tiny.yaml", "--run-dir", str(here), *keys),
+        *("-m", "sedd_scale", "train", "configs/runs/tiny.yaml", "--run-dir", str(here), *keys),
         num_processes=2,
     )
     run_dir = proof.folder / "data"
@@ -269,12 +276,20 @@ def node(proof: Proof) -> str:
 
 @case
 def submit(proof: Proof) -> str:
-    """tools/submit.py: plan, snapshot, job, status while it runs and after."""
+    """sedd-scale submit: plan, snapshot, job, status while it runs and after."""
     run_dir = proof.folder / "submitted"
     environment = proof.desk.cluster.environment
     os.environ["SLURM_CONF"] = environment["SLURM_CONF"]
     words = [
-        *("tools/submit.py", "configs/runs/tiny.yaml", "--run-dir", str(run_dir), "--cpu"),
+        *(
+            "-m",
+            "sedd_scale",
+            "submit",
+            "configs/runs/tiny.yaml",
+            "--run-dir",
+            str(run_dir),
+            "--cpu",
+        ),
         *("--gpus=4", "--gpus-per-node=2", "--cpus-per-task=1", *proof.overrides()),
     ]
     said = proof.desk.local(*words)
@@ -282,10 +297,10 @@ def submit(proof: Proof) -> str:
     assert number is not None, said
     job = Job(proof.desk.cluster, number[1], run_dir / f"slurm/{number[1]}.log")
     wait_for_step(job, run_dir, EVERY)
-    running = proof.desk.local("tools/submit.py", "status", str(run_dir))
+    running = proof.desk.local("-m", "sedd_scale", "submit", "status", str(run_dir))
     assert f"{number[1]}, RUNNING" in running and "work left" in running, running
     proof.finish(run_dir, job)
-    after = proof.desk.local("tools/submit.py", "status", str(run_dir))
+    after = proof.desk.local("-m", "sedd_scale", "submit", "status", str(run_dir))
     assert f"{number[1]}, COMPLETED" in after, after
     print("\n".join(f"    {line}" for line in running.splitlines()))
     return said.strip()

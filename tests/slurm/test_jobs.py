@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sedd_scale import load_pretrained
+from sedd_scale.__main__ import main
 from sedd_scale.cluster.run_status import format_status, run_status
 from tests.slurm.jobs import (
     PREPARE,
@@ -26,7 +27,6 @@ from tests.slurm.jobs import (
     losses,
     small_corpus,
 )
-from tools import submit
 
 STEPS, STOP_AFTER = 12, 4
 AFTER = "--kill-on-invalid-dep=yes --dependency=afterok:"
@@ -123,14 +123,21 @@ def chain(desk: Desk) -> Chain:
     jobs["train"].wait_for_text(f"step {STOP_AFTER}/{STEPS}")
     jobs["train"].signal("USR1")
     desk.local(
-        *("tools/train.py", "configs/runs/tiny.yaml", "--run-dir", str(folder / "one machine")),
+        *(
+            "-m",
+            "sedd_scale",
+            "train",
+            "configs/runs/tiny.yaml",
+            "--run-dir",
+            str(folder / "one machine"),
+        ),
         *(*TRAIN, f"data.path={data}"),
         num_processes=4,
     )
     jobs["train"].wait()
     one_process = [
-        ["tools.generate", "generate", "--checkpoint", str(run_dir), "--prompts", str(prompts)],
-        ["tools.eval_ppl", "eval", "--checkpoint", str(run_dir), "--data", str(data), "--json"],
+        ["generate", "--checkpoint", str(run_dir), "--prompts", str(prompts)],
+        ["eval_ppl", "--checkpoint", str(run_dir), "--data", str(data), "--json"],
     ]
     one_process[0] += [*GENERATE, "--output", str(folder / "one.jsonl")]
     one_process[1] += EVAL
@@ -146,11 +153,10 @@ def chain(desk: Desk) -> Chain:
 
 # The imports of two commands, once.
 ONE_PROCESS = """
-import importlib, json, sys
-from sedd_scale.cli import run_command
-for module, name, *words in json.loads(sys.argv[1]):
-    tool = importlib.import_module(module)
-    code = run_command(tool.build_parser(), getattr(tool, f"{name}_command"), words)
+import json, sys
+from sedd_scale.__main__ import main
+for words in json.loads(sys.argv[1]):
+    code = main(words)
     assert code == 0, code
 """
 
@@ -255,7 +261,7 @@ def test_slurm_accepts_a_rendered_job_file(
 ) -> None:
     words = ["configs/runs/openwebtext_xl.yaml", "--run-dir", str(tmp_path / "xl"), "--dry-run"]
     words += ["--vocab-size=50257", "--gpus=32", "--cpu", "--gpus-per-node=8"]
-    assert submit.main(words) == 0
+    assert main(["submit", *words]) == 0
     job_file = tmp_path / "job.sbatch"
     job_file.write_text(capsys.readouterr().out)
     assert not (tmp_path / "xl").exists()

@@ -19,10 +19,9 @@ from pathlib import Path
 import pyte
 import pytest
 
+from sedd_scale.quantities import format_count, format_duration
 from sedd_scale.tracking.console import (
     LineConsole,
-    format_count,
-    format_duration,
     format_step_time,
     format_training_line,
     is_watched,

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.config import Config
 from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import DataError
 from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tracking.plots import plot_runs, read_run, smooth
 from tests.data.corpus import make_texts, write_jsonl
-from tools.plot_run import build_parser, plot_command
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -46,7 +45,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def plot(*arguments: str | Path) -> int:
-    return run_command(build_parser(), plot_command, [str(argument) for argument in arguments])
+    return main(["plot_run", *map(str, arguments)])
 
 
 def test_a_run_is_read_as_it_was_written(run_dir: Path):

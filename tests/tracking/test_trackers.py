@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
 from sedd_scale.config import Config, LoggingConfig
 from sedd_scale.tracking.trackers import TrackerProcess, open_trackers
 from tests.repository import ROOT
-from tools.samples import build_parser, samples_command
 
 GOOD, BAD = "tests.tracking.bad_trackers:Good", "tests.tracking.bad_trackers:Bad"
 
@@ -124,7 +123,11 @@ def test_wandb_offline_holds_numbers_samples_config_and_code(
     for part in (b"tokens_per_second", b"1234567", b"samples"):
         assert part in content, part
     with tarfile.open(folder / "files" / "code.tar.gz") as code:
-        assert {"sedd_scale/diffusion/score_entropy.py", "tools/train.py"} <= {*code.getnames()}
+        assert {
+            "sedd_scale/diffusion/score_entropy.py",
+            "sedd_scale/commands/train.py",
+            "sedd_scale/configs/runs/tiny.yaml",
+        } <= {*code.getnames()}
 
 
 def test_samples_are_sent_to_no_run_without_trackers(
@@ -136,9 +139,9 @@ def test_samples_are_sent_to_no_run_without_trackers(
     (step / "meta.json").write_text('{"format": "sedd_scale", "step": 3}')
     (tmp_path / "samples.jsonl").write_text('{"id": "0", "tokens": [1], "text": "a"}\n')
     words = [str(tmp_path / "samples.jsonl"), "--track", str(tmp_path)]
-    assert run_command(build_parser(), samples_command, words) == 2
+    assert main(["samples", *words]) == 2
     assert "error: " in capsys.readouterr().err
-    assert run_command(build_parser(), samples_command, [*words, "--show-trace"]) == 2
+    assert main(["samples", *words, "--show-trace"]) == 2
     assert "--track goes with the report" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Real processes of tools/train.py, without a launcher, to be signalled while they train."""
+"""Real processes of sedd-scale train, without a launcher, to be signalled while they train."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.repository import ROOT
 
-TRAIN = ("tools/train.py", "configs/runs/tiny.yaml")
+TRAIN = ("-m", "sedd_scale", "train", "configs/runs/tiny.yaml")
 STEPS, EVERY = 120, 20
 SMALL = (
     f"training.steps={STEPS}",
@@ -40,7 +40,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Torchrun:
-    """A run of tools/train.py on one node under torchrun; use it in a `with`, as `LiveRun`."""
+    """A run of sedd-scale train on one node under torchrun; use it in a `with`, as `LiveRun`."""
 
     def __init__(
         self,
@@ -104,13 +104,13 @@ class Torchrun:
 
 def _is_rank(process: str) -> bool:
     try:
-        return TRAIN[0] in Path(f"/proc/{process}/cmdline").read_text()
+        return TRAIN[-1] in Path(f"/proc/{process}/cmdline").read_text()
     except OSError:  # it has just ended
         return False
 
 
 class LiveRun:
-    """The ranks of one run of tools/train.py, started; use it in a `with`, which ends what is left.
+    """The ranks of one training run, started; use it in a `with`, which ends what is left.
 
     Args:
         logs: gets rank-N.out and rank-N.err.

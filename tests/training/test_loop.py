@@ -141,7 +141,15 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
 def test_the_command_reports_a_user_error_in_one_line(tmp_path: Path) -> None:
     finished = subprocess.run(
         [
-            *(sys.executable, "tools/train.py", str(TINY), "--run-dir", str(tmp_path / "run")),
+            *(
+                sys.executable,
+                "-m",
+                "sedd_scale",
+                "train",
+                str(TINY),
+                "--run-dir",
+                str(tmp_path / "run"),
+            ),
             "training.stepz=3",
         ],
         cwd=ROOT,

@@ -1,6 +1,7 @@
 """Every command: --help with an example and exit codes, --version, quick, one meaning a flag."""
 
 import argparse
+import importlib
 import resource
 import subprocess
 import sys
@@ -9,13 +10,11 @@ from collections import defaultdict
 import pytest
 
 from sedd_scale import __version__
-from sedd_scale.__main__ import build_parser
-from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.completion import all_parsers
+from sedd_scale.__main__ import main
+from sedd_scale.cli import Command, given_path, make_parser, run_command
+from sedd_scale.commands import COMMANDS
 from tests.repository import ROOT
 
-TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
-COMMANDS = [[f"tools/{name}"] for name in TOOLS] + [["-m", "sedd_scale"]]
 HEAVY = ("torch", "deepspeed", "megatron", "matplotlib", "wandb", "transformers", "rich")
 # Shown in place of a value; a flag has one of these in every command, or several that say the same.
 SAME = [{"FILE", "FILE.jsonl", "FILE.png", "FILE.html", "FILE.json", "DIR", "PATH"}]
@@ -27,10 +26,19 @@ def run(words: list[str], *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def subcommands(name: str) -> dict[str, Command]:
+    found: dict[str, Command] = importlib.import_module(f"sedd_scale.commands.{name}").COMMANDS
+    return found
+
+
 def every_parser() -> dict[str, argparse.ArgumentParser]:
     """Of every command and subcommand, by its words."""
     found: dict[str, argparse.ArgumentParser] = {}
-    left = [*all_parsers().items(), ("sedd_scale", build_parser())]
+    left = [
+        (f"{name} {word}".strip(), command.build_parser())
+        for name in COMMANDS
+        for word, command in subcommands(name).items()
+    ]
     while left:
         name, parser = left.pop()
         found[name] = parser
@@ -43,11 +51,48 @@ def every_parser() -> dict[str, argparse.ArgumentParser]:
 PARSERS = every_parser()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
-def test_help_is_quick_and_imports_nothing_heavy(command: list[str]):
+def test_the_folders_and_the_list_name_the_same_commands() -> None:
+    modules = {path.stem for path in (ROOT / "sedd_scale/commands").glob("[!_]*.py")}
+    assert modules == set(COMMANDS)
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    assert tools <= modules and {"train", "convert_ckpt", "eval_ppl", "generate"} <= tools
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tools").glob("*.py")))
+def test_a_tool_is_its_command(name: str) -> None:
+    """python tools/NAME.py prints what sedd-scale NAME prints, help and errors alike."""
+    for words in (["--help"], ["--no-such-option"]):
+        tool = run([f"tools/{name}.py", *words])
+        command = run(["-m", "sedd_scale", name, *words])
+        assert (tool.returncode, tool.stdout, tool.stderr) == (
+            command.returncode,
+            command.stdout,
+            command.stderr,
+        )
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evalppl"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no command evalppl; did you mean eval_ppl" in error
+
+
+def test_the_list_of_commands_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown and text in shown for name, text in COMMANDS.items())
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_imports_nothing_heavy(command: str):
     # Of this process's children: seconds of the clock would be other programs' too.
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run([*command, "--help"], "-X", "importtime")
+    done = run(["-m", "sedd_scale", command, "--help"], "-X", "importtime")
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = ended.ru_utime - begun.ru_utime + ended.ru_stime - begun.ru_stime
     assert done.returncode == 0 and done.stdout.startswith("usage: ")
@@ -57,7 +102,7 @@ def test_help_is_quick_and_imports_nothing_heavy(command: list[str]):
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
-    command = f"{sys.executable} tools/plan.py configs/models/small.yaml --vocab-size 50257"
+    command = f"{sys.executable} -m sedd_scale plan configs/models/small.yaml --vocab-size 50257"
     line = f"{command} --block-length 1024 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("141\n", "")
@@ -67,7 +112,7 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]):
     def command(_: argparse.Namespace) -> None:
         raise BrokenPipeError("pipe:fetch broke: try again")
 
-    assert run_command(make_parser("Fetch.", "fetch", prog="fetch"), command, []) == 2
+    assert run_command(make_parser("fetch", "Fetch.", "fetch"), command, []) == 2
     assert capsys.readouterr().err == "fetch: error: pipe:fetch broke: try again\n"
 
 
@@ -75,7 +120,7 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]):
     def command(_: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
-    assert run_command(make_parser("Fetch.", "fetch", prog="fetch"), command, []) == 130
+    assert run_command(make_parser("fetch", "Fetch.", "fetch"), command, []) == 130
     assert capsys.readouterr().err == "fetch: interrupted\n"
 
 
@@ -86,16 +131,16 @@ def test_without_standard_output_a_command_works():
 
 
 def test_an_empty_path_is_refused():
-    done = run(["tools/train.py", "configs/runs/tiny.yaml", "--run-dir", ""])
+    done = run(["-m", "sedd_scale", "train", "configs/runs/tiny.yaml", "--run-dir", ""])
     assert done.returncode == 2
     assert "argument --run-dir: is empty: give a path" in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[-1])
-def test_version_and_an_unknown_option(command: list[str]):
-    done = run([*command, "--version"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_version_and_an_unknown_option(command: str):
+    done = run(["-m", "sedd_scale", command, "--version"])
     assert (done.returncode, done.stdout) == (0, f"sedd_scale {__version__}\n")
-    done = run([*command, "--no-such-option"])
+    done = run(["-m", "sedd_scale", command, "--no-such-option"])
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
 
 
@@ -107,9 +152,8 @@ def test_help_shows_an_example_and_exit_codes(name: str):
     assert example and {"  0 ", "  1 ", "  2 "} <= {line[:4] for line in codes.splitlines()}
     flags = {flag for action in PARSERS[name]._actions for flag in action.option_strings}
     assert {"--help", "--version", "--debug"} <= flags
-    tool = name.split()[0]
-    shown = "python -m sedd_scale" if tool == "sedd_scale" else f"tools/{tool}.py"
-    assert shown in example
+    assert f"sedd-scale {name}" in example or f"-m sedd_scale {name}" in example
+    assert PARSERS[name].prog == f"sedd-scale {name}".removesuffix(" convert")
     for action in PARSERS[name]._actions:
         if action.help is not argparse.SUPPRESS and action.option_strings:
             assert action.help or action.choices, action.option_strings

@@ -1,44 +1,51 @@
 """The tour's plan and its folder; the tour itself is `make quickstart`."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sedd_scale.cli import run_command
+from sedd_scale.__main__ import main
+from sedd_scale.commands import eval_ppl, generate, plot_run, prepare_data
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import ConfigError
-from tests.repository import ROOT
-from tools import eval_ppl, generate, plot_run, prepare_data, quickstart
-from tools.quickstart import MARKER, OURS, Stage, StageError, run_stage, stages, start_over
+from sedd_scale.experiments import quickstart
+from sedd_scale.experiments.quickstart import (
+    MARKER,
+    OURS,
+    Stage,
+    StageError,
+    run_stage,
+    stages,
+    start_over,
+)
 
 PARSERS = {
-    "tools/prepare_data.py": prepare_data.build_parser,
-    "tools/eval_ppl.py": eval_ppl.build_parser,
-    "tools/generate.py": generate.build_parser,
-    "tools/plot_run.py": plot_run.build_parser,
+    "prepare_data": prepare_data.build_parser,
+    "eval_ppl": eval_ppl.build_parser,
+    "generate": generate.build_parser,
+    "plot_run": plot_run.build_parser,
 }
 
 
 def plan(steps: int = 1000) -> dict[str, list[str]]:
-    """First word of each title: the tool and its arguments."""
+    """First word of each title: the command and its arguments."""
     found = {}
     for stage in stages(Path("quickstart"), steps=steps):
-        (start,) = (i for i, word in enumerate(stage.command) if word.startswith("tools/"))
-        found[stage.title.partition(":")[0]] = stage.command[start:]
+        start = stage.command.index("sedd_scale")
+        found[stage.title.partition(":")[0]] = stage.command[start + 1 :]
     return found
 
 
 def training(name: str, steps: int) -> Config:
     """The configuration a training stage of the plan runs."""
     tool, config, *rest = plan(steps)[name]
-    assert tool == "tools/train.py"
-    return load_config(ROOT / config, [word for word in rest if "=" in word])
+    assert tool == "train"
+    return load_config(config, [word for word in rest if "=" in word])
 
 
-def test_every_command_is_one_its_tool_takes():
+def test_every_stage_is_a_command_with_its_arguments():
     parsed = {
         name: PARSERS[words[0]]().parse_args(words[1:])
         for name, words in plan().items()
@@ -139,25 +146,16 @@ def test_a_failing_step_makes_the_command_fail(
     failing = Stage("Prepare: text", [sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(quickstart, "stages", lambda folder, steps: [failing])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
-    arguments = ["--output", str(tmp_path / "tour")]
-    parser = quickstart.build_parser()
-    assert run_command(parser, quickstart.quickstart_command, arguments) == 2
+    assert main(["quickstart", "--output", str(tmp_path / "tour")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "prepare failed with exit code 3" in error
 
 
-def test_bad_arguments_are_one_line(tmp_path: Path):
+def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "mine").write_text("")
     for arguments, part in ((["--training-steps", "1"], "--training-steps 1"), ([], "holds mine")):
-        done = subprocess.run(
-            [sys.executable, "tools/quickstart.py", "--output", str(tmp_path), *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1 and part in done.stderr
+        assert main(["quickstart", "--output", str(tmp_path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and part in error
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,235 @@
+"""Convert a checkpoint between formats, look into one, or compare two."""
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sedd_scale.interop.assumptions import Assumptions
+
+FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
+TARGETS = ("native", "sedd-hf", "sedd-train")
+FORMATS_HELP = """formats:
+  native      a run directory of sedd-scale train, or one of its checkpoints/step-N
+  sedd-hf     a directory in the published SEDD format: config.json with model.safetensors,
+              shards and model.safetensors.index.json, or pytorch_model.bin
+  sedd-train  checkpoint.pth of the authors' training program
+  mdlm        MDLM or Duo: a Lightning .ckpt, a .safetensors file, or a directory (read only)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of a conversion: what the command does unless a subcommand is named."""
+    parser = make_parser(
+        "sedd-scale convert_ckpt",
+        "Write a checkpoint in another format, one tensor after the other: memory is that of the\n"
+        "largest tensor. Nothing is written where SRC is not exactly the model that it describes,\n"
+        "and nothing over what exists. `convert_ckpt inspect` looks into a checkpoint without\n"
+        "reading its weights, `convert_ckpt verify` compares the log-scores of two.",
+        "sedd-scale convert_ckpt --from native --to sedd-hf runs/books exported\n"
+        "  sedd-scale convert_ckpt inspect checkpoint.pth\n"
+        "  sedd-scale convert_ckpt verify runs/books exported",
+        notes=FORMATS_HELP,
+    )
+    add = parser.add_argument
+    add("--from", dest="source_format", choices=FORMATS, required=True, help="format of SRC")
+    add("--to", dest="target_format", choices=TARGETS, required=True, help="format of DST")
+    add(
+        "--weights",
+        choices=("ema", "master"),
+        help="take the averaged weights or the last ones alone, as of a run that has yet to begin "
+        "(default: everything that DST has room for, and ema where it has room for one kind)",
+    )
+    add(
+        "--shard-gb",
+        type=float,
+        metavar="GB",
+        help="of sedd-hf: start a new file of weights at this many gigabytes (default: 5)",
+    )
+    add(
+        "--results",
+        type=given_path,
+        action="append",
+        metavar="FILE",
+        help="of sedd-hf: what sedd-scale eval_ppl printed of SRC, for the card; may be repeated",
+    )
+    add(
+        "--noise-parameters",
+        type=int,
+        metavar="N",
+        help="of sedd-train: parameters without state that the optimizer lists after the "
+        "network's, as a program whose noise is a module with a parameter expects (default: as "
+        "many as in the checkpoint.pth that SRC comes from, else 0)",
+    )
+    _add_assumptions(parser)
+    add("source", type=given_path, metavar="SRC", help="checkpoint to read")
+    add(
+        "target",
+        type=given_path,
+        metavar="DST",
+        help="directory to make; of sedd-train or file.pth",
+    )
+    return parser
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    """The arguments of `inspect`."""
+    parser = make_parser(
+        "sedd-scale convert_ckpt inspect",
+        "Print a checkpoint's format, model, step and tensors with their sizes.",
+        "sedd-scale convert_ckpt inspect checkpoint.pth",
+    )
+    _add_assumptions(parser)
+    parser.add_argument("path", type=given_path, metavar="PATH", help="checkpoint of any format")
+    return parser
+
+
+def build_verify_parser() -> argparse.ArgumentParser:
+    """The arguments of `verify`."""
+    parser = make_parser(
+        "sedd-scale convert_ckpt verify",
+        "Run two checkpoints of any formats on the same noisy sequences in float32 and print the\n"
+        "largest difference of their log-scores.",
+        "sedd-scale convert_ckpt verify runs/books exported",
+        exit_codes={
+            0: "the difference is within the tolerance",
+            1: "it is beyond it; or a fault of this program, with a traceback",
+        },
+    )
+    parser.add_argument("first", type=given_path, metavar="A", help="checkpoint of any format")
+    parser.add_argument("second", type=given_path, metavar="B", help="checkpoint of any format")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="NATS",
+        help="largest difference that passes (%(default)s); 0: equal bits",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "master"),
+        default="ema",
+        help="where a checkpoint has both, averaged weights or last ones (%(default)s)",
+    )
+    _add_assumptions(parser)
+    return parser
+
+
+def _add_assumptions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what a checkpoint of sedd-train or mdlm does not say (sizes follow from its tensors)"
+    )
+    add = group.add_argument
+    boolean: dict[str, Any] = {"type": _boolean, "metavar": "BOOL"}
+    add("--graph", choices=("absorb", "uniform"), help="forward process (default: absorb)")
+    add(
+        "--noise",
+        choices=("loglinear", "geometric", "cosine", "linear"),
+        help="noise schedule (default: loglinear)",
+    )
+    add("--sigma-min", type=float, metavar="S", help="of geometric noise (default: 1e-4)")
+    add("--sigma-max", type=float, metavar="S", help="of geometric noise (default: 20)")
+    add("--noise-eps", dest="eps", type=float, metavar="E", help="of other noise (default: 1e-3)")
+    add("--block-length", type=int, metavar="L", help="tokens in a sequence (default: 1024)")
+    add(
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="attention heads (default: as its rotary frequencies tell, else width / 64)",
+    )
+    add(
+        "--scale-by-sigma",
+        **boolean,
+        help="scaled scores, true or false (default: true for absorb, false for uniform)",
+    )
+    add(
+        "--time-conditioning",
+        **boolean,
+        help="whether outputs depend on sigma (default: true; false for mdlm with absorb)",
+    )
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _assumptions(arguments: argparse.Namespace) -> "Assumptions":
+    from dataclasses import fields
+
+    from sedd_scale.interop.assumptions import Assumptions
+
+    return Assumptions(**{item.name: getattr(arguments, item.name) for item in fields(Assumptions)})
+
+
+def convert_command(arguments: argparse.Namespace) -> None:
+    """Convert and print where to."""
+    from sedd_scale.interop.convert import convert
+
+    options: dict[str, Any] = {}
+    for flag, value, target in (
+        ("--shard-gb", arguments.shard_gb, "sedd-hf"),
+        ("--noise-parameters", arguments.noise_parameters, "sedd-train"),
+        ("--results", arguments.results, "sedd-hf"),
+    ):
+        if value is None:
+            continue
+        if arguments.target_format != target:
+            raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
+        if flag == "--results":
+            options["results"] = value
+        elif not 0 <= value < math.inf or (value == 0 and flag == "--shard-gb"):
+            raise ConfigError(f"{flag} {value} has to be a number above zero: change it")
+    if arguments.shard_gb is not None:
+        options["shard_bytes"] = int(arguments.shard_gb * 1e9)
+    convert(
+        arguments.source_format,
+        arguments.target_format,
+        arguments.source,
+        arguments.target,
+        weights=arguments.weights,
+        extra_parameters=arguments.noise_parameters,
+        assumptions=_assumptions(arguments),
+        **options,
+    )
+    print(arguments.target)
+
+
+def inspect_command(arguments: argparse.Namespace) -> None:
+    """Print what a checkpoint is."""
+    from sedd_scale.interop.inspection import inspect
+
+    print(inspect(arguments.path, _assumptions(arguments)))
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """Print how far two checkpoints are apart; 0 within the tolerance, else 1."""
+    if not arguments.tolerance >= 0:
+        raise ConfigError(f"--tolerance {arguments.tolerance}: give a number from 0 on")
+    from sedd_scale.interop.verify import verify
+
+    found = verify(
+        arguments.first,
+        arguments.second,
+        weights=arguments.weights,
+        assumptions=_assumptions(arguments),
+    )
+    within = found.max_difference <= arguments.tolerance  # false of NaN
+    print(
+        f"max difference {found.max_difference:.3g} of {found.num_scores:,} log-scores up to "
+        f"{found.max_score:.3g}: {'within' if within else 'beyond'} the tolerance "
+        f"{arguments.tolerance:g}"
+    )
+    return 0 if within else 1
+
+
+COMMANDS = {
+    "": Command(build_parser, convert_command),
+    "convert": Command(build_parser, convert_command),
+    "inspect": Command(build_inspect_parser, inspect_command),
+    "verify": Command(build_verify_parser, verify_command),
+}

@@ -1,0 +1,229 @@
+"""Bound the perplexity of a trained model on text."""
+
+import argparse
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.errors import ConfigError
+from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
+from sedd_scale.evaluation.detokenizers import DETOKENIZERS
+from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+
+if TYPE_CHECKING:
+    from sedd_scale.evaluation.corpora import Corpus
+    from sedd_scale.evaluation.finished_groups import FinishedGroups
+    from sedd_scale.evaluation.text_blocks import TextSettings
+    from sedd_scale.model.score_model import ScoreModel
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "sedd-scale eval_ppl",
+        "Bound the perplexity of a trained model on text: a table, then one line of JSON.",
+        "torchrun --nproc-per-node 2 -m sedd_scale eval_ppl --checkpoint runs/books "
+        "--data data/books",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a prepared dataset (a directory, a URL, or pipe: and a command), or a "
+        "file: .jsonl (one document a line) or any text (one document), plain or with .gz or .xz, "
+        "or .parquet",
+    )
+    source.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        metavar="NAME",
+        help=f"the test text of a benchmark, from the Hugging Face hub: {', '.join(DATASETS)}",
+    )
+    add("--split", help="of a prepared dataset (valid)")
+    add(
+        "--cache-dir",
+        type=given_path,
+        metavar="DIR",
+        help="where files of a remote dataset are kept (in the temporary directory; of the hub: "
+        "where its client keeps them)",
+    )
+    add("--field", help="of a .jsonl line or column of a .parquet, the text (text)")
+    add(
+        "--detokenizer",
+        choices=DETOKENIZERS,
+        help="of a file, rules that take a benchmark's tokenisation out, row by row (none; those "
+        "of a --dataset)",
+    )
+    add(
+        "--documents",
+        choices=DOCUMENTS,
+        help="joined: all rows are one document; rows: each is one, blank ones left out; all-rows: "
+        "blank ones too, as SEDD's code packed its benchmarks (rows of a table, others joined)",
+    )
+    add(
+        "--no-wrap",
+        action="store_true",
+        help="each document begins a block of its own (without: one stream, cut into blocks)",
+    )
+    add(
+        "--remainder",
+        choices=REMAINDERS,
+        help="of tokens that fill no block (drop; with --no-wrap pad); both are reported",
+    )
+    add("--block-length", type=int, metavar="L", help="for a file (the checkpoint's)")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=PROTOCOLS[0],
+        help="low-variance: stratified times, a true bound with all its terms; paper: independent "
+        "times, the diffusion term alone; any-order: random orders, for models without time "
+        "conditioning (%(default)s)",
+    )
+    add(
+        "--draws",
+        type=int,
+        metavar="K",
+        help="times drawn a block (16; paper 1000), or orders (any-order 8); none for an "
+        "autoregressive model, whose likelihood is exact",
+    )
+    add(
+        "--max-blocks",
+        type=int,
+        metavar="K",
+        help="at most so many blocks, evenly spread (all; paper 1024; any-order 64)",
+    )
+    add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
+    add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (%(default)s)")
+    add(
+        "--resume",
+        type=given_path,
+        metavar="DIR",
+        help="keep finished blocks there; killed and started again, the same command goes on, with "
+        "any number of processes",
+    )
+    add("--json", action="store_true", help="print the line of JSON only")
+    return parser
+
+
+def text_settings(arguments: argparse.Namespace) -> "TextSettings | None":
+    """How text is to become blocks; None where nothing was said and nothing is known."""
+    from dataclasses import replace
+
+    from sedd_scale.evaluation.benchmarks import BENCHMARKS
+    from sedd_scale.evaluation.text_blocks import TextSettings
+
+    given: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("detokenizer", "documents", "remainder", "field")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.no_wrap:
+        given["wrap"] = False
+    if arguments.dataset is not None:
+        return replace(BENCHMARKS[arguments.dataset].text, **given)
+    return TextSettings(**given) if given else None
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The report, on the first process; collective."""
+    if arguments.block_length is not None and arguments.block_length < 1:
+        raise ConfigError(f"--block-length {arguments.block_length}: give at least 1")
+    data = arguments.data
+    if arguments.dataset is not None:
+        from sedd_scale.evaluation.benchmarks import fetch_benchmark
+
+        data = fetch_benchmark(arguments.dataset, arguments.cache_dir)
+    from sedd_scale.evaluation.bound import evaluate_bound
+    from sedd_scale.evaluation.corpora import open_corpus
+    from sedd_scale.evaluation.plan import DEFAULT_MAX_BLOCKS
+    from sedd_scale.evaluation.report import Progress, report_of
+    from sedd_scale.interop.fingerprint import checkpoint_fingerprint
+
+    model = open_model(arguments)
+    is_first = model.layout.rank == 0
+    most = DEFAULT_MAX_BLOCKS[arguments.protocol]
+    corpus = open_corpus(
+        data,
+        tokenizer=model.tokenizer,
+        num_tokens=model.graph.num_tokens,
+        block_length=arguments.block_length,
+        default_length=model.block_length,
+        split=arguments.split,
+        text=text_settings(arguments),
+        cache_dir=arguments.cache_dir,
+        max_blocks=most if arguments.max_blocks is None else arguments.max_blocks,
+        name=arguments.dataset,
+    )
+    trained = model.block_length
+    if is_first and trained is not None and corpus.block_length != trained:
+        print(
+            f"note: blocks of {corpus.block_length} tokens, the model was trained on {trained}",
+            file=sys.stderr,
+        )
+    fingerprint = checkpoint_fingerprint(arguments.checkpoint) if is_first else ""
+    result = evaluate_bound(
+        model,
+        corpus.blocks_nL,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        protocol=arguments.protocol,
+        block_ids_n=corpus.block_ids_n,
+        text_n=corpus.text_n,
+        on_progress=Progress(shown=is_first),
+        finished=finished_groups(arguments, model, corpus, fingerprint),
+    )
+    if not is_first:
+        return None
+    return report_of(
+        result,
+        corpus,
+        objective=model.objective.name,
+        seed=arguments.seed,
+        dataset=arguments.dataset,
+        checkpoint=str(arguments.checkpoint),
+        fingerprint=fingerprint,
+        weights=arguments.weights,
+    )
+
+
+def finished_groups(
+    arguments: argparse.Namespace, model: "ScoreModel", corpus: "Corpus", fingerprint: str
+) -> "FinishedGroups | None":
+    """What --resume names, for this very evaluation."""
+    if arguments.resume is None:
+        return None
+    from sedd_scale.evaluation.finished_groups import FinishedGroups
+
+    names = ("weights", "precision", "tensor", "protocol", "draws", "seed", "batch_size")
+    identity = {
+        "checkpoint": fingerprint,
+        "text": corpus.blocks_fingerprint,
+        **{name.replace("_", "-"): getattr(arguments, name) for name in names},
+    }
+    layout = model.layout
+    return FinishedGroups(
+        arguments.resume, identity, rank=layout.rank, writes=layout.tensor_rank == 0
+    )
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    """Evaluate; the first process prints."""
+    report = evaluate(arguments)
+    if report is not None:
+        if not arguments.json:
+            from sedd_scale.evaluation.report import format_table
+
+            print(format_table(report))
+        finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}
+        print(json.dumps(finite))
+    from sedd_scale.parallel.layout import shutdown
+
+    shutdown()
+
+
+COMMANDS = {"": Command(build_parser, eval_command)}

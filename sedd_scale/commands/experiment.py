@@ -1,0 +1,169 @@
+"""Measure what a score-entropy model learns where the truth is known, and how it scales."""
+
+import argparse
+import itertools
+import sys
+
+from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.errors import ConfigError
+from sedd_scale.experiments import DAMAGE, GRAPHS, SCHEDULES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments: none without a subcommand."""
+    return make_parser(
+        "sedd-scale experiment",
+        "Measure how well scores cover a known source (`experiment coverage`), how they bear\n"
+        "damaged text (`experiment robustness`), and how bounds fall with compute\n"
+        "(`experiment scaling`).",
+        "sedd-scale experiment coverage --output runs/coverage",
+    )
+
+
+def experiment_command(arguments: argparse.Namespace) -> None:
+    """Say which experiments there are."""
+    raise ConfigError("which experiment? Give coverage, robustness or scaling")
+
+
+def build_coverage_parser() -> argparse.ArgumentParser:
+    """The arguments of `coverage`."""
+    parser = make_parser(
+        "sedd-scale experiment coverage",
+        "Train a small model under each graph and schedule on a source whose ratios are known, and "
+        "compare its scores with them: report.md, report.json and report.png.",
+        "sedd-scale experiment coverage --output runs/support_coverage",
+    )
+    add = parser.add_argument
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
+    add("--steps", type=int, default=2000, metavar="K", help="of training (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
+    add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
+    add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    return parser
+
+
+def coverage_command(arguments: argparse.Namespace) -> None:
+    """Train, compare and report."""
+    from sedd_scale.experiments.support_coverage import measure, write_report
+
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
+    rows = []
+    for choice in itertools.product(arguments.graphs, arguments.schedules, arguments.seeds):
+        graph, schedule, seed = choice
+        rows.append(measure(graph, schedule, steps=arguments.steps, seed=seed))
+        print(f"{graph}, {schedule}, seed {seed}: {rows[-1]}", file=sys.stderr, flush=True)
+    write_report(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
+    print((arguments.output / "report.md").read_text(), end="")
+
+
+def build_robustness_parser() -> argparse.ArgumentParser:
+    """The arguments of `robustness`."""
+    parser = make_parser(
+        "sedd-scale experiment robustness",
+        "Train a small model on sequences with planted noise or missing tokens and compare its "
+        "scores with the source's: report.md, report.json and report.png.",
+        "sedd-scale experiment robustness --output runs/robustness",
+    )
+    add = parser.add_argument
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
+    add("--steps", type=int, default=1000, metavar="K", help="of training (%(default)s)")
+    add("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="of damage (0 0.05 0.2)")
+    add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
+    add("--seed", type=int, default=0, metavar="I", help="of weights and data (%(default)s)")
+    return parser
+
+
+def robustness_command(arguments: argparse.Namespace) -> None:
+    """Train, compare and report."""
+    from sedd_scale.experiments.robustness import damaged, write_report
+    from sedd_scale.experiments.support_coverage import measure
+
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
+    for rate in arguments.rates:
+        if not 0.0 <= rate < 1.0:
+            raise ConfigError(f"--rates {rate} is no rate: give numbers from 0 on, below 1")
+    rows = []
+    for graph in arguments.graphs:
+        for kind in DAMAGE:
+            for rate in arguments.rates:
+                found = measure(
+                    graph,
+                    "loglinear",
+                    steps=arguments.steps,
+                    seed=arguments.seed,
+                    draw=damaged(kind, rate),
+                )
+                rows.append({**found, "damage": kind, "rate": rate})
+                print(f"{graph}, {kind} {rate}: {rows[-1]}", file=sys.stderr, flush=True)
+    write_report(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
+    print((arguments.output / "report.md").read_text(), end="")
+
+
+def build_scaling_parser() -> argparse.ArgumentParser:
+    """The arguments of `scaling`."""
+    parser = make_parser(
+        "sedd-scale experiment scaling",
+        "Train several sizes of score entropy and autoregressive models with equal FLOPs and fit a "
+        "power law to each: report.md, report.json and report.png.",
+        "sedd-scale experiment scaling --data books.jsonl.xz --output runs/scaling",
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        type=given_path,
+        required=True,
+        metavar="PATH",
+        help="text, or a dataset of 27 symbols",
+    )
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
+    add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
+    add("--steps", type=int, default=800, metavar="K", help="of the largest size (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
+    add("--block-length", type=int, default=128, metavar="L", help="(%(default)s)")
+    add("--jobs", type=int, default=2, metavar="K", help="runs at a time (%(default)s)")
+    return parser
+
+
+def scaling_command(arguments: argparse.Namespace) -> None:
+    """Run what is missing, fit and report."""
+    from sedd_scale.experiments.comparison import run_experiment
+    from sedd_scale.experiments.experiment import (
+        DataSettings,
+        EvaluationSettings,
+        Experiment,
+        check_seeds,
+    )
+    from sedd_scale.experiments.scaling import summarise, variants_of, write_report
+
+    check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
+    if len(set(arguments.widths)) < 3:
+        raise ConfigError(f"--widths {arguments.widths}: give at least three different ones")
+    for name in ("steps", "jobs", "block_length"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {getattr(arguments, name)}: give at least 1")
+    variants = variants_of(arguments)
+    experiment = Experiment(
+        title="Scaling at equal compute",
+        variants=variants,
+        changes={name: [] for name in variants},
+        baseline=next(iter(variants)),
+        seeds=arguments.seeds,
+        data=DataSettings(block_length=arguments.block_length),
+        evaluation=EvaluationSettings(),
+        jobs=arguments.jobs,
+        threads=1,
+    )
+    results = run_experiment(experiment, arguments.data, arguments.output)
+    write_report(summarise(results), arguments.output, arguments.command_line)
+    print((arguments.output / "report.md").read_text(), end="")
+
+
+COMMANDS = {
+    "": Command(build_parser, experiment_command),
+    "coverage": Command(build_coverage_parser, coverage_command),
+    "robustness": Command(build_robustness_parser, robustness_command),
+    "scaling": Command(build_scaling_parser, scaling_command),
+}

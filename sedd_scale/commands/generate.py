@@ -1,0 +1,328 @@
+"""Draw samples from a trained model, unconditionally or around given text."""
+
+import argparse
+import os
+import sys
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
+
+if TYPE_CHECKING:
+    from sedd_scale.generation.batch import Request
+    from sedd_scale.generation.prompts_file import PromptLine
+    from sedd_scale.model.score_model import ScoreModel
+    from sedd_scale.sampling.settings import SamplerSettings
+
+DEFAULT_TRACED = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "sedd-scale generate",
+        "Draw samples from a trained model, unconditionally or around given text, on any number of "
+        "processes. Killed and started again, the same command goes on where it ended.",
+        "torchrun --nproc-per-node 2 -m sedd_scale generate --checkpoint runs/books "
+        "--num-samples 16 --length 128 --steps 64 --sampler analytic --seed 0 "
+        "--output samples.jsonl",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--output",
+        type=given_path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="one record a sample; until it is complete, FILE.jsonl.parts holds what is done",
+    )
+    add("--num-samples", type=int, metavar="K", help="samples without --prompts (1)")
+    add(
+        "--prompts",
+        type=given_path,
+        metavar="FILE.jsonl",
+        help='lines such as {"id": 7, "text": "It was [blank:3] night, ____", "num_samples": 2, '
+        '"seed": 1}, or with prefix and/or suffix, or with tokens and positions; sampler options '
+        "of a line (steps, temperature, ...) stand before those of the command",
+    )
+    add(
+        "--on-bad-prompt",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a line that cannot be used: stop before any work, or say so and leave it out "
+        "(%(default)s)",
+    )
+    add("--blank", default="____", metavar="TEXT", help="marks a blank in text (%(default)s)")
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="draw one of N parts only, I from 0 on, of jobs that share the samples; each with an "
+        "--output of its own (slurm/generate.sh joins them)",
+    )
+    add("--length", type=int, metavar="L", help="tokens in a sample (the checkpoint's block)")
+    add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
+    add("--batch-size", type=int, default=16, metavar="B", help="samples at a time (%(default)s)")
+    _add_sampler_options(parser)
+    _add_report_options(parser)
+    return parser
+
+
+def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how samples are drawn").add_argument
+    add(
+        "--sampler",
+        choices=(*SAMPLERS, LEFT_TO_RIGHT),
+        help=f"step law (analytic; of an autoregressive model {LEFT_TO_RIGHT}, which has no other)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="sampling steps (128; first-hitting, confidence, entropy and margin: one position a "
+        "network call)",
+    )
+    add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where steps lie (%(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="logits are divided by it; 0: the likeliest token (%(default)s)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep the likeliest tokens of so much probability (%(default)s)",
+    )
+    add("--top-k", type=int, metavar="K", help="keep so many likeliest tokens (all)")
+    add(
+        "--remask",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="how often a token is taken back over the run, on average; with --sampler ancestral "
+        "(%(default)s)",
+    )
+    add(
+        "--draw-dtype",
+        choices=DRAW_DTYPES,
+        default="float64",
+        help="arithmetic of the draws; float32 lowers the temperature a little (%(default)s)",
+    )
+    add(
+        "--t-end",
+        type=float,
+        default=1e-5,
+        metavar="T",
+        help="time at which the last, denoising step begins (%(default)s)",
+    )
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is reported").add_argument
+    add(
+        "--judge",
+        metavar="PATH_OR_NAME",
+        help="causal language model that gives the samples a generative perplexity: a Hugging Face "
+        "model directory, a .gguf file or a name on the hub (gpt2-large in most papers)",
+    )
+    add(
+        "--trace",
+        type=given_path,
+        metavar="FILE.html",
+        help="record how the first samples come about, and show it on a page",
+    )
+    add(
+        "--trace-samples",
+        type=int,
+        metavar="K",
+        help=f"samples that are traced, with --trace ({DEFAULT_TRACED})",
+    )
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what needs no model to be seen."""
+    if arguments.prompts is not None and arguments.num_samples is not None:
+        raise ConfigError(
+            "--num-samples does not go with --prompts: give num_samples in the prompts' lines"
+        )
+    if arguments.prompts is None and arguments.on_bad_prompt != "stop":
+        raise ConfigError("--on-bad-prompt goes with --prompts: give a file or leave it out")
+    if arguments.trace_samples is not None and arguments.trace is None:
+        raise ConfigError("--trace-samples goes with --trace FILE.html: give it or leave it out")
+    for name in ("num_samples", "length", "steps", "batch_size", "trace_samples", "tensor"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed {arguments.seed} is negative: give an integer from 0 on")
+    if not arguments.blank:
+        raise ConfigError("--blank is empty: give a marker such as ____")
+
+
+def generate_command(arguments: argparse.Namespace) -> None:
+    """Draw the samples; the first process writes the report and prints it."""
+    from sedd_scale.generation.batch import requests_of_shard
+    from sedd_scale.generation.generate import checkpoint_digest, generate
+    from sedd_scale.generation.judge import check_judge
+    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.generation.prompts_file import read_prompt_lines
+    from sedd_scale.generation.samples_file import report_path
+    from sedd_scale.generation.trace_page import write_trace_page
+    from sedd_scale.parallel.layout import shutdown
+    from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
+    from sedd_scale.sampling.settings import SamplerSettings
+
+    check_arguments(arguments)
+    options = {key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
+    settings = SamplerSettings(**{**options, "sampler": arguments.sampler or "analytic"})
+    is_first = os.environ.get("RANK", "0") == "0"
+    refuse_existing_output(arguments.output)
+    refuse_existing_output(report_path(arguments.output), "the report")
+    if arguments.trace is not None:
+        refuse_existing_output(arguments.trace, "--trace")
+        for other in (arguments.output, report_path(arguments.output)):
+            if arguments.trace.resolve() == other.resolve():
+                raise ConfigError(f"--trace {arguments.trace} is written already: give another")
+    skipped: list[DataError] = []
+    on_bad = skipped.append if arguments.on_bad_prompt == "skip" else None
+    lines = None
+    if arguments.prompts is not None:
+        lines = read_prompt_lines(arguments.prompts, on_bad=on_bad)
+    if arguments.judge is not None and is_first:
+        check_judge(arguments.judge)
+
+    model = open_model(arguments)
+    if arguments.sampler is None and is_autoregressive(model):
+        settings = replace(settings, sampler=LEFT_TO_RIGHT)
+    settings.check_graph(model.graph.name)
+    check_sampler(model, settings.sampler)
+    requests = _requests(arguments, model, settings, lines, skipped)
+    if arguments.shard is not None:
+        requests = requests_of_shard(requests, arguments.batch_size, *arguments.shard)
+    if is_first:
+        for error in skipped:
+            print(f"skipped: {error}", file=sys.stderr)
+    traced: list[dict[str, Any]] = []
+
+    def keep_traced(record: dict[str, Any]) -> None:
+        if "trace" in record:
+            traced.append(record)
+
+    made = generate(
+        model,
+        requests,
+        arguments.output,
+        batch_size=arguments.batch_size,
+        tokenizer=model.tokenizer,
+        run={
+            "--checkpoint": checkpoint_digest(arguments.checkpoint),
+            "--weights": arguments.weights,
+            "--precision": arguments.precision,
+            "--tokenizer": None if model.tokenizer is None else model.tokenizer.fingerprint,
+            "--seed": arguments.seed,
+            "--length": arguments.length,
+            "--num-samples": arguments.num_samples,
+            **{_flag(name): value for name, value in settings.to_dict().items()},
+        },
+        num_traced=(arguments.trace_samples or DEFAULT_TRACED) if arguments.trace else 0,
+        progress=sys.stderr,
+        on_record=keep_traced,
+    )
+    if is_first:
+        rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
+        before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
+        print(
+            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
+            f"{made.seconds:.1f} s{rate}"
+        )
+        if arguments.trace is not None:
+            write_trace_page(arguments.trace, traced)
+    _report(arguments, model, made.quality, len(skipped))
+    shutdown()
+
+
+def _report(
+    arguments: argparse.Namespace,
+    model: "ScoreModel",
+    quality: dict[str, Any] | None,
+    skipped: int,
+) -> None:
+    """Judge the samples, on all processes, and write and print the report on the first."""
+    from sedd_scale.generation.quality import format_quality
+    from sedd_scale.generation.samples_file import judge_file, report_path, write_report
+
+    output, layout = arguments.output, model.layout
+    report = {"output": str(output), "prompts_skipped": skipped, **(quality or {})}
+    path = report_path(output)
+    if quality is not None:
+        write_report(path, report)  # a judge that fails takes nothing away
+    if arguments.judge is not None:
+        model.to("meta")  # its memory is the judge's now
+        report["generative_perplexity"] = judge_file(
+            output,
+            arguments.judge,
+            layout.device,
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
+    if quality is not None:
+        write_report(path, report)
+        print(format_quality(report))
+        print(output)
+
+
+def _requests(
+    arguments: argparse.Namespace,
+    model: "ScoreModel",
+    settings: "SamplerSettings",
+    lines: "list[PromptLine] | None",
+    skipped: list[DataError],
+) -> "list[Request]":
+    """What is to be drawn; lines that cannot be used are added to `skipped`."""
+    from sedd_scale.generation.batch import prompt_requests, unconditional_requests
+    from sedd_scale.generation.prompts_file import prompts_of_lines
+    from sedd_scale.sampling.infill import unconditional
+
+    length = arguments.length or model.block_length
+    if length is None:
+        raise ConfigError("the checkpoint does not name its block length: give --length")
+    if model.layout.rank == 0 and model.block_length is not None and length > model.block_length:
+        print(
+            f"note: --length {length} is beyond the {model.block_length} tokens of training",
+            file=sys.stderr,
+        )
+    if lines is None:
+        count = 1 if arguments.num_samples is None else arguments.num_samples
+        return unconditional_requests(count, unconditional(length), arguments.seed, settings)
+    prompts = prompts_of_lines(
+        lines,
+        tokenizer=model.tokenizer,
+        num_tokens=model.graph.num_tokens,
+        length=length,
+        graph=model.graph.name,
+        marker=arguments.blank,
+        settings=settings,
+        on_bad=skipped.append if arguments.on_bad_prompt == "skip" else None,
+    )
+    return prompt_requests(prompts, arguments.seed)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, whole = text.partition("/")
+    if not (slash and part.isdecimal() and whole.isdecimal() and int(part) < int(whole)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, as 0/4")
+    return int(part), int(whole)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+COMMANDS = {"": Command(build_parser, generate_command)}

@@ -1,0 +1,126 @@
+"""Predict what a run needs before it starts: parameters, memory, FLOPs, time and layouts."""
+
+import argparse
+import json
+import math
+
+from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.errors import ConfigError
+from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
+
+GB = 1e9
+
+
+def plan_command(arguments: argparse.Namespace) -> None:
+    """Plan the run on the GPUs given, or on the fewest, and every other legal layout."""
+    from sedd_scale.config import load_config
+    from sedd_scale.planning.layouts import ASSUMPTIONS, fit_layouts, plan, smallest_fit
+    from sedd_scale.planning.sizes import sizes_for_plan
+    from sedd_scale.planning.table import as_json, print_layouts, print_plan
+
+    config = load_config(arguments.config, arguments.overrides)
+    gpu = PEAK_FLOPS[arguments.gpu]
+    memory = gpu["memory"] if arguments.gpu_memory_gb is None else GB * arguments.gpu_memory_gb
+    peak = gpu[config.training.precision]
+    if arguments.peak_tflops is not None:
+        peak = 1e12 * arguments.peak_tflops
+    for name, value in (
+        ("--gpu-memory-gb", memory),
+        ("--peak-tflops", peak),
+        ("--mfu", arguments.mfu),
+        ("--usable", arguments.usable),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} has to be a number above 0: give another")
+    for name, count, least in (("--gpus", arguments.gpus, 1), ("--rows", arguments.rows, 0)):
+        if count is not None and count < least:
+            raise ConfigError(f"{name} {count} is too small: give at least {least}")
+    vocab_size, block_length = sizes_for_plan(
+        config, vocab_size=arguments.vocab_size, block_length=arguments.block_length
+    )
+    sizes = {"vocab_size": vocab_size, "block_length": block_length}
+    usable = arguments.usable * memory
+
+    if arguments.gpus is not None:
+        planned = plan(config, arguments.gpus, **sizes)
+    else:
+        fit = smallest_fit(config, **sizes, usable_bytes=usable)
+        most = config.training.global_batch // config.training.micro_batch
+        most *= config.parallel.tensor * config.parallel.pipeline
+        planned = fit.plan or plan(config, most, **sizes)
+    fits = fit_layouts(config, **sizes, usable_bytes=usable)
+    seconds = run_seconds(
+        planned.flops,
+        steps=config.training.steps,
+        gpus=planned.gpus,
+        peak=peak,
+        mfu=arguments.mfu,
+    )
+    assumptions = (
+        *ASSUMPTIONS,
+        f"{arguments.usable:.0%} of {memory / GB:g} GB a GPU usable, the rest for CUDA, NCCL and "
+        "fragments",
+        f"{arguments.mfu:.0%} of {peak / 1e12:g} TFLOP/s a GPU reached",
+    )
+    print_plan(config, planned, usable=usable, seconds=seconds)
+    print_layouts(fits, arguments.rows)
+    print("\nassumptions: " + ";\n  ".join(assumptions))
+    if arguments.json:
+        print(json.dumps(as_json(planned, fits, seconds=seconds, assumptions=assumptions)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = make_parser(
+        "sedd-scale plan",
+        "Predict parameters, memory, FLOPs and time of a run, and how few GPUs each legal layout "
+        "of its model needs, without starting it.",
+        "sedd-scale plan configs/runs/openwebtext_small.yaml --vocab-size 50257 --gpus 8",
+    )
+    parser.add_argument("config", type=given_path, help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="number of GPUs; default: the fewest that hold it"
+    )
+    parser.add_argument(
+        "--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU; default: h100"
+    )
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="its memory, if other than --gpu has"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="T", help="its peak, if other than --gpu has"
+    )
+    parser.add_argument(
+        "--usable",
+        type=float,
+        metavar="SHARE",
+        default=0.9,
+        help="share of that memory to fill; default: 0.9",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        default=0.4,
+        help="share of the peak that is reached; default: 0.4",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="tokens; default: the config's or the dataset's"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="L",
+        help="tokens in a block; default: the config's or the dataset's",
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="K", default=20, help="layouts to show; 0: all; default: 20"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    return parser
+
+
+COMMANDS = {"": Command(build_parser, plan_command, intermixed=True)}
