@@ -20,6 +20,7 @@ from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.plain_network import PlainNetwork
+from tests.tolerance import ROUNDING
 
 HIDDEN, HEADS, COND, BLOCKS = 32, 4, 24, 2
 KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
@@ -118,7 +119,9 @@ def test_at_the_start_scores_are_flat_and_the_loss_is_0_999_ln_n(layout: Layout)
     assert not logits.count_nonzero()
     masks_B = (inputs[0] == graph.mask_id).sum(1)
     expected_B = masks_B * targets.noise_B3[:, 2] * math.log(num_tokens)
-    torch.testing.assert_close(loss_B.double(), expected_B, rtol=1e-6, atol=0.0)
+    # Positive terms: 16 additions, and a few operations that make a term, a rounding each at most.
+    rounded = (16 + 8) * ROUNDING
+    torch.testing.assert_close(loss_B.double(), expected_B, rtol=rounded, atol=0.0)
 
     per_token_B = loss_B.double() / 16
     error = per_token_B.std() / math.sqrt(2000)
