@@ -15,7 +15,7 @@ from sedd_scale.generation.quality import token_entropy
 from sedd_scale.generation.trace import TraceRecorder
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling.infill import Infill
-from sedd_scale.sampling.samplers import sample_with
+from sedd_scale.sampling.samplers import draw
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.base import Tokenizer
 
@@ -159,7 +159,7 @@ def draw_batch(
     recorder = TraceRecorder(
         {row: batch[row].infill for row in traced}, mask_id=model.graph.mask_id
     )
-    drawn_BL = sample_with(
+    drawn_BL = draw(
         model,
         torch.from_numpy(given_BL),
         torch.from_numpy(fixed_BL),

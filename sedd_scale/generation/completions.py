@@ -20,7 +20,7 @@ from sedd_scale.sampling.infill import (
     unconditional,
 )
 from sedd_scale.sampling.left_to_right import is_autoregressive
-from sedd_scale.sampling.samplers import sample_with
+from sedd_scale.sampling.samplers import draw
 from sedd_scale.sampling.settings import settings_from_dict
 from sedd_scale.tokenizers.base import Tokenizer
 
@@ -154,7 +154,7 @@ def _completions(
     completions = []
     for start in range(0, num_samples, batch_size):
         ids = range(start, min(start + batch_size, num_samples))
-        drawn_BL = sample_with(
+        drawn_BL = draw(
             model,
             torch.from_numpy(np.tile(given.tokens_L, (len(ids), 1))),
             torch.from_numpy(np.tile(given.fixed_L, (len(ids), 1))),

@@ -22,63 +22,13 @@ from sedd_scale.sampling.head_outputs import HeadOutputs
 from sedd_scale.sampling.keyed_draws import KeyedDraws
 from sedd_scale.sampling.left_to_right import check_prefix, check_sampler, run_left_to_right
 from sedd_scale.sampling.logits import LogitModel
-from sedd_scale.sampling.settings import CALL_SAMPLERS, T_END, SamplerSettings
+from sedd_scale.sampling.settings import CALL_SAMPLERS, SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from sedd_scale.sampling.uniform_steps import run_uniform
 from sedd_scale.sampling.unmasking_order import run_first_hitting, run_ordered
 
 
-def sample(
-    model: LogitModel,
-    tokens_BL: Tensor,
-    fixed_BL: Tensor,
-    steps: int | None = None,
-    sampler: str = "analytic",
-    generator: torch.Generator | None = None,
-    *,
-    seed: int | Sequence[int] = 0,
-    sample_ids_B: Sequence[int] | None = None,
-    lengths_B: Sequence[int] | None = None,
-    time_grid: str = "uniform",
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    remask: float = 0.0,
-    draw_dtype: str = "float64",
-    t_end: float = T_END,
-    on_step: StepObserver | None = None,
-) -> Tensor:
-    """Draw tokens at the positions that are not fixed: int64 [B, L] on the CPU.
-
-    `generator` gives the seed where there is no `seed` to remember. Options from `steps` to `t_end`
-    are those of `SamplerSettings`, the others and what is raised those of `sample_with`.
-    """
-    if generator is not None:
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    settings = SamplerSettings(
-        sampler=sampler,
-        steps=steps,
-        time_grid=time_grid,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        remask=remask,
-        draw_dtype=draw_dtype,
-        t_end=t_end,
-    )
-    return sample_with(
-        model,
-        tokens_BL,
-        fixed_BL,
-        settings,
-        seed=seed,
-        sample_ids_B=sample_ids_B,
-        lengths_B=lengths_B,
-        on_step=on_step,
-    )
-
-
-def sample_with(
+def draw(
     model: LogitModel,
     tokens_BL: Tensor,
     fixed_BL: Tensor,
@@ -153,7 +103,7 @@ def start_batch(
     lengths_B: Sequence[int] | None = None,
     on_step: StepObserver | None = None,
 ) -> BatchState:
-    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `sample_with`."""
+    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`."""
     settings.check_graph(model.graph.name)
     check_sampler(model, settings.sampler)
     if tokens_BL.dim() != 2 or tokens_BL.shape != fixed_BL.shape:

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 from sedd_scale.benchmark import sample
-from sedd_scale.sampling.samplers import sample as draw_samples
-from sedd_scale.sampling.settings import T_END
+from sedd_scale.sampling.samplers import draw
+from sedd_scale.sampling.settings import T_END, SamplerSettings
 from sedd_scale.sampling.time_grid import time_steps
 from tests.evaluation.enumeration import tiny_model
 
@@ -22,7 +22,7 @@ def test_the_textbook_side_has_the_same_law(sampler: str) -> None:
         uniform_BL = torch.rand(state_BL.shape, generator=generator, dtype=torch.float64)
         state_BL = sample.textbook_step(model, state_BL, step, uniform_BL, sampler=sampler)
     blank_BL = torch.zeros(count, 2, dtype=torch.int64)
-    ours_BL = draw_samples(model, blank_BL, blank_BL.bool(), steps, sampler)
+    ours_BL = draw(model, blank_BL, blank_BL.bool(), SamplerSettings(sampler, steps=steps))
     table = [
         torch.bincount(part[:, 0] * 3 + part[:, 1], minlength=9) for part in (state_BL, ours_BL)
     ]

@@ -8,7 +8,8 @@ import sedd_scale
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling import SAMPLERS
-from sedd_scale.sampling.samplers import sample
+from sedd_scale.sampling.samplers import draw
+from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.evaluation.enumeration import tiny_model
 
@@ -50,10 +51,17 @@ def test_padding_to_the_block_is_eos_that_the_network_sees(model: ScoreModel) ->
     tokens[0, :2] = list(b"ab")
     fixed = np.ones((1, 10), dtype=bool)
     fixed[0, 2:6] = False
-    expected = sample(model, torch.from_numpy(tokens), torch.from_numpy(fixed), 3, seed=2)
+    expected = draw(
+        model, torch.from_numpy(tokens), torch.from_numpy(fixed), SamplerSettings(steps=3), seed=2
+    )
     assert in_block.tokens == expected[0, :6].tolist()
-    expected = sample(
-        model, torch.from_numpy(tokens), torch.from_numpy(fixed), 3, seed=2, lengths_B=[6]
+    expected = draw(
+        model,
+        torch.from_numpy(tokens),
+        torch.from_numpy(fixed),
+        SamplerSettings(steps=3),
+        seed=2,
+        lengths_B=[6],
     )
     assert alone.tokens == expected[0, :6].tolist()
     assert (expected[0, 6:] == 256).all()

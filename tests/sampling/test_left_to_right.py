@@ -10,7 +10,7 @@ from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling import LEFT_TO_RIGHT
-from sedd_scale.sampling.samplers import sample, start_batch
+from sedd_scale.sampling.samplers import draw, start_batch
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from tests.evaluation.enumeration import all_states, tiny_model
@@ -49,7 +49,7 @@ def test_the_cache_changes_no_token(model: ScoreModel, options: dict[str, float]
     settings = SamplerSettings(LEFT_TO_RIGHT, **options)
     given_BL = torch.randint(6, (40, LENGTH), generator=torch.Generator().manual_seed(1))
     fixed_BL = torch.arange(LENGTH) < (torch.arange(40) % 6)[:, None]
-    found_BL = sample(model, given_BL, fixed_BL, seed=4, sampler=LEFT_TO_RIGHT, **options)
+    found_BL = draw(model, given_BL, fixed_BL, SamplerSettings(LEFT_TO_RIGHT, **options), seed=4)
     assert torch.equal(found_BL, without_cache(model, given_BL, fixed_BL, settings))
     assert torch.equal(found_BL[fixed_BL], given_BL[fixed_BL])
     assert model.network.hidden(given_BL[:, :4], torch.zeros(40)).shape[0] == 4  # no cache is left
@@ -62,7 +62,7 @@ def test_samples_follow_the_likelihood() -> None:
     chance_n = np.exp(-3 * evaluate_bound(model, every_nL).block_nats_n)
     count = 20_000
     blank = torch.zeros(count, 3, dtype=torch.int64)
-    drawn_BL = sample(model, blank, blank.bool(), seed=2, sampler=LEFT_TO_RIGHT)
+    drawn_BL = draw(model, blank, blank.bool(), SamplerSettings(LEFT_TO_RIGHT), seed=2)
     index_B = (drawn_BL * torch.tensor([9, 3, 1])).sum(1)
     found_n = torch.bincount(index_B, minlength=27).numpy()
     expected_n = count * chance_n
@@ -77,17 +77,19 @@ def test_a_sample_is_the_same_in_any_company(model: ScoreModel) -> None:
     assert one.tokens[:2] == [5, 1] and len(one.tokens) == LENGTH
     given = torch.tensor([[2, 0, 0, 0], [1, 1, 0, 0]])
     fixed = torch.tensor([[True, False, False, False], [True, True, False, False]])
-    both = sample(model, given, fixed, sampler=LEFT_TO_RIGHT, lengths_B=[4, 3])
-    short = sample(model, given[1:, :3], fixed[1:, :3], sampler=LEFT_TO_RIGHT, sample_ids_B=[1])
+    both = draw(model, given, fixed, SamplerSettings(LEFT_TO_RIGHT), lengths_B=[4, 3])
+    short = draw(
+        model, given[1:, :3], fixed[1:, :3], SamplerSettings(LEFT_TO_RIGHT), sample_ids_B=[1]
+    )
     assert both[1, :3].tolist() == short[0].tolist() and int(both[1, 3]) == 0
 
 
 def test_what_an_autoregressive_model_cannot_do_is_refused(model: ScoreModel) -> None:
     blank = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ConfigError, match="does not go with an autoregressive model"):
-        sample(model, blank, blank.bool(), sampler="analytic")
+        draw(model, blank, blank.bool(), SamplerSettings("analytic"))
     with pytest.raises(ConfigError, match="does not go with a diffusion model"):
-        sample(tiny_model("absorb", "loglinear"), blank, blank.bool(), sampler=LEFT_TO_RIGHT)
+        draw(tiny_model("absorb", "loglinear"), blank, blank.bool(), SamplerSettings(LEFT_TO_RIGHT))
     with pytest.raises(DataError, match="position 2 is given after position 1"):
         sedd_scale.infill(model, tokens=[0, 3], positions=[0, 2])
     with pytest.raises(ConfigError, match="steps=3 does not go with left-to-right"):

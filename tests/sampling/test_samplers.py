@@ -11,7 +11,7 @@ from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.sampling import SAMPLERS
 from sedd_scale.sampling.keyed_draws import KeyedDraws
-from sedd_scale.sampling.samplers import run_batch, sample, sample_with, start_batch
+from sedd_scale.sampling.samplers import draw, run_batch, start_batch
 from sedd_scale.sampling.settings import CALL_SAMPLERS, T_END, UNIFORM_SAMPLERS, SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from tests.evaluation.enumeration import all_states, tiny_model
@@ -41,13 +41,15 @@ def assert_follows(samples_BL: Tensor, law_S: Tensor, num_states: int) -> None:
     assert stats.chi2.sf(statistic, int(possible.sum()) - 1) > 1e-3
 
 
-def draw(model: ExactScores, steps: int, sampler: str, fixed: dict[int, int], count: int) -> Tensor:
+def drawn_around(
+    model: ExactScores, steps: int, sampler: str, fixed: dict[int, int], count: int
+) -> Tensor:
     tokens_BL = torch.zeros(count, model.length, dtype=torch.int64)
     fixed_BL = torch.zeros(count, model.length, dtype=torch.bool)
     for place, token in fixed.items():
         tokens_BL[:, place] = token
         fixed_BL[:, place] = True
-    return sample(model, tokens_BL, fixed_BL, steps, sampler, seed=5)
+    return draw(model, tokens_BL, fixed_BL, SamplerSettings(sampler, steps=steps), seed=5)
 
 
 @pytest.mark.parametrize("fixed", [{}, {1: 2}])
@@ -58,7 +60,7 @@ def test_samples_follow_the_chain_of_the_tables(
 ) -> None:
     model = ExactScores(graph, "loglinear")
     law_S = chain_law(model, steps, sampler, T_END, fixed)
-    samples_BL = draw(model, steps, sampler, fixed, COUNT)
+    samples_BL = drawn_around(model, steps, sampler, fixed, COUNT)
     assert_follows(samples_BL, law_S, model.graph.num_states)
 
 
@@ -66,7 +68,7 @@ def test_samples_follow_the_chain_of_the_tables(
 def test_any_scores_give_the_chain_of_the_tables(sampler: str) -> None:
     model = RandomScores("absorb", "loglinear")
     law_S = chain_law(model, 3, sampler, T_END, {})
-    assert_follows(draw(model, 3, sampler, {}, COUNT), law_S, 4)
+    assert_follows(drawn_around(model, 3, sampler, {}, COUNT), law_S, 4)
 
 
 @pytest.mark.parametrize("remask", [0.5, 4.0])
@@ -74,7 +76,7 @@ def test_remasking_follows_its_tables(remask: float) -> None:
     model = RandomScores("absorb", "cosine")
     law_S = chain_law(model, 4, "ancestral", T_END, {}, remask=remask)
     blank, free = torch.zeros(COUNT, 3, dtype=torch.int64), torch.zeros(COUNT, 3).bool()
-    samples = sample(model, blank, free, 4, "ancestral", remask=remask)
+    samples = draw(model, blank, free, SamplerSettings("ancestral", steps=4, remask=remask))
     assert_follows(samples, law_S, 4)
 
 
@@ -109,7 +111,7 @@ def test_first_hitting_follows_a_law_that_changes_with_time() -> None:
     blank, free = torch.zeros(4 * COUNT, 2, dtype=torch.int64), torch.zeros(4 * COUNT, 2).bool()
     law_S = hitting_law(model)
     assert float(law_S.sum()) == pytest.approx(1.0, abs=1e-12)
-    samples_BL = sample(model, blank, free, None, "first-hitting", seed=2)
+    samples_BL = draw(model, blank, free, SamplerSettings("first-hitting"), seed=2)
     assert_follows(samples_BL, law_S, 3)
     with pytest.raises(AssertionError):  # of the time that all have at the start
         assert_follows(samples_BL, order_law(model, "first-hitting", (1, 1)), 3)
@@ -118,7 +120,7 @@ def test_first_hitting_follows_a_law_that_changes_with_time() -> None:
 def test_draws_in_single_precision_follow_the_law_down_to_its_tail() -> None:
     model = ExactScores("absorb", "loglinear")
     blank, free = torch.zeros(COUNT, 2, dtype=torch.int64), torch.zeros(COUNT, 2).bool()
-    samples_BL = sample(model, blank, free, 3, draw_dtype="float32")
+    samples_BL = draw(model, blank, free, SamplerSettings(steps=3, draw_dtype="float32"))
     assert_follows(samples_BL, chain_law(model, 3, "analytic", T_END, {}), 4)
     # Of a token with a chance of 2^-26 only a number of more than 24 bits can tell.
     logits = torch.tensor([[0.0, -26 * math.log(2.0)]], dtype=torch.float64)
@@ -132,7 +134,9 @@ def test_draws_in_single_precision_follow_the_law_down_to_its_tail() -> None:
 def test_first_hitting_draws_the_data_itself() -> None:
     model = ExactScores("absorb", "geometric")
     blank, free = torch.zeros(COUNT, 2, dtype=torch.int64), torch.zeros(COUNT, 2).bool()
-    assert_follows(sample(model, blank[:500], free[:500], None, "first-hitting"), model.data_C, 3)
+    assert_follows(
+        draw(model, blank[:500], free[:500], SamplerSettings("first-hitting")), model.data_C, 3
+    )
 
 
 def test_temperature_and_cuts_are_those_of_their_definition() -> None:
@@ -162,11 +166,11 @@ def test_every_sampler_keeps_what_is_given_in_ragged_batches(sampler: str) -> No
     fixed = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0], [0] * 7 + [1]]).bool()
     lengths = [8, 5, 3]
     settings = SamplerSettings(sampler, steps=3)
-    whole = sample_with(model, tokens, fixed, settings, seed=4, lengths_B=lengths)
+    whole = draw(model, tokens, fixed, settings, seed=4, lengths_B=lengths)
     assert torch.equal(whole[fixed], tokens[fixed]) and int(whole.max()) < 9
     for row, length in enumerate(lengths):
         part = slice(row, row + 1)
-        alone = sample_with(
+        alone = draw(
             model,
             tokens[part, :length],
             fixed[part, :length],
@@ -201,7 +205,7 @@ def test_without_time_conditioning_an_unchanged_batch_needs_no_call() -> None:
 def test_other_grids_end_without_masks(graph: str, time_grid: str) -> None:
     model = ExactScores(graph, "geometric")
     blank, free = torch.zeros(400, 2, dtype=torch.int64), torch.zeros(400, 2).bool()
-    samples = sample(model, blank, free, 64, time_grid=time_grid)
+    samples = draw(model, blank, free, SamplerSettings(steps=64, time_grid=time_grid))
     found = torch.bincount(samples[:, 0] * 3 + samples[:, 1], minlength=9) / 400
     assert (found - model.data_C).abs().sum() / 2 < 0.15
 
@@ -228,24 +232,15 @@ def test_a_sample_is_the_same_in_any_company(graph: str) -> None:
     model = ExactScores(graph, "loglinear")
     blank = torch.zeros(12, 2, dtype=torch.int64)
     free = torch.zeros(12, 2, dtype=torch.bool)
-    whole = sample(model, blank, free, 5, seed=9)
+    whole = draw(model, blank, free, SamplerSettings(steps=5), seed=9)
     ids = [7, 0, 11]
-    some = sample(model, blank[ids], free[ids], 5, seed=9, sample_ids_B=ids)
+    some = draw(model, blank[ids], free[ids], SamplerSettings(steps=5), seed=9, sample_ids_B=ids)
     assert torch.equal(some, whole[ids])
-    mixed = sample(model, blank[:2], free[:2], 5, seed=[9, 4], sample_ids_B=[3, 3])
-    assert torch.equal(mixed[0], whole[3])
-    assert not torch.equal(sample(model, blank, free, 5, seed=10), whole)
-
-
-def test_a_generator_gives_the_seed() -> None:
-    model = ExactScores("absorb", "loglinear")
-    blank = torch.zeros(20, 2, dtype=torch.int64)
-    free = torch.zeros(20, 2, dtype=torch.bool)
-    first, again, other = (
-        sample(model, blank, free, 4, "analytic", torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
+    mixed = draw(
+        model, blank[:2], free[:2], SamplerSettings(steps=5), seed=[9, 4], sample_ids_B=[3, 3]
     )
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(mixed[0], whole[3])
+    assert not torch.equal(draw(model, blank, free, SamplerSettings(steps=5), seed=10), whole)
 
 
 def test_scaled_logits_give_the_same_samples() -> None:
@@ -253,7 +248,12 @@ def test_scaled_logits_give_the_same_samples() -> None:
     free = torch.zeros(50, 2, dtype=torch.bool)
     for sampler in ("analytic", "euler", "ancestral"):
         plain, scaled = (
-            sample(ExactScores("absorb", "loglinear", scaled=scaled), blank, free, 6, sampler)
+            draw(
+                ExactScores("absorb", "loglinear", scaled=scaled),
+                blank,
+                free,
+                SamplerSettings(sampler, steps=6),
+            )
             for scaled in (False, True)
         )
         assert torch.equal(plain, scaled)
@@ -273,7 +273,12 @@ def test_laws_of_clean_tokens_give_the_same_samples() -> None:
         found.scatter(1, own_R[:, None], 0.0), expected.scatter(1, own_R[:, None], 0.0)
     )
     for sampler in ("analytic", "euler"):
-        assert torch.equal(*(sample(model, blank, free, 6, sampler) for model in (known, told)))
+        assert torch.equal(
+            *(
+                draw(model, blank, free, SamplerSettings(sampler, steps=6))
+                for model in (known, told)
+            )
+        )
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -282,7 +287,7 @@ def test_fixed_tokens_stay_and_no_mask_is_left(graph: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(3, (40, 2), generator=generator)
     fixed_BL = torch.rand(40, 2, generator=generator) < 0.5
-    samples_BL = sample(model, tokens_BL, fixed_BL, 4)
+    samples_BL = draw(model, tokens_BL, fixed_BL, SamplerSettings(steps=4))
     assert torch.equal(samples_BL[fixed_BL], tokens_BL[fixed_BL])
     assert (samples_BL < 3).all() and (samples_BL >= 0).all()
 
@@ -290,9 +295,9 @@ def test_fixed_tokens_stay_and_no_mask_is_left(graph: str) -> None:
 def test_no_network_call_where_nothing_is_left_to_draw() -> None:
     model = ExactScores("absorb", "loglinear")
     tokens_BL = torch.zeros(4, 2, dtype=torch.int64)
-    sample(model, tokens_BL, torch.ones(4, 2, dtype=torch.bool), 10)
+    draw(model, tokens_BL, torch.ones(4, 2, dtype=torch.bool), SamplerSettings(steps=10))
     assert model.calls == 0
-    sample(model, tokens_BL[:1], torch.zeros(1, 2, dtype=torch.bool), 200)
+    draw(model, tokens_BL[:1], torch.zeros(1, 2, dtype=torch.bool), SamplerSettings(steps=200))
     assert 1 <= model.calls < 200
 
 
@@ -300,7 +305,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     model = ExactScores("absorb", "loglinear")
     blank, free = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.bool)
     with pytest.raises(ConfigError, match="sampler 'gumbel' is unknown"):
-        sample(model, blank, free, 4, "gumbel")
+        draw(model, blank, free, SamplerSettings("gumbel", steps=4))
     for match, options in (
         ("remask=1.0 does not go with", {"remask": 1.0}),
         ("top_p=1.5", {"top_p": 1.5}),
@@ -309,18 +314,18 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ("temperature=0 takes", {"temperature": 0, "top_k": 3}),
     ):
         with pytest.raises(ConfigError, match=match):
-            sample(model, blank, free, 4, **options)
+            draw(model, blank, free, SamplerSettings(steps=4, **options))
     uniform = ExactScores("uniform", "loglinear")
     with pytest.raises(ConfigError, match="sampler margin fills masks"):
-        sample(uniform, blank, free, 4, "margin")
+        draw(uniform, blank, free, SamplerSettings("margin", steps=4))
     with pytest.raises(ConfigError, match="top_k=2 has no law"):
-        sample(uniform, blank, free, 4, top_k=2)
+        draw(uniform, blank, free, SamplerSettings(steps=4, top_k=2))
     with pytest.raises(ConfigError, match="steps=0"):
-        sample(model, blank, free, 0)
+        draw(model, blank, free, SamplerSettings(steps=0))
     with pytest.raises(DataError, match="equal shapes"):
-        sample(model, blank, free[:1], 4)
+        draw(model, blank, free[:1], SamplerSettings(steps=4))
     with pytest.raises(DataError, match="token id 3 is outside"):
-        sample(model, blank + 3, ~free, 4)
+        draw(model, blank + 3, ~free, SamplerSettings(steps=4))
     model.data_C[0] = math.nan
     with pytest.raises(CheckpointError, match="not finite"):
-        sample(model, blank, free, 4)
+        draw(model, blank, free, SamplerSettings(steps=4))
