@@ -56,6 +56,7 @@ setup(
         "flash": ["flash-attn>=2.6,<3"],
         "tensorboard": ["tensorboard>=2.16,<3"],
         "dev": [
+            "setuptools>=77",  # builds the wheel that the tests install
             "pytest>=9,<10",
             "pytest-cov>=7,<8",
             "pytest-xdist>=3.8,<4",
