@@ -1,7 +1,6 @@
-"""Fixtures shared by all tests."""
+"""Options and environment of all tests."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,3 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all layouts of all variants")
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference numbers beside the repository; skips the test where it is absent."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no reference numbers: {folder} is absent")
-    return folder

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sedd_scale.diffusion.schedules import Geometric, LogLinear, make_schedule
 from sedd_scale.errors import ConfigError
+from tests.repository import GOLDEN
 
 NAMES = ("loglinear", "geometric", "cosine", "linear")
 TIMES = torch.linspace(1e-3, 1.0, 500, dtype=torch.float64)
@@ -91,10 +93,8 @@ def test_refuses_what_is_no_schedule():
 
 
 @pytest.mark.parametrize("case", ["absorb-loglinear", "uniform-geometric"])
-def test_reference_numbers(shared, case):
-    from safetensors.torch import load_file
-
-    golden = load_file(shared / "golden" / case / "golden.safetensors")
+def test_reference_numbers(case):
+    golden = load_file(GOLDEN / case / "golden.safetensors")
     schedule = make_schedule(case.split("-")[1])
     torch.testing.assert_close(schedule.sigma(golden["t"]), golden["sigma"], rtol=1e-5, atol=0)
     torch.testing.assert_close(schedule.rate(golden["t"]), golden["dsigma"], rtol=1e-5, atol=0)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.schedules import make_schedule
@@ -19,6 +20,7 @@ from sedd_scale.diffusion.score_entropy import (
     row_statistics,
 )
 from sedd_scale.errors import ConfigError, TrainingError
+from tests.repository import GOLDEN
 
 SIGMAS = torch.tensor([1e-4, 1e-3, 0.03, 0.4, 1.0, 3.0, 9.0, 20.0], dtype=torch.float64)
 KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
@@ -312,10 +314,8 @@ def test_uniform_has_no_scaled_form():
 
 
 @pytest.mark.parametrize("case", ["absorb-loglinear", "uniform-geometric"])
-def test_reference_numbers(shared, case):
-    from safetensors.torch import load_file
-
-    golden = load_file(shared / "golden" / case / "golden.safetensors")
+def test_reference_numbers(case):
+    golden = load_file(GOLDEN / case / "golden.safetensors")
     graph = make_graph(case.split("-")[0], 50)
     x0, xt, log_score = golden["x0"], golden["xt"], golden["log_score"]
     sigma_B, ones = golden["sigma"].double(), torch.ones(3, dtype=torch.float64)

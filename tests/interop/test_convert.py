@@ -21,6 +21,7 @@ from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.tiny_checkpoints import write_checkpoint
+from tests.repository import GOLDEN
 
 CASES = ("absorb-loglinear", "uniform-geometric")
 
@@ -30,10 +31,8 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_published_to_native_and_back_is_the_same_file(
-    case: str, shared: Path, tmp_path: Path
-) -> None:
-    source = shared / "golden" / case
+def test_published_to_native_and_back_is_the_same_file(case: str, tmp_path: Path) -> None:
+    source = GOLDEN / case
     assert run("--from", "sedd-hf", "--to", "native", source, tmp_path / "native") == 0
     assert run("--from", "native", "--to", "sedd-hf", tmp_path / "native", tmp_path / "back") == 0
     first, last = (
@@ -139,8 +138,8 @@ def test_mdlm_is_read_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 20_000])
-def test_shards_are_one_model(shared: Path, tmp_path: Path, shard_bytes: int) -> None:
-    source = shared / "golden" / CASES[0]
+def test_shards_are_one_model(tmp_path: Path, shard_bytes: int) -> None:
+    source = GOLDEN / CASES[0]
     convert("sedd-hf", "sedd-hf", source, tmp_path / "shards", shard_bytes=shard_bytes)
     files = sorted((tmp_path / "shards").glob("*.safetensors"))
     whole = load_file(source / "model.safetensors")
@@ -160,8 +159,8 @@ def test_shards_are_one_model(shared: Path, tmp_path: Path, shard_bytes: int) ->
         load_pretrained(tmp_path / "shards")
 
 
-def test_pytorch_bin_is_read(shared: Path, tmp_path: Path) -> None:
-    source = shared / "golden" / CASES[0]
+def test_pytorch_bin_is_read(tmp_path: Path) -> None:
+    source = GOLDEN / CASES[0]
     whole = load_file(source / "model.safetensors")
     for folder, zipped in (("zip", True), ("legacy", False)):
         (tmp_path / folder).mkdir()
@@ -176,10 +175,8 @@ def test_pytorch_bin_is_read(shared: Path, tmp_path: Path) -> None:
         assert all(torch.equal(back[name], whole[name]) for name in whole)
 
 
-def test_verify_and_inspect(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = shared / "golden" / CASES[0]
+def test_verify_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = GOLDEN / CASES[0]
     convert("sedd-hf", "native", source, tmp_path / "native")
     assert run("verify", source, tmp_path / "native", "--tolerance", 0) == 0
     assert "max difference 0 " in capsys.readouterr().out
@@ -190,7 +187,7 @@ def test_verify_and_inspect(
     save_file(tensors, changed / "model.safetensors")
     assert run("verify", source, changed) == 1
     assert "max difference 0.25 " in capsys.readouterr().out
-    assert run("verify", source, shared / "golden" / CASES[1]) == 2
+    assert run("verify", source, GOLDEN / CASES[1]) == 2
     assert "different models: graph is absorb and uniform" in capsys.readouterr().err
     assert run("inspect", tmp_path / "native") == 0
     text = capsys.readouterr().out
@@ -209,9 +206,9 @@ def test_a_damaged_native_source_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("new*"))
 
 
-def test_an_incomplete_source_leaves_nothing(shared: Path, tmp_path: Path) -> None:
+def test_an_incomplete_source_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(shared / "golden" / CASES[0], source)
+    shutil.copytree(GOLDEN / CASES[0], source)
     tensors = load_file(source / "model.safetensors")
     del tensors["output_layer.linear.bias"]
     save_file(tensors, source / "model.safetensors")

@@ -13,7 +13,7 @@ from sedd_scale.interop.convert import convert
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from tests.interop.tiny_checkpoints import write_checkpoint
-from tests.repository import ROOT
+from tests.repository import DATA, ROOT
 
 
 def parsed(*arguments: object) -> argparse.Namespace:
@@ -40,12 +40,10 @@ def test_a_tokenizer_is_given_to_a_checkpoint_that_carries_none(tmp_path: Path) 
         open_model(parsed("--checkpoint", tmp_path / "hf", "--tokenizer-path", tmp_path / "none"))
 
 
-def test_gpt2_files_are_a_tokenizer(shared: Path, tmp_path: Path) -> None:
+def test_gpt2_files_are_a_tokenizer(tmp_path: Path) -> None:
     native = write_checkpoint(tmp_path / "native")
     with pytest.raises(DataError, match="is not the tokenizer of"):
-        open_model(
-            parsed("--checkpoint", native, "--tokenizer-path", shared / "data" / "tokenizers")
-        )
+        open_model(parsed("--checkpoint", native, "--tokenizer-path", DATA / "tokenizer"))
 
 
 def test_precision_is_that_of_the_weights(tmp_path: Path) -> None:

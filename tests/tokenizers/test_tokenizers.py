@@ -20,6 +20,7 @@ from sedd_scale.tokenizers.sentencepiece import (
     open_sentencepiece,
 )
 from tests.data.corpus import make_texts
+from tests.repository import DATA
 
 HARD_TEXTS = [
     "",
@@ -176,27 +177,24 @@ def test_damaged_definitions(tokenizers: dict[str, Tokenizer], tmp_path: Path) -
         GPT2Tokenizer(json.dumps(shorter).encode(), merges)
 
 
-def test_gpt2_gives_the_published_ids(shared: Path) -> None:
-    directory = shared / "data/tokenizers"
-    if not directory.is_dir():
-        pytest.skip(f"no GPT-2 vocabulary: {directory} is absent")
-    gpt2 = open_gpt2(directory)
-    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
-    assert gpt2.encode("Hello world").tolist() == [15496, 995]
-    assert gpt2.encode(" Hello").tolist() == [18435]
-    for text in HARD_TEXTS:
-        assert gpt2.decode(gpt2.encode(text)) == text
+def test_a_sentencepiece_model_with_other_special_ids(tmp_path: Path) -> None:
+    """As language models are published with: unknown 0, begin 1, end 2, then bytes."""
+    import sentencepiece
 
-
-def test_a_foreign_sentencepiece_model(shared: Path) -> None:
-    path = shared / "data/tokenizers/sentencepiece-32k.model"
-    if not path.is_file():
-        pytest.skip(f"no SentencePiece model: {path} is absent")
-    tokenizer = open_sentencepiece(path)
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.unknown_id) == (32000, 2, 0)
-    assert (
-        tokenizer.decode(tokenizer.encode("Straße 東京 🙂\nnew line")) == "Straße 東京 🙂\nnew line"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(60)),
+        model_prefix=str(tmp_path / "foreign"),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
+    tokenizer = open_sentencepiece(tmp_path / "foreign.model")
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.unknown_id) == (500, 2, 0)
+    for text in ("Straße 東京 🙂\nnew line", *make_texts(3)):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("across_words", [False, True])
@@ -229,14 +227,14 @@ def test_long_texts_have_the_ids_of_the_library(across_words: bool) -> None:
     assert multi_word == across_words
 
 
-def test_gpt2_agrees_with_an_independent_implementation(shared: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    directory = shared / "data/tokenizers"
-    if not directory.is_dir():
-        pytest.skip(f"no GPT-2 vocabulary: {directory} is absent")
+def test_gpt2_agrees_with_an_independent_implementation() -> None:
+    import tokenizers
+
+    directory = DATA / "tokenizer"
     gpt2 = open_gpt2(directory)
-    vocabulary = json.loads((directory / "gpt2-vocab.json").read_text(encoding="utf-8"))
-    lines = (directory / "gpt2-merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    assert (gpt2.vocab_size, gpt2.eos_id) == (1001, 1000)
+    vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
     merges = [(line.split(" ")[0], line.split(" ")[1]) for line in lines if line]
     other = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
