@@ -62,12 +62,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 def test_the_wheel_has_everything_and_nothing_else(installed: Installed) -> None:
     names = set(zipfile.ZipFile(installed.wheel).namelist())
-    configs = {
-        f"sedd_scale/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")
-    }
-    scripts = {f"sedd_scale/{path.relative_to(ROOT)}" for path in (ROOT / "slurm").glob("*.sh")}
+    data = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "slurm").glob("*.sh")]
+    carried = {f"sedd_scale/{path.relative_to(ROOT)}" for path in data}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sedd_scale").rglob("*.py")}
-    assert configs | scripts | modules | {"sedd_scale/py.typed"} <= names
+    assert carried | modules | {"sedd_scale/py.typed"} <= names
     assert {name.partition("/")[0] for name in names} == {"sedd_scale", *_metadata(names)}
 
 

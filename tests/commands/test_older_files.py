@@ -37,9 +37,7 @@ def test_a_run_resumes_with_the_losses_it_had(folder: Path) -> None:
             assert new.get(key) == (None if key not in old else pytest.approx(old[key], rel=1e-5))
 
 
-def test_a_bound_and_samples_are_repeated(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bound_and_samples_are_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval_ppl", "--checkpoint", "run", "--data", "dataset", "--json"]) == 0
     found, before = json.loads(capsys.readouterr().out), json.loads(Path("bound.json").read_text())
     assert {*before} <= {*found}
@@ -48,7 +46,9 @@ def test_a_bound_and_samples_are_repeated(
         assert found[key] == before[key]
     drawn = ["--num-samples", "2", "--length", "16", "--steps", "8", "--seed", "3"]
     assert main(["generate", "--checkpoint", "run", *drawn, "--output", "again.jsonl"]) == 0
-    for old, new in zip(lines(folder / "samples.jsonl"), lines(folder / "again.jsonl"), strict=True):
+    for old, new in zip(
+        lines(folder / "samples.jsonl"), lines(folder / "again.jsonl"), strict=True
+    ):
         assert (new["tokens"], new["settings"]) == (old["tokens"], old["settings"])
 
 
