@@ -286,7 +286,7 @@ def _requests(
     skipped: list[DataError],
 ) -> "list[Request]":
     """What is to be drawn; lines that cannot be used are added to `skipped`."""
-    from sedd_scale.generation.batch import prompt_requests, unconditional_requests
+    from sedd_scale.generation.batch import equal_requests, prompt_requests
     from sedd_scale.generation.prompts_file import prompts_of_lines
     from sedd_scale.sampling.infill import unconditional
 
@@ -300,7 +300,7 @@ def _requests(
         )
     if lines is None:
         count = 1 if arguments.num_samples is None else arguments.num_samples
-        return unconditional_requests(count, unconditional(length), arguments.seed, settings)
+        return equal_requests(count, unconditional(length), arguments.seed, settings)
     prompts = prompts_of_lines(
         lines,
         tokenizer=model.tokenizer,

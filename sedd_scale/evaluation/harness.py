@@ -3,9 +3,9 @@
     python -m sedd_scale.evaluation.harness --model sedd_scale \
         --model_args checkpoint=runs/books --tasks lambada_openai
 
-is the harness's own command line with the model registered; a program that imports this module can
-name the model too, and after `python -m sedd_scale lm-eval on` so can `lm_eval` itself, which asks
-no other package for models (`harness_hook`). The package is `pip install 'sedd_scale[harness]'`.
+is the harness's own command line with the model registered. A program that imports this module can
+name the model too; `lm_eval` itself looks in no other package for models. The harness comes with
+`pip install 'sedd_scale[harness]'`.
 
 `loglikelihood` is minus the bound on a continuation whose context stays clean: noise moves the
 continuation alone. Every request has the same draws, so what two continuations differ by is not the
@@ -27,10 +27,12 @@ from lm_eval.api.registry import register_model
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
-from sedd_scale.generation.completions import infill
+from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
+from sedd_scale.generation.completions import settings_for
 from sedd_scale.interop.model_arguments import check_tokenizer_fits, open_tokenizer
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.sampling.infill import infill_from_tokens
 
 MODEL_NAME = "sedd_scale"
 _MOST_GENERATED = 256
@@ -98,11 +100,7 @@ class SeddScaleLM(LM):
         spans = [self._encoded(*request.args) for request in requests]
         found = self._log_probabilities(spans)
 
-        def greedy(which: int) -> tuple[bool]:
-            return (self._is_greedy(*spans[which]),)
-
-        flags = over_ranks(self.model.layout, len(spans), greedy)
-        pairs = [(value, bool(flag)) for value, (flag,) in zip(found, flags, strict=True)]
+        pairs = list(zip(found, self._are_greedy(spans), strict=True))
         for request, pair in zip(requests, pairs, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, pair)
         return pairs
@@ -125,14 +123,15 @@ class SeddScaleLM(LM):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Text behind each context, up to the first of the strings that end it."""
 
-        def text(which: int) -> tuple[str]:
-            return (self._generate(*requests[which].args),)
+        fillings = [self._continuation(*request.args) for request in requests]
+        drawn = self._filled(fillings)
+        return [
+            self._text(tokens, request.args[1])
+            for tokens, request in zip(drawn, requests, strict=True)
+        ]
 
-        return [made for (made,) in over_ranks(self.model.layout, len(requests), text)]
-
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+    def _continuation(self, context: str, options: dict[str, Any]) -> Request:
+        """A context with free positions behind it."""
         wanted = int(options.get("max_gen_toks") or options.get("max_tokens") or _MOST_GENERATED)
         wanted = max(1, min(wanted, self.max_length - 1))
         given = self._encode(context)[-(self.max_length - wanted) :]
@@ -142,24 +141,44 @@ class SeddScaleLM(LM):
             settings["temperature"] = float(options.get("temperature") or 0.0) if sampled else 0.0
             if settings["temperature"] == 0.0 and not self.model.objective.causal:
                 settings.setdefault("sampler", "confidence")
-        (made,) = infill(
-            self.model,
-            tokens=given,
-            positions=range(len(given)),
-            length=len(given) + wanted,
-            seed=self.seed,
-            **settings,
-        )
+        return self._request(given, wanted, self.seed, settings)
+
+    def _text(self, tokens: list[int], options: dict[str, Any]) -> str:
+        """What generated tokens spell, up to EOS or the first of the strings that end the text."""
         assert self.model.tokenizer is not None
-        new = made.tokens[len(given) :]
         eos = self.model.tokenizer.eos_id
-        if eos in new and not self.model.tokenizer.eos_in_text:
-            new = new[: new.index(eos)]
-        text = self.model.tokenizer.decode(new)
-        for end in until:
+        if eos in tokens and not self.model.tokenizer.eos_in_text:
+            tokens = tokens[: tokens.index(eos)]
+        text = self.model.tokenizer.decode(tokens)
+        until = options.get("until") or []
+        for end in [until] if isinstance(until, str) else until:
             if end:
                 text = text.partition(end)[0]
         return text
+
+    def _request(
+        self, given: list[int], num_free: int, seed: int, options: dict[str, Any]
+    ) -> Request:
+        length = len(given) + num_free
+        num_tokens = self.model.graph.num_tokens
+        prefix = infill_from_tokens(given, range(len(given)), num_tokens, length)
+        return Request(0, prefix, seed, 0, settings_for(self.model, options))
+
+    def _filled(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The tokens drawn behind the given ones of each request; collective."""
+        batches = cut_batches(requests, self.batch_size)
+
+        def drawn(which: int) -> tuple[list[int], ...]:
+            batch = [requests[index] for index in batches[which]]
+            found = zip(draw_tokens(self.model, batch), batch, strict=True)
+            return tuple(tokens_L[~request.given.fixed_L].tolist() for tokens_L, request in found)
+
+        filled: list[list[int]] = [[] for _ in requests]
+        of_batches = over_ranks(self.model.layout, len(batches), drawn)
+        for indices, tokens in zip(batches, of_batches, strict=True):
+            for index, own in zip(indices, tokens, strict=True):
+                filled[index] = own
+        return filled
 
     def _encode(self, text: str) -> list[int]:
         assert self.model.tokenizer is not None
@@ -204,21 +223,16 @@ class SeddScaleLM(LM):
                 found[number] = -float(nats) * len(spans[number][1])
         return found
 
-    def _is_greedy(self, given: list[int], target: list[int]) -> bool:
+    def _are_greedy(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether each second part is what the likeliest tokens after the first are; collective."""
         if self.model.graph.mask_id is None:
-            return False
-        options: dict[str, Any] = {}
+            return [False] * len(spans)
+        options: dict[str, Any] = {"temperature": 0.0}
         if not self.model.objective.causal:
             options["sampler"] = "confidence"
-        (made,) = infill(
-            self.model,
-            tokens=given,
-            positions=range(len(given)),
-            length=len(given) + len(target),
-            temperature=0.0,
-            **options,
-        )
-        return made.tokens[len(given) :] == target
+        requests = [self._request(given, len(target), 0, options) for given, target in spans]
+        pairs = zip(self._filled(requests), spans, strict=True)
+        return [drawn == target for drawn, (_, target) in pairs]
 
 
 def main() -> int:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError
 from sedd_scale.generation.prompts_file import Prompt
 from sedd_scale.generation.quality import token_entropy
 from sedd_scale.generation.trace import TraceRecorder
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling.infill import Infill
+from sedd_scale.sampling.batch_state import StepObserver
+from sedd_scale.sampling.infill import Given
 from sedd_scale.sampling.samplers import draw
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.base import Tokenizer
@@ -25,14 +27,14 @@ class Request(NamedTuple):
 
     Attributes:
         id: what the output calls it.
-        infill: what is given of it.
+        given: what is given of it.
         seed: of its draws.
         number: which draw of that seed it is.
         settings: how it is drawn.
     """
 
     id: str | int
-    infill: Infill
+    given: Given
     seed: int
     number: int
     settings: SamplerSettings = SamplerSettings()
@@ -40,15 +42,15 @@ class Request(NamedTuple):
     @property
     def num_free(self) -> int:
         """Positions to be drawn."""
-        return len(self.infill.fixed_L) - int(self.infill.fixed_L.sum())
+        return len(self.given.fixed_L) - int(self.given.fixed_L.sum())
 
 
-def unconditional_requests(
-    count: int, infill: Infill, seed: int, settings: SamplerSettings | None = None
+def equal_requests(
+    count: int, given: Given, seed: int, settings: SamplerSettings | None = None
 ) -> list[Request]:
-    """`count` samples, ids 0..count-1."""
+    """`count` samples around the same, ids 0..count-1."""
     chosen = settings or SamplerSettings()
-    return [Request(number, infill, seed, number, chosen) for number in range(count)]
+    return [Request(number, given, seed, number, chosen) for number in range(count)]
 
 
 def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
@@ -66,7 +68,7 @@ def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
             requests.append(
                 Request(
                     name,
-                    prompt.infill,
+                    prompt.given,
                     seed if prompt.seed is None else prompt.seed,
                     number if own else shared,
                     prompt.settings,
@@ -87,7 +89,7 @@ def cut_batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]
         alike.setdefault(request.settings, []).append(index)
     batches = []
     for indices in alike.values():
-        indices.sort(key=lambda index: len(requests[index].infill.tokens_L))
+        indices.sort(key=lambda index: len(requests[index].given.tokens_L))
         batches += [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
     return batches
 
@@ -114,7 +116,7 @@ def requests_of_shard(
 
 def batch_cost(batch: Sequence[Request]) -> int:
     """Tokens that go through the network for a batch, at most: what its time grows with."""
-    longest = max(len(request.infill.tokens_L) for request in batch)
+    longest = max(len(request.given.tokens_L) for request in batch)
     free = max(request.num_free for request in batch)
     return len(batch) * longest * max(1, batch[0].settings.resolved_steps or free)
 
@@ -122,16 +124,45 @@ def batch_cost(batch: Sequence[Request]) -> int:
 def requests_digest(requests: Sequence[Request]) -> str:
     """SHA-256 (hex) of everything the samples depend on but the model."""
     digest = hashlib.sha256()
-    infills: dict[int, str] = {}  # shared by many requests; kept alive by them
+    givens: dict[int, str] = {}  # shared by many requests; kept alive by them
     for request in requests:
-        key = id(request.infill)
-        if key not in infills:
-            tokens_L, fixed_L = request.infill
+        key = id(request.given)
+        if key not in givens:
+            tokens_L, fixed_L = request.given
             content = tokens_L.astype("<i8").tobytes() + fixed_L.tobytes()
-            infills[key] = hashlib.sha256(content).hexdigest()
-        line = [request.id, infills[key], request.seed, request.number, request.settings.to_dict()]
+            givens[key] = hashlib.sha256(content).hexdigest()
+        line = [request.id, givens[key], request.seed, request.number, request.settings.to_dict()]
         digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def draw_tokens(
+    model: ScoreModel, batch: Sequence[Request], *, on_step: StepObserver | None = None
+) -> list[IntArray]:
+    """The tokens of requests of equal settings; tensor-parallel ranks call it together.
+
+    Args:
+        on_step: as of `draw`.
+
+    Raises:
+        CheckpointError: the network's outputs are not finite.
+    """
+    lengths_B = [len(request.given.tokens_L) for request in batch]
+    given_BL = np.zeros((len(batch), max(lengths_B)), dtype=np.int64)
+    fixed_BL = np.zeros(given_BL.shape, dtype=np.bool_)
+    for row, request in enumerate(batch):
+        given_BL[row, : lengths_B[row]], fixed_BL[row, : lengths_B[row]] = request.given
+    drawn_BL = draw(
+        model,
+        torch.from_numpy(given_BL),
+        torch.from_numpy(fixed_BL),
+        batch[0].settings,
+        seed=[request.seed for request in batch],
+        sample_ids_B=[request.number for request in batch],
+        lengths_B=None if min(lengths_B) == max(lengths_B) else lengths_B,
+        on_step=on_step,
+    ).numpy()
+    return [row_L[:length] for row_L, length in zip(drawn_BL, lengths_B, strict=True)]
 
 
 def draw_batch(
@@ -151,34 +182,18 @@ def draw_batch(
         CheckpointError: the network's outputs are not finite.
     """
     start = time.perf_counter()
-    lengths_B = [len(request.infill.tokens_L) for request in batch]
-    given_BL = np.zeros((len(batch), max(lengths_B)), dtype=np.int64)
-    fixed_BL = np.zeros(given_BL.shape, dtype=np.bool_)
-    for row, request in enumerate(batch):
-        given_BL[row, : lengths_B[row]], fixed_BL[row, : lengths_B[row]] = request.infill
-    recorder = TraceRecorder(
-        {row: batch[row].infill for row in traced}, mask_id=model.graph.mask_id
-    )
-    drawn_BL = draw(
-        model,
-        torch.from_numpy(given_BL),
-        torch.from_numpy(fixed_BL),
-        batch[0].settings,
-        seed=[request.seed for request in batch],
-        sample_ids_B=[request.number for request in batch],
-        lengths_B=None if min(lengths_B) == max(lengths_B) else lengths_B,
-        on_step=recorder.on_step if traced else None,
-    ).numpy()
+    givens = {row: batch[row].given for row in traced}
+    recorder = TraceRecorder(givens, mask_id=model.graph.mask_id)
+    drawn = draw_tokens(model, batch, on_step=recorder.on_step if traced else None)
     seconds = time.perf_counter() - start
     traces = recorder.traces(tokenizer)
     records = []
-    for row, request in enumerate(batch):
-        tokens_L = drawn_BL[row, : lengths_B[row]]
+    for row, (request, tokens_L) in enumerate(zip(batch, drawn, strict=True)):
         record = {
             "id": request.id,
             "text": None if tokenizer is None else tokenizer.decode(tokens_L),
             "tokens": tokens_L.tolist(),
-            "given": fixed_ranges(request.infill),
+            "given": fixed_ranges(request.given),
             "seed": request.seed,
             "number": request.number,
             "settings": {
@@ -195,7 +210,7 @@ def draw_batch(
     return records
 
 
-def fixed_ranges(infill: Infill) -> list[list[int]]:
+def fixed_ranges(given: Given) -> list[list[int]]:
     """The given positions as ranges [start, end)."""
-    edges = np.flatnonzero(np.diff(infill.fixed_L.astype(np.int8), prepend=0, append=0))
+    edges = np.flatnonzero(np.diff(given.fixed_L.astype(np.int8), prepend=0, append=0))
     return edges.reshape(-1, 2).tolist()

@@ -1,28 +1,22 @@
 """Samples and infillings of a model in one call: `sedd_scale.sample` and `sedd_scale.infill`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.generation.batch import draw_tokens, equal_requests
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
-    Infill,
-    infill_from_ends,
-    infill_from_text,
-    infill_from_tokens,
+    Given,
+    given_of,
     padded,
     unconditional,
 )
 from sedd_scale.sampling.left_to_right import is_autoregressive
-from sedd_scale.sampling.samplers import draw
-from sedd_scale.sampling.settings import settings_from_dict
-from sedd_scale.tokenizers.base import Tokenizer
+from sedd_scale.sampling.settings import SamplerSettings, settings_from_dict
 
 DEFAULT_BATCH_SIZE = 16
 
@@ -99,26 +93,27 @@ def infill(
             fits.
         CheckpointError: the network's outputs are not finite.
     """
-    limit = _length(model, length)
-    kinds = [text is not None, prefix is not None or suffix is not None]
-    kinds.append(tokens is not None or positions is not None)
-    if sum(kinds) != 1:
-        raise DataError("give exactly one of text, prefix/suffix, or tokens with positions")
-    if tokens is not None or positions is not None:
-        if tokens is None or positions is None:
-            raise DataError("tokens and positions go together: give both")
-        given = infill_from_tokens(tokens, positions, model.graph.num_tokens, limit)
-    elif text is not None:
-        given = infill_from_text(text, _tokenizer(model), limit, marker=marker)
-    else:
-        given = infill_from_ends(prefix or "", suffix or "", _tokenizer(model), limit)
+    values = {
+        "text": text,
+        "prefix": prefix,
+        "suffix": suffix,
+        "tokens": tokens,
+        "positions": positions,
+    }
+    given = given_of(
+        {name: value for name, value in values.items() if value is not None},
+        tokenizer=model.tokenizer,
+        num_tokens=model.graph.num_tokens,
+        length=_length(model, length),
+        marker=marker,
+    )
     kept = len(given.tokens_L)
     if pad_to_block:
         given = padded_to_block(model, given)
     return _completions(model, given, num_samples, kept, seed, batch_size, options)
 
 
-def padded_to_block(model: ScoreModel, given: Infill) -> Infill:
+def padded_to_block(model: ScoreModel, given: Given) -> Given:
     """The infill with EOS, given, behind it up to the model's block.
 
     Raises:
@@ -133,12 +128,14 @@ def padded_to_block(model: ScoreModel, given: Infill) -> Infill:
         )
     if model.block_length is None:
         raise ConfigError("pad_to_block=true needs the block length, which the checkpoint lacks")
-    return padded(given, model.block_length, _tokenizer(model).eos_id)
+    if model.tokenizer is None:
+        raise DataError("pad_to_block=true needs a tokenizer, whose EOS the padding is: set one")
+    return padded(given, model.block_length, model.tokenizer.eos_id)
 
 
 def _completions(
     model: ScoreModel,
-    given: Infill,
+    given: Given,
     num_samples: int,
     kept: int,
     seed: int,
@@ -148,24 +145,22 @@ def _completions(
     for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
         if type(count) is not int or count < 1:
             raise ConfigError(f"{name}={count!r} is no count: give an integer from 1 on")
-    if is_autoregressive(model):
-        options = {"sampler": LEFT_TO_RIGHT, **options}
-    settings = settings_from_dict(options)
+    settings = settings_for(model, options)
+    requests = equal_requests(num_samples, given, seed, settings)
     completions = []
     for start in range(0, num_samples, batch_size):
-        ids = range(start, min(start + batch_size, num_samples))
-        drawn_BL = draw(
-            model,
-            torch.from_numpy(np.tile(given.tokens_L, (len(ids), 1))),
-            torch.from_numpy(np.tile(given.fixed_L, (len(ids), 1))),
-            settings,
-            seed=seed,
-            sample_ids_B=ids,
-        )
-        for tokens in drawn_BL[:, :kept].tolist():
+        for tokens_L in draw_tokens(model, requests[start : start + batch_size]):
+            tokens = tokens_L[:kept].tolist()
             text = None if model.tokenizer is None else model.tokenizer.decode(tokens)
             completions.append(Completion(tokens, text))
     return completions
+
+
+def settings_for(model: ScoreModel, options: Mapping[str, Any]) -> SamplerSettings:
+    """Settings of named options, whose sampler is by default the first that the model has."""
+    if is_autoregressive(model):
+        options = {"sampler": LEFT_TO_RIGHT, **options}
+    return settings_from_dict(options)
 
 
 def _length(model: ScoreModel, length: int | None) -> int:
@@ -176,13 +171,3 @@ def _length(model: ScoreModel, length: int | None) -> int:
     if length < 1:
         raise ConfigError(f"length={length} is too short: give at least 1")
     return length
-
-
-def _tokenizer(model: ScoreModel) -> Tokenizer:
-    if model.tokenizer is None:
-        raise DataError(
-            "the model carries no tokenizer to read text with: set model.tokenizer, or give tokens "
-            "with positions"
-        )
-    tokenizer: Tokenizer = model.tokenizer
-    return tokenizer

@@ -14,16 +14,16 @@ from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
-    Infill,
-    infill_from_ends,
-    infill_from_text,
-    infill_from_tokens,
+    KINDS,
+    Given,
+    given_of,
+    kind_of,
 )
 from sedd_scale.sampling.left_to_right import check_prefix
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.base import Tokenizer
 
-GIVEN_KEYS = ("text", "prefix", "suffix", "tokens", "positions")
+GIVEN_KEYS = tuple(key for kind in KINDS for key in kind)
 SETTINGS_KEYS = tuple(key.name for key in fields(SamplerSettings))
 PROMPT_KEYS = ("id", *GIVEN_KEYS, "length", "num_samples", "seed", *SETTINGS_KEYS)
 
@@ -44,7 +44,7 @@ class Prompt(NamedTuple):
     """What one line asks for."""
 
     id: str | int
-    infill: Infill
+    given: Given
     num_samples: int
     seed: int | None
     settings: SamplerSettings
@@ -131,14 +131,20 @@ def prompts_of_lines(
                 raise ConfigError(
                     f"sampler {own.sampler} does not go with this model: choose {base.sampler}"
                 )
-            infill = _infill(record, tokenizer, num_tokens, limit, marker)
+            values = {key: record[key] for key in GIVEN_KEYS if key in record}
+            if tokenizer is not None:
+                for key in ("text", "prefix", "suffix"):
+                    _check_spelling(values.get(key, ""), tokenizer, marker)
+            given = given_of(
+                values, tokenizer=tokenizer, num_tokens=num_tokens, length=limit, marker=marker
+            )
             if own.sampler == LEFT_TO_RIGHT:
-                check_prefix(infill.fixed_L)
+                check_prefix(given.fixed_L)
         except (ConfigError, DataError) as error:
             _bad(DataError(f"{line.where}: {error}"), on_bad)
             continue
         count, seed = record.get("num_samples", 1), record.get("seed")
-        prompts.append(Prompt(record["id"], infill, count, seed, own))
+        prompts.append(Prompt(record["id"], given, count, seed, own))
     return _some(prompts, Path(lines[0].where.rpartition(":")[0]))
 
 
@@ -193,39 +199,12 @@ def _check_record(record: Any) -> None:
         raise DataError(f"seed={seed!r} is no integer from 0 on")
     if "id" in record and type(record["id"]) not in (str, int):
         raise DataError(f"id={record['id']!r} is neither a string nor an integer")
-    kinds = [
-        keys
-        for keys in (("text",), ("prefix", "suffix"), ("tokens", "positions"))
-        if any(key in record for key in keys)
-    ]
-    if len(kinds) != 1:
-        raise DataError("give exactly one of text, prefix/suffix, or tokens with positions")
-    if "tokens" in kinds[0]:
-        for key in kinds[0]:
+    kind = kind_of(record)
+    if "tokens" in kind:
+        for key in kind:
             value = record.get(key)
             if not isinstance(value, list) or any(type(entry) is not int for entry in value):
                 raise DataError(f"{key}={value!r} is no list of integers")
-
-
-def _infill(
-    record: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    num_tokens: int,
-    length: int,
-    marker: str,
-) -> Infill:
-    if "tokens" in record:
-        return infill_from_tokens(record["tokens"], record["positions"], num_tokens, length)
-    if tokenizer is None:
-        raise DataError(
-            "the checkpoint carries no tokenizer to read text with: give --tokenizer-path, or "
-            "tokens with positions"
-        )
-    for key in ("text", "prefix", "suffix"):
-        _check_spelling(record.get(key, ""), tokenizer, marker)
-    if "text" in record:
-        return infill_from_text(record["text"], tokenizer, length, marker=marker)
-    return infill_from_ends(record.get("prefix", ""), record.get("suffix", ""), tokenizer, length)
 
 
 def _check_spelling(text: str, tokenizer: Tokenizer, marker: str) -> None:

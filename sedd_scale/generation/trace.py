@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from sedd_scale.errors import DataError
-from sedd_scale.sampling.infill import Infill
+from sedd_scale.sampling.infill import Given
 from sedd_scale.tokenizers.base import Tokenizer
 
 Trace = dict[str, Any]
@@ -22,18 +22,18 @@ class TraceRecorder:
     """Notes what changes between the steps of some samples of a batch.
 
     Args:
-        infills: what is given of each, by its row in the batch.
+        givens: what is given of each, by its row in the batch.
         mask_id: the mask, under an absorbing graph.
     """
 
-    def __init__(self, infills: Mapping[int, Infill], *, mask_id: int | None) -> None:
-        self._infills, self._mask_id = infills, mask_id
+    def __init__(self, givens: Mapping[int, Given], *, mask_id: int | None) -> None:
+        self._givens, self._mask_id = givens, mask_id
         # Without masks a position starts from a token that its first event brings.
         empty = -1 if mask_id is None else mask_id
         self._before = {
-            row: np.where(infill.fixed_L, infill.tokens_L, empty) for row, infill in infills.items()
+            row: np.where(given.fixed_L, given.tokens_L, empty) for row, given in givens.items()
         }
-        self._events: dict[int, list[dict[str, Any]]] = {row: [] for row in infills}
+        self._events: dict[int, list[dict[str, Any]]] = {row: [] for row in givens}
 
     def on_step(self, step: int, time_B: Tensor, state_BL: Tensor) -> None:
         """What the sampler calls after a step.
@@ -62,14 +62,14 @@ class TraceRecorder:
         """The traces by row; without a tokenizer a piece is the token's number."""
         spell = _Speller(tokenizer)
         traces = {}
-        for row, infill in self._infills.items():
+        for row, given in self._givens.items():
             for event in self._events[row]:
                 event["pieces"] = [spell(token) for token in event["tokens"]]
-            given = [
+            pieces = [
                 spell(token) if fixed else None
-                for token, fixed in zip(infill.tokens_L.tolist(), infill.fixed_L.tolist())
+                for token, fixed in zip(given.tokens_L.tolist(), given.fixed_L.tolist())
             ]
-            traces[row] = {"pieces": given, "events": self._events[row]}
+            traces[row] = {"pieces": pieces, "events": self._events[row]}
         return traces
 
 

@@ -6,8 +6,8 @@ sample is as long as its text and numbered blanks.
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from sedd_scale.errors import DataError
 from sedd_scale.tokenizers.base import Tokenizer
 
 DEFAULT_MARKER = "____"
+KINDS = (("text",), ("prefix", "suffix"), ("tokens", "positions"))
 
 
-class Infill(NamedTuple):
+class Given(NamedTuple):
     """What is given of one sequence.
 
     Attributes:
@@ -30,14 +31,61 @@ class Infill(NamedTuple):
     fixed_L: BoolArray
 
 
-def unconditional(length: int) -> Infill:
+def unconditional(length: int) -> Given:
     """Nothing given of `length` positions."""
-    return Infill(np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.bool_))
+    return Given(np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.bool_))
+
+
+def kind_of(names: Collection[str]) -> tuple[str, ...]:
+    """The one of `KINDS` that the names belong to.
+
+    Raises:
+        DataError: they belong to none, or to several.
+    """
+    kinds = [kind for kind in KINDS if any(name in names for name in kind)]
+    if len(kinds) != 1:
+        raise DataError("give exactly one of text, prefix/suffix, or tokens with positions")
+    return kinds[0]
+
+
+def given_of(
+    values: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | None,
+    num_tokens: int,
+    length: int,
+    marker: str = DEFAULT_MARKER,
+) -> Given:
+    """What is given by the values of one of `KINDS`, as tokens and fixed positions.
+
+    Args:
+        tokenizer: of the model; None leaves only tokens with positions.
+        num_tokens: N.
+        length: L, the most tokens.
+        marker: of a blank without a number.
+
+    Raises:
+        DataError: none or several of `KINDS`, or what cannot be used of one.
+    """
+    kind = kind_of(values)
+    if "tokens" in kind:
+        if any(values.get(name) is None for name in kind):
+            raise DataError("tokens and positions go together: give both")
+        return infill_from_tokens(values["tokens"], values["positions"], num_tokens, length)
+    if tokenizer is None:
+        raise DataError(
+            "the checkpoint carries no tokenizer to read text with: give the one that the model "
+            "was trained with, or tokens with positions"
+        )
+    if "text" in kind:
+        return infill_from_text(values["text"], tokenizer, length, marker=marker)
+    prefix, suffix = (values.get(name, "") for name in kind)
+    return infill_from_ends(prefix, suffix, tokenizer, length)
 
 
 def infill_from_text(
     text: str, tokenizer: Tokenizer, length: int, *, marker: str = DEFAULT_MARKER
-) -> Infill:
+) -> Given:
     """Text with blanks as tokens and fixed positions; at most `length` of them.
 
     Raises:
@@ -62,7 +110,7 @@ def infill_from_text(
     return _joined(pieces, length)
 
 
-def infill_from_ends(prefix: str, suffix: str, tokenizer: Tokenizer, length: int) -> Infill:
+def infill_from_ends(prefix: str, suffix: str, tokenizer: Tokenizer, length: int) -> Given:
     """A prefix and a suffix (either may be empty) with all of the middle free.
 
     Raises:
@@ -73,7 +121,7 @@ def infill_from_ends(prefix: str, suffix: str, tokenizer: Tokenizer, length: int
 
 def infill_from_tokens(
     tokens: Sequence[int], positions: Sequence[int], num_tokens: int, length: int
-) -> Infill:
+) -> Given:
     """Token ids at positions (from 0) of a sequence of `length`.
 
     Raises:
@@ -85,9 +133,7 @@ def infill_from_tokens(
         raise DataError("a position is given twice: name each once")
     for position in positions:
         if not 0 <= position < length:
-            raise DataError(
-                f"position {position} is outside 0..{length - 1}: give a longer --length"
-            )
+            raise DataError(f"position {position} is outside 0..{length - 1}: raise length")
     for token in tokens:
         if not 0 <= token < num_tokens:
             raise DataError(f"token id {token} is outside 0..{num_tokens - 1} of this model")
@@ -97,7 +143,7 @@ def infill_from_tokens(
     return infill
 
 
-def padded(infill: Infill, length: int, eos_id: int) -> Infill:
+def padded(infill: Given, length: int, eos_id: int) -> Given:
     """The infill with EOS as given tokens behind it, up to `length`.
 
     Raises:
@@ -108,13 +154,13 @@ def padded(infill: Infill, length: int, eos_id: int) -> Infill:
         raise DataError(
             f"a sample of {len(infill.tokens_L)} tokens cannot be padded to {length}: shorten it"
         )
-    return Infill(
+    return Given(
         np.concatenate([infill.tokens_L, np.full(missing, eos_id, dtype=np.int64)]),
         np.concatenate([infill.fixed_L, np.ones(missing, dtype=np.bool_)]),
     )
 
 
-def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Infill:
+def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Given:
     """Given ids, blanks of known size and blanks that share the rest, side by side."""
     counted = sum(
         piece if isinstance(piece, int) else len(piece) for piece in pieces if piece is not None
@@ -123,8 +169,7 @@ def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Infill:
     if counted + num_shares > length:
         needed = f"{counted} tokens" + (f" and {num_shares} blanks" if num_shares else "")
         raise DataError(
-            f"the prompt needs {needed}, more than the length {length}: shorten it or give a "
-            "longer --length"
+            f"the prompt needs {needed}, more than the length {length}: shorten it or raise length"
         )
     shares = iter(_shares(length - counted, num_shares))
     tokens: list[IntArray] = []
@@ -138,7 +183,7 @@ def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Infill:
         else:
             tokens.append(piece)
             fixed.append(np.ones(len(piece), dtype=np.bool_))
-    return Infill(np.concatenate(tokens), np.concatenate(fixed))
+    return Given(np.concatenate(tokens), np.concatenate(fixed))
 
 
 def _shares(total: int, count: int) -> list[int]:

@@ -1,6 +1,7 @@
 """How samples are drawn: the sampler, its steps and what changes the law of a token."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -126,7 +127,7 @@ class SamplerSettings:
         return asdict(self)
 
 
-def settings_from_dict(options: dict[str, Any]) -> SamplerSettings:
+def settings_from_dict(options: Mapping[str, Any]) -> SamplerSettings:
     """Settings of named options; ConfigError for an unknown one or a value that cannot be used."""
     known = [key.name for key in fields(SamplerSettings)]
     for name in options:

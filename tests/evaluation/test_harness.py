@@ -131,11 +131,11 @@ def test_what_is_generated_greedily_is_greedy(work: Path, name: str) -> None:
     options = {"until": [], "max_gen_toks": 3, "do_sample": False}
     (text,) = model.generate_until([Request("the sea", options)])
     given = model._encode("the sea")
-    greedy = [token for token in range(257) if model._is_greedy(given, [token])]
-    assert len(greedy) == 1
+    greedy = model._are_greedy([(given, [token]) for token in range(257)])
+    assert sum(greedy) == 1
     made = model._encode(text)
     if len(text.encode()) == 3 and "\ufffd" not in text:
-        assert model._is_greedy(given, made)
+        assert model._are_greedy([(given, made)]) == [True]
     stopped = model.generate_until([Request("the sea", {**options, "until": [text[1:]]})])
     assert stopped == [text[: text.index(text[1:])]] if text[1:] else True
 

@@ -61,8 +61,8 @@ def test_prompts_are_read_in_order(tmp_path: Path) -> None:
         (1, None),
         (1, None),
     ]
-    assert [len(prompt.infill.tokens_L) for prompt in prompts] == [3, 5, 4]
-    assert np.flatnonzero(prompts[2].infill.fixed_L).tolist() == [2]
+    assert [len(prompt.given.tokens_L) for prompt in prompts] == [3, 5, 4]
+    assert np.flatnonzero(prompts[2].given.fixed_L).tolist() == [2]
 
 
 def test_a_line_changes_the_settings_of_the_command(tmp_path: Path) -> None:

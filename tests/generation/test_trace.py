@@ -14,14 +14,14 @@ from sedd_scale.errors import DataError
 from sedd_scale.generation.trace import Frame, Trace, TraceRecorder, trace_of
 from sedd_scale.generation.trace_page import trace_page
 from sedd_scale.generation.trace_terminal import MASK, play
-from sedd_scale.sampling.infill import Infill, infill_from_ends
+from sedd_scale.sampling.infill import Given, infill_from_ends
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 
 TEXT8 = Text8Tokenizer()
 MASK_ID = TEXT8.vocab_size
 
 
-def record_steps(infill: Infill, states: list[list[int]], *, mask_id: int | None) -> Trace:
+def record_steps(infill: Given, states: list[list[int]], *, mask_id: int | None) -> Trace:
     """The trace of row 1 of a batch in which row 0 never changes and rows have a filling end."""
     recorder = TraceRecorder({1: infill}, mask_id=mask_id)
     for step, state in enumerate(states):
@@ -64,7 +64,7 @@ def test_a_trace_replays_every_change() -> None:
 
 
 def test_without_masks_the_first_step_brings_every_free_token() -> None:
-    free = Infill(np.array([0, 3]), np.array([False, True]))
+    free = Given(np.array([0, 3]), np.array([False, True]))
     assert frames(record_steps(free, [[7, 3], [8, 3]], mask_id=None)) == [".c", "gc", "hc"]
 
 

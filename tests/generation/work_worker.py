@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from sedd_scale.evaluation.bound import evaluate_bound
-from sedd_scale.generation.batch import Request, cut_batches, unconditional_requests
+from sedd_scale.generation.batch import Request, cut_batches, equal_requests
 from sedd_scale.generation.generate import generate, run_identity
 from sedd_scale.generation.output_shards import ShardDirectory
 from sedd_scale.parallel.layout import shutdown
@@ -27,8 +27,8 @@ BATCH_SIZE = 2
 def requests_of(graph: str) -> list[Request]:
     """Samples of two lengths, and of every sampler the graph has."""
     settings = SamplerSettings(steps=4)
-    requests = unconditional_requests(5, unconditional(6), 1, settings)
-    requests += unconditional_requests(4, infill_from_tokens([2], [1], 3, 4), 2, settings)
+    requests = equal_requests(5, unconditional(6), 1, settings)
+    requests += equal_requests(4, infill_from_tokens([2], [1], 3, 4), 2, settings)
     others = [SamplerSettings(sampler="euler", steps=4, time_grid="cosine")]
     if graph == "absorb":
         others += [SamplerSettings(sampler, steps=4) for sampler in SAMPLERS]
@@ -37,7 +37,7 @@ def requests_of(graph: str) -> list[Request]:
             SamplerSettings("margin", temperature=0.7, top_p=0.9),
         ]
     for own in others:
-        requests += unconditional_requests(3, unconditional(5), 3, own)
+        requests += equal_requests(3, unconditional(5), 3, own)
     return requests
 
 

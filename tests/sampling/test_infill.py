@@ -4,7 +4,7 @@ import pytest
 
 from sedd_scale.errors import DataError
 from sedd_scale.sampling.infill import (
-    Infill,
+    Given,
     infill_from_ends,
     infill_from_text,
     infill_from_tokens,
@@ -14,7 +14,7 @@ from sedd_scale.tokenizers.alphabets import BytesTokenizer
 BYTES = BytesTokenizer()
 
 
-def spelled(infill: Infill) -> str:
+def spelled(infill: Given) -> str:
     """The given text with a dot for each free position."""
     return "".join(
         chr(token) if fixed else "." for token, fixed in zip(infill.tokens_L, infill.fixed_L)
