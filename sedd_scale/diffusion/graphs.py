@@ -53,13 +53,6 @@ class Graph(ABC):
         """Law of the noisy token given the state it started from: float64 [.., V]."""
 
     @abstractmethod
-    def incoming_rates(self, states: Tensor) -> Tensor:
-        """Rate, per unit of noise, of jumps from each other state into `states`: float64 [.., V].
-
-        The own entry is 0.
-        """
-
-    @abstractmethod
     def corrupt(
         self,
         clean_BL: Tensor,
@@ -84,12 +77,6 @@ class Graph(ABC):
         With every clean token equally likely beforehand, p(x_0 | x_t) is the forward law turned
         round; at the smallest time it closes a bound on the likelihood at little cost.
         """
-
-    @abstractmethod
-    def sample_prior(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Int64 tokens of that shape from the limit of the noise, on the generator's device."""
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise DataError unless every id is a real token, 0..N-1; for tensors on the host."""
@@ -130,12 +117,6 @@ class Absorb(Graph):
         rows[..., self.mask_id] += move
         return rows
 
-    def incoming_rates(self, states: Tensor) -> Tensor:
-        masked = (states == self.mask_id).double().unsqueeze(-1)
-        rates = masked.repeat(*([1] * states.dim()), self.num_states)
-        rates[..., self.mask_id] = 0.0
-        return rates
-
     def corrupt(
         self,
         clean_BL: Tensor,
@@ -160,12 +141,6 @@ class Absorb(Graph):
         """A masked token is one of N: (1 - e^(-sigma)) ln N."""
         return -torch.expm1(-sigma) * math.log(self.num_tokens)
 
-    def sample_prior(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None
-    ) -> Tensor:
-        device = None if generator is None else generator.device
-        return torch.full(shape, self.mask_id, dtype=torch.int64, device=device)
-
 
 class Uniform(Graph):
     """With probability 1 - e^(-sigma) a token is drawn again, uniformly over all N: it may stay."""
@@ -184,9 +159,6 @@ class Uniform(Graph):
         move = self._move_probability(sigma, tokens)
         keep = torch.exp(-over_positions(sigma.double(), tokens))
         return self._one_hot(tokens) * keep.unsqueeze(-1) + (move / self.num_tokens).unsqueeze(-1)
-
-    def incoming_rates(self, states: Tensor) -> Tensor:
-        return (1.0 - self._one_hot(states)) / self.num_tokens
 
     def corrupt(
         self,
@@ -221,14 +193,6 @@ class Uniform(Graph):
         others = self.num_tokens - 1
         nats: Tensor = -torch.special.xlogy(same, same) - others * torch.special.xlogy(other, other)
         return nats.to(sigma.dtype)
-
-    def sample_prior(
-        self, shape: tuple[int, ...], generator: torch.Generator | None = None
-    ) -> Tensor:
-        device = None if generator is None else generator.device
-        return torch.randint(
-            self.num_tokens, shape, dtype=torch.int64, generator=generator, device=device
-        )
 
 
 def make_graph(name: str, num_tokens: int) -> Graph:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, Uniform, over_positions
-from sedd_scale.errors import ConfigError, TrainingError
+from sedd_scale.errors import ConfigError
 
 
 class RowNoise(NamedTuple):
@@ -97,20 +97,6 @@ class MeanRowLoss(NamedTuple):
     grad_own: Tensor
 
 
-def row_statistics(logits_MN: Tensor, target_M: Tensor, own_M: Tensor | None = None) -> Statistics:
-    """Statistics of rows of N logits; `own_M` (uniform: the noisy token) is not to be counted."""
-    counted_MN = logits_MN
-    if own_M is not None:
-        # Excluded inside the reductions: subtracting it afterwards would cancel.
-        counted_MN = logits_MN.scatter(1, own_M[:, None], -torch.inf)
-    max_M = counted_MN.amax(1)
-    sum_exp_M = torch.exp(counted_MN - max_M[:, None]).sum(1)
-    target = logits_MN.gather(1, target_M[:, None]).squeeze(1)
-    if own_M is None:
-        return Statistics(max_M, sum_exp_M, target, None)
-    return Statistics(max_M, sum_exp_M, target, logits_MN.scatter(1, own_M[:, None], 0.0).sum(1))
-
-
 def row_loss(
     statistics: Statistics,
     noise: RowNoise,
@@ -124,8 +110,8 @@ def row_loss(
     statistics and noise are [M]; `scaled` says that the log-score is z - ln(e^sigma - 1) - ln N
     (absorb only); `unchanged_M` (uniform only) marks rows whose noisy token is the clean one. The
     rows are combined in float64, so the only rounding is that of the statistics. A logit too large
-    for the dtype of the statistics gives an infinite loss, which `check_finite` reports. Raises
-    ConfigError for a scaled uniform graph.
+    for the dtype of the statistics gives an infinite loss. Raises ConfigError for a scaled uniform
+    graph.
     """
     noise = RowNoise(*(part.double() for part in noise))
     if isinstance(graph, Absorb):
@@ -157,22 +143,6 @@ def cross_entropy_rows(statistics: Statistics, weight_M: Tensor) -> RowLoss:
     return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
 
 
-def overflowed(rows: RowLoss) -> Tensor:
-    """Scalar bool tensor, on the device: some loss or gradient is not finite."""
-    return ~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp)).all()
-
-
-def check_finite(rows: RowLoss) -> None:
-    """Raise TrainingError when a score overflowed or a logit was not a number (synchronises)."""
-    if bool(overflowed(rows)):
-        bad = int((~(torch.isfinite(rows.loss) & torch.isfinite(rows.grad_exp))).sum())
-        raise TrainingError(
-            f"the score entropy of {bad} of {rows.loss.numel()} positions is not finite: "
-            "a logit outgrew e^z; lower optimizer.lr or optimizer.clip, "
-            "or lengthen optimizer.warmup_steps"
-        )
-
-
 def log_scores_from_logits(
     logits_V: Tensor,
     states: Tensor,
@@ -198,26 +168,6 @@ def log_scores_from_logits(
         shift = log_expm1(over_positions(sigma.double(), states)) + math.log(graph.num_tokens)
         logits_V = logits_V - shift.unsqueeze(-1).to(logits_V.dtype)
     return logits_V.scatter(-1, states.long().unsqueeze(-1), 0.0)
-
-
-def log_score_score_entropy(
-    log_score_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, noise: RowNoise, *, graph: Graph
-) -> Tensor:
-    """Score entropy [B, L] in nats by its definition, from whole log-scores; differentiable.
-
-    noise holds [B] or [B, L]. The result has the dtype of the log-scores; the true ratios come from
-    the forward law in float64. Source: arXiv 2310.16834, section 3 (diffusion-weighted denoising
-    score entropy).
-    """
-    rates_BLV = graph.incoming_rates(noisy_BL)
-    law_BLV = graph.transition_probabilities(clean_BL, noise.sigma)
-    ratio_BLV = law_BLV / law_BLV.gather(-1, noisy_BL.unsqueeze(-1))
-    constant_BLV = torch.special.xlogy(ratio_BLV, ratio_BLV) - ratio_BLV
-    weight_BLV = over_positions(noise.rate.double(), noisy_BL).unsqueeze(-1) * rates_BLV
-    dtype = log_score_BLV.dtype
-    cross_BLV = torch.where(ratio_BLV > 0, ratio_BLV.to(dtype) * log_score_BLV, 0.0)
-    term_BLV = log_score_BLV.exp() - cross_BLV + constant_BLV.to(dtype)
-    return torch.where(rates_BLV > 0, weight_BLV.to(dtype) * term_BLV, 0.0).sum(-1)
 
 
 def clean_odds(sigma: Tensor, num_tokens: int) -> Tensor:

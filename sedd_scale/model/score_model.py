@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph, make_graph
-from sedd_scale.diffusion.objectives import ScoreEntropy, make_objective, shifted
+from sedd_scale.diffusion.objectives import make_objective, shifted
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
@@ -258,8 +258,3 @@ class ScoreModel(nn.Module):
                 f"0..{limit - 1}; use the tokenizer it was trained with"
             )
         return tokens_BL.to(self.device)
-
-
-def noise_columns(schedule: Schedule, t_B: Tensor) -> Tensor:
-    """sigma, its rate g and g / (e^sigma - 1) at times t, float64 [B, 3]."""
-    return ScoreEntropy().noise_columns(schedule, t_B, training=False)

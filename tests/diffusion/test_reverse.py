@@ -7,18 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.reverse import (
+from sedd_scale.diffusion.reverse import analytic_log_factor, draw_categorical, euler_log_factor
+from sedd_scale.diffusion.schedules import make_schedule
+from sedd_scale.diffusion.score_entropy import log_scores_from_logits
+from tests.diffusion.reference import (
     absorb_step_rows,
-    analytic_log_factor,
     analytic_probabilities,
     as_distribution,
     denoise_probabilities,
-    draw_categorical,
-    euler_log_factor,
     euler_probabilities,
 )
-from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from tests.repository import GOLDEN
 from tests.tolerance import ROUNDING
 

@@ -11,15 +11,12 @@ from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.diffusion.score_entropy import (
     RowNoise,
     Statistics,
-    check_finite,
     log_expm1,
-    log_score_score_entropy,
     log_scores_from_logits,
-    overflowed,
     row_loss,
-    row_statistics,
 )
-from sedd_scale.errors import ConfigError, TrainingError
+from sedd_scale.errors import ConfigError
+from tests.diffusion.reference import log_score_score_entropy, row_statistics
 from tests.repository import GOLDEN
 
 SIGMAS = torch.tensor([1e-4, 1e-3, 0.03, 0.4, 1.0, 3.0, 9.0, 20.0], dtype=torch.float64)
@@ -280,20 +277,16 @@ def test_true_masked_scores_are_scaled_logits_of_the_conditional():
 
 
 @pytest.mark.parametrize(("name", "scaled"), KINDS)
-def test_overflow_is_reported_and_is_no_nan(name, scaled):
+def test_overflow_is_infinite_and_no_nan(name, scaled):
     graph = make_graph(name, 50)
     noise = noise_at(SIGMAS)
     logits_MN, noisy_M, clean_M = rows_of(graph, SIGMAS, seed=7)
     logits_MN = logits_MN.float()
     _, fine = by_statistics(graph, scaled, logits_MN, noisy_M, clean_M, noise)
-    assert not overflowed(fine)
-    check_finite(fine)
+    assert all(torch.isfinite(part).all() for part in fine)
     logits_MN[3] += 120.0
     _, wild = by_statistics(graph, scaled, logits_MN, noisy_M, clean_M, noise)
-    assert overflowed(wild)
-    assert wild.loss[3] == torch.inf and not torch.isnan(wild.loss).any()
-    with pytest.raises(TrainingError, match="1 of 8 positions"):
-        check_finite(wild)
+    assert wild.loss[3] == torch.inf and torch.isfinite(wild.loss).sum() == 7
 
 
 def test_log_expm1():

@@ -9,17 +9,14 @@ from sedd_scale.config import Config
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.diffusion.corruption import corrupt_batch
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.score_entropy import (
-    RowNoise,
-    log_score_score_entropy,
-    log_scores_from_logits,
-)
+from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
 from sedd_scale.interop.published import to_logical, to_published
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.training.loop import fit_to_dataset
+from tests.diffusion.reference import log_score_score_entropy
 from tests.plain_network import PlainNetwork
 
 
@@ -33,7 +30,7 @@ class PlainRun:
     averages: dict[str, Tensor]
 
 
-def plain_training(config: Config) -> PlainRun:
+def plain_training(config: Config, dtype: torch.dtype = torch.float32) -> PlainRun:
     """Whole batches, whole log-scores, autograd, torch's AdamW and a hand-written average."""
     config, corpus = fit_to_dataset(config)
     graph = make_graph(config.graph.name, corpus.vocab_size)
@@ -47,7 +44,7 @@ def plain_training(config: Config) -> PlainRun:
         heads=model.num_heads,
         cond_dim=model.cond_dim,
         mlp_ratio=model.mlp_ratio,
-    )
+    ).to(dtype)
     layout = initialize_layout()
     start = ScoreNetwork(layer_builders(model, graph, layout, scaled=scaled, seed=training.seed))
     initial = {

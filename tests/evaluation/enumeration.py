@@ -11,6 +11,7 @@ from sedd_scale.config import config_from_dict
 from sedd_scale.evaluation.draws import weighted_times
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
+from tests.diffusion.reference import incoming_rates
 
 BATCH = 4096
 
@@ -152,7 +153,7 @@ def exact_log_likelihoods(
         ]
     )  # fmt: skip
     score_TSLV = score_RLV.view(len(times_T), count, length, graph.num_states)
-    jumps_TSLV = rate_T.view(-1, 1, 1, 1) * graph.incoming_rates(states_SL) * score_TSLV
+    jumps_TSLV = rate_T.view(-1, 1, 1, 1) * incoming_rates(graph, states_SL) * score_TSLV
     # Index of the state that has y at one place of x.
     place_value_L = graph.num_states ** torch.arange(length - 1, -1, -1)
     change_SLV = torch.arange(graph.num_states) - states_SL[:, :, None]

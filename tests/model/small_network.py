@@ -8,9 +8,9 @@ from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
-from sedd_scale.model.score_model import noise_columns
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
+from tests.diffusion.reference import noise_columns
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

@@ -16,7 +16,7 @@ from tests.repository import GOLDEN
 CASES = ("absorb-loglinear", "uniform-geometric")
 
 
-# `tests/tolerance.py` bounds what float32 makes of these two networks to 3e-6 of the log-scores, 1e-6
+# `tests/tolerance.py` bounds what float32 makes of these networks to 3e-6 of the log-scores, 1e-6
 # of the losses and 8e-6 of a gradient, for the reference and for ours each.
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()

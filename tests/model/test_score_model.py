@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sedd_scale.config import config_from_dict
-from sedd_scale.diffusion.score_entropy import RowNoise, log_score_score_entropy
+from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.errors import DataError
-from sedd_scale.model.score_model import ScoreModel, noise_columns
+from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
+from tests.diffusion.reference import log_score_score_entropy, noise_columns
 
 KINDS = [
     ("absorb", True, "loglinear"),

@@ -24,7 +24,7 @@ from sedd_scale.config import Config, load_config  # noqa: E402
 from sedd_scale.diffusion.graphs import Graph, make_graph  # noqa: E402
 from sedd_scale.engine.engine import MicroBatch, make_engine  # noqa: E402
 from sedd_scale.model.network import layer_builders  # noqa: E402
-from sedd_scale.model.score_model import noise_columns, schedule_of  # noqa: E402
+from sedd_scale.model.score_model import schedule_of  # noqa: E402
 from sedd_scale.parallel.layout import (  # noqa: E402
     Layout,
     initialize_layout,
@@ -33,6 +33,7 @@ from sedd_scale.parallel.layout import (  # noqa: E402
 )
 from sedd_scale.parallel.vocab import score_targets  # noqa: E402
 from sedd_scale.training.loop import make_optimizer  # noqa: E402
+from tests.diffusion.reference import noise_columns  # noqa: E402
 
 Storages = dict[int, int]
 

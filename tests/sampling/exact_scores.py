@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
-from sedd_scale.diffusion.reverse import (
+from sedd_scale.diffusion.schedules import Schedule, make_schedule
+from sedd_scale.diffusion.score_entropy import log_expm1
+from tests.diffusion.reference import (
     analytic_probabilities,
     ancestral_probabilities,
     as_distribution,
     denoise_probabilities,
     euler_probabilities,
 )
-from sedd_scale.diffusion.schedules import Schedule, make_schedule
-from sedd_scale.diffusion.score_entropy import log_expm1
 from tests.evaluation.enumeration import all_states
 
 
