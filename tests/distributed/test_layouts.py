@@ -131,12 +131,43 @@ def weights(run: Run, key: str = "master") -> dict[str, torch.Tensor]:
     return {logical.name: logical.parameter.detach() for logical in parameters}
 
 
-def weight_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Greatest difference of a tensor relative to its norm."""
+Weights = dict[str, torch.Tensor]
+
+
+def weight_differences(found: Weights, expected: Weights) -> dict[str, float]:
+    """Norm of each tensor's difference, relative to its own."""
     assert found.keys() == expected.keys()
-    return max(
-        float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected
-    )
+    return {
+        name: float((found[name].double() - value).norm() / value.double().norm())
+        for name, value in expected.items()
+    }
+
+
+def weight_difference(found: Weights, expected: Weights) -> float:
+    """Greatest difference of a tensor relative to its norm."""
+    return max(weight_differences(found, expected).values())
+
+
+# Of losses and gradient norms: forty times what float32 makes of the plain loop's, beside float64.
+TOLERANCE = 1e-5
+
+
+def weight_tolerances(run: Run) -> dict[str, float]:
+    """TOLERANCE, or 16 times what float32 makes of a tensor in the plain loop where that is more.
+
+    Adam divides a gradient by its size. Where that is nothing but roundings, as in rows of the
+    embedding under uniform noise, the direction of its steps is the processor's.
+    """
+    config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
+    single, double = (plain_training(config, dtype) for dtype in (torch.float32, torch.float64))
+    rounded = weight_differences(single.weights, double.weights)
+    return {name: max(TOLERANCE, 16 * error) for name, error in rounded.items()}
+
+
+def excess(found: Weights, expected: Weights, tolerances: dict[str, float]) -> float:
+    """Greatest difference of a tensor, in units of its tolerance."""
+    differences = weight_differences(found, expected)
+    return max(differences[name] / tolerances[name] for name in differences)
 
 
 @pytest.mark.parametrize("variant", ["absorb", "uniform", "absorb dropout"])
@@ -148,11 +179,17 @@ def test_layouts_agree_in_float32(
     steps = len(losses)
     assert max(norms) > CLIP, "clipping must be active for the comparison to mean something"
     masters, averages = weights(single), weights(single, "ema")
+    # The plain loop has no dropout and whole sequences; 1e-5 serves where it says nothing.
+    tolerances = (
+        dict.fromkeys(masters, TOLERANCE) if "dropout" in variant else weight_tolerances(single)
+    )
     rows = []
     for name in LAYOUTS:
         if (name, variant) not in runs:
             continue
         run = runs[name, variant]
+        for key, whole in (("master", masters), ("ema", averages)):
+            assert excess(weights(run, key), whole, tolerances) < 1, (name, key)
         rows.append(
             (
                 name,
@@ -168,8 +205,8 @@ def test_layouts_agree_in_float32(
         print(f"{'layout':<25}{'loss':>10}{'grad norm':>11}{'weights':>10}{'EMA':>10}{'valid':>10}")
         for name, *differences in rows:
             print(f"{name:<25}" + "".join(f"{value:>10.1e}" for value in differences))
-    for name, *differences in rows:
-        assert max(differences) < 1e-5, (name, differences)
+    for name, loss, norm, _, _, valid in rows:
+        assert max(loss, norm, valid) < TOLERANCE, name
 
 
 def test_bf16_follows_float32_under_every_layout(runs: dict[tuple[str, str], Run]) -> None:
@@ -187,7 +224,8 @@ def test_one_process_agrees_with_a_plain_pytorch_loop(
     run = runs["TP1 PP1", variant]
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     plain = plain_training(config)
-    assert relative(run.series("loss"), plain.losses) < 1e-5
-    assert relative(run.series("grad_norm"), plain.grad_norms) < 1e-5
-    assert weight_difference(weights(run), plain.weights) < 1e-5
-    assert weight_difference(weights(run, "ema"), plain.averages) < 1e-5
+    assert relative(run.series("loss"), plain.losses) < TOLERANCE
+    assert relative(run.series("grad_norm"), plain.grad_norms) < TOLERANCE
+    tolerances = weight_tolerances(run)
+    assert excess(weights(run), plain.weights, tolerances) < 1
+    assert excess(weights(run, "ema"), plain.averages, tolerances) < 1
