@@ -123,6 +123,8 @@ class MetricsLog:
             values["mfu"] = self._utilisation.mfu(step_ms / 1000)
             values["memory_bytes"] = self._utilisation.memory_bytes()
         self._record(step, {**values, **(data or {})})
+        if self._utilisation is not None and self._utilisation.memory_total_bytes is not None:
+            values["memory_total_bytes"] = self._utilisation.memory_total_bytes
         self._console.training(step, values)
 
     def validation(

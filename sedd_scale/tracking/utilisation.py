@@ -43,7 +43,7 @@ class Utilisation:
         self._flops_of_process = flops.required / world_size
         self._device = device
         self.peak = peak_of(device, config.training.precision)
-        self.memory_bytes_total = (
+        self.memory_total_bytes = (
             torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         )
 
