@@ -87,7 +87,6 @@ def initialize_layout(
     tensor: int = 1,
     pipeline: int = 1,
     sequence_parallel: bool = False,
-    timeout_minutes: float = 30.0,
 ) -> Layout:
     """Start the process group and Megatron-core's groups; every process calls this once.
 
@@ -99,7 +98,7 @@ def initialize_layout(
     """
     for name, size in (("tensor", tensor), ("pipeline", pipeline)):
         if size < 1:
-            raise ConfigError(f"{name}={size} processes cannot share a model: give at least 1")
+            raise ConfigError(f"parallel.{name}={size} processes cannot share a model: give at least 1")
     device = local_device()
     world_size = launched_world_size()
     if world_size % (tensor * pipeline):
@@ -109,7 +108,7 @@ def initialize_layout(
         )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(minutes=30)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if "WORLD_SIZE" in os.environ:
