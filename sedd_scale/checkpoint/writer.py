@@ -252,12 +252,14 @@ class CheckpointWriter:
     def wait(self) -> SaveReport | None:
         """Wait for the running save, if there is one, and report it as `poll` does."""
         report, begun = None, time.perf_counter()
-        while (save := self._running()) is not None:
+        while True:
+            save = self._save
+            if save is None:
+                return report
             save.thread.join(_POLL_SECONDS)
             save.blocked_seconds += time.perf_counter() - begun
             begun = time.perf_counter()
             report = self.poll()
-        return report
 
     def close(self) -> None:
         """Wait for the running save, the run's last, and free the host memory.
@@ -274,9 +276,6 @@ class CheckpointWriter:
                 self._group = None
         if report is not None and report.error is not None:
             raise CheckpointError(report.error)
-
-    def _running(self) -> "RunningSave | None":
-        return self._save
 
     def _first_error(self, save: "RunningSave") -> str:
         errors: list[Any] = [None] * self._layout.world_size
