@@ -156,11 +156,6 @@ class ZeroFragments:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
-    def exchange_master_and_ema(self) -> None:
-        """Swap masters and averages in place and refresh the parameters; twice changes nothing."""
-        self._swap_master_and_ema()
-        self.refresh_parameters()
-
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Within, the model computes with the averaged weights; after, every bit is as before.
@@ -168,7 +163,8 @@ class ZeroFragments:
         Collective over data-parallel ranks on entry and on a normal exit. Take no step within.
         """
         self.ensure_state()
-        self.exchange_master_and_ema()
+        self._swap_master_and_ema()
+        self.refresh_parameters()
         try:
             yield
         finally:
