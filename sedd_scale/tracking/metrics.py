@@ -14,6 +14,9 @@ from sedd_scale.tracking.console import Console, open_console
 from sedd_scale.tracking.trackers import TrackerProcess, finite_or_null, open_trackers
 from sedd_scale.tracking.utilisation import Utilisation
 
+# Of a validation: nats per token at times in [0, 0.1), [0.1, 0.2), ... [0.9, 1].
+TIME_KEYS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
+
 # For trackers of a run that ends with an error.
 _FAILED_SECONDS = 10.0
 

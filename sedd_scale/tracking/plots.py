@@ -13,6 +13,7 @@ from sedd_scale.arrays import FloatArray
 from sedd_scale.config import load_config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
+from sedd_scale.tracking.metrics import TIME_KEYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 TRAINING_KEYS = ("loss", "grad_norm", "lr", "tokens_per_second")
 VALIDATION_KEYS = ("valid_nats_per_token", "valid_stderr")
-# Of a validation, the loss at times in each tenth of [0, 1], as training names it.
-TIME_KEYS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
 # How far the smoothed loss looks back: this share of a run's lines, and at least so many.
 SMOOTHED_SHARE = 0.05
 SMOOTHED_LINES = 10

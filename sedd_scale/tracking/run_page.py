@@ -8,7 +8,8 @@ from typing import Any
 
 from sedd_scale.arrays import FloatArray
 from sedd_scale.errors import ConfigError, SeddScaleError
-from sedd_scale.tracking.plots import SMOOTHED_LINES, SMOOTHED_SHARE, TIME_KEYS, RunMetrics, smooth
+from sedd_scale.tracking.metrics import TIME_KEYS
+from sedd_scale.tracking.plots import SMOOTHED_LINES, SMOOTHED_SHARE, RunMetrics, smooth
 from sedd_scale.tracking.run_page_html import PAGE
 
 # Of a curve on the page; a longer run is thinned.

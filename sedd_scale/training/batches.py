@@ -28,12 +28,11 @@ from sedd_scale.model.network import context_of
 from sedd_scale.parallel.agreement import Agreement
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
+from sedd_scale.tracking.metrics import TIME_KEYS
 
 # Sequences that are corrupted together, and validation blocks whose text is counted together.
 CORRUPTED_TOGETHER = 64
 COUNTED_TOGETHER = 64
-# Names of the validation loss at times in [0, 0.1), [0.1, 0.2), ... [0.9, 1].
-TIME_BINS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
 
 
 class StepBatches(NamedTuple):
@@ -288,7 +287,7 @@ class ValidationBatches:
         """The loss by noise level that `bound` found last, and damaged shards passed over.
 
         The first is nats per token of the blocks whose time lies in each tenth of [0, 1], nan where
-        none does, under the names of `TIME_BINS`; a causal network has no times.
+        none does, under the names of `TIME_KEYS`; a causal network has no times.
         """
         if self.config.data.on_bad_shard == "stop":
             return dict(self._by_time)
@@ -307,12 +306,12 @@ class ValidationBatches:
                 stream="validation",
             )
         )
-        bin_n = (times_n * len(TIME_BINS)).long().clamp(max=len(TIME_BINS) - 1)
+        bin_n = (times_n * len(TIME_KEYS)).long().clamp(max=len(TIME_KEYS) - 1)
         sums, tokens = (
-            torch.zeros(len(TIME_BINS), dtype=torch.float64).index_add(0, bin_n, values_n)
+            torch.zeros(len(TIME_KEYS), dtype=torch.float64).index_add(0, bin_n, values_n)
             for values_n in (nats_n.double(), self.tokens_n)
         )
-        return dict(zip(TIME_BINS, (sums / tokens).tolist(), strict=True))
+        return dict(zip(TIME_KEYS, (sums / tokens).tolist(), strict=True))
 
     def _choose_blocks(self, reader: JointReader) -> tuple[IntArray, Tensor]:
         """The blocks, all of them readable, and the text tokens of each; alike on all ranks."""

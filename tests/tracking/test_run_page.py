@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from sedd_scale.errors import ConfigError
-from sedd_scale.tracking.plots import TIME_KEYS, read_run
+from sedd_scale.tracking.metrics import TIME_KEYS
+from sedd_scale.tracking.plots import read_run
 from sedd_scale.tracking.run_page import MOST_POINTS, make_server, page_data
 from tests.tracking.test_plot_run import plot, training_line, write_run
 

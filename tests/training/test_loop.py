@@ -15,8 +15,8 @@ from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.preparation.prepare import prepare
-from sedd_scale.tracking.plots import TIME_KEYS
-from sedd_scale.training.batches import TIME_BINS, TrainBatches, ValidationBatches
+from sedd_scale.tracking.metrics import TIME_KEYS
+from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.loop import fit_to_dataset, train
 from sedd_scale.training.resume import find_resume
 from tests.repository import ROOT
@@ -236,7 +236,7 @@ def test_validation_loss_by_time_is_that_of_the_blocks_at_those_times(dataset: P
     assert list(found) == [f"valid_loss_t{tenth}" for tenth in range(10)]
     for tenth, value in enumerate(found.values()):
         assert tenth / 10 - 1e-4 <= value <= (tenth + 1) / 10 + 1e-4
-    assert tuple(found) == TIME_BINS == TIME_KEYS
+    assert tuple(found) == TIME_KEYS
 
 
 def test_layout_of_one_process() -> None:
