@@ -66,7 +66,7 @@ def config_of_shapes(
     }
     for section, values in (told or {}).items():
         sections.setdefault(section, {}).update(values)
-    config = described_config(path, sections, assumptions)
+    config = described_config(path, sections, assumptions.overrides())
     if INV_FREQ in shapes and config.head_dim != head_dim:
         raise CheckpointError(
             f"{path}: {INV_FREQ} [{head_dim // 2}] belongs to heads of width {head_dim}, but "

@@ -1,6 +1,6 @@
 """Our own checkpoints, read and written one tensor at a time, in one process and without a network.
 
-A run reads and writes its own boxes (`training.checkpoint`); this is for conversions, which meet
+A run reads and writes its own boxes (`checkpoint.reading`); this is for conversions, which meet
 tensors whole, one after the other.
 """
 

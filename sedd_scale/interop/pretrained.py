@@ -4,13 +4,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import write_native, write_published
 from sedd_scale.interop.formats import detect_format, open_checkpoint
-from sedd_scale.interop.published import to_published
 from sedd_scale.interop.published_files import TOKENIZER_DIRECTORY
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
@@ -120,14 +118,3 @@ def _tokenizer_in(checkpoint: Path) -> Tokenizer | None:
     """The tokenizer that a checkpoint's directory carries, if any."""
     directory = checkpoint / TOKENIZER_DIRECTORY
     return load_tokenizer(directory) if directory.is_dir() else None
-
-
-def published_gradients(model: ScoreModel) -> dict[str, Tensor]:
-    """The parameters' gradients under the published names (one process)."""
-    assert model.layout.tensor == 1
-    gradients = {}
-    for parameter in logical_parameters(model.network, model.layout):
-        assert parameter.parameter.grad is not None, f"{parameter.name} has no gradient yet"
-        gradients[parameter.name] = parameter.parameter.grad
-    config = model.config.model
-    return to_published(gradients, num_layers=config.num_layers, num_heads=config.num_heads)

@@ -5,16 +5,15 @@ published tensor corresponds to exactly one of ours and back, and so do gradient
 """
 
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedd_scale.config import Config, config_from_dict
-from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.config import Config
+from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.source import described_config
 
 _EMBEDDING_NAMES = {
     "vocab_embed.embedding": "embedding.tokens.weight",
@@ -42,23 +41,11 @@ _BLOCK_NAMES = {
     "adaLN_modulation.weight": "modulation.linear.weight",
     "adaLN_modulation.bias": "modulation.linear.bias",
 }
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _QKV = "attention.linear_qkv.weight"
 INV_FREQ = "rotary_emb.inv_freq"
 ROTARY_BASE = 10_000.0
 # Published models have this ratio and no key for it.
 PUBLISHED_MLP_RATIO = 4
-
-
-def logical_name(published: str) -> str | None:
-    """Our name of a published parameter, or None if it is not one."""
-    for names in (_EMBEDDING_NAMES, _HEAD_NAMES):
-        if published in names:
-            return names[published]
-    match = _BLOCK.fullmatch(published)
-    if match and match[2] in _BLOCK_NAMES:
-        return f"blocks.{match[1]}.{_BLOCK_NAMES[match[2]]}"
-    return None
 
 
 def published_names(num_layers: int) -> dict[str, str]:
@@ -68,26 +55,6 @@ def published_names(num_layers: int) -> dict[str, str]:
         for theirs, ours in _BLOCK_NAMES.items():
             names[f"blocks.{index}.{theirs}"] = f"blocks.{index}.{ours}"
     return names | _HEAD_NAMES
-
-
-def to_logical(published: Mapping[str, Tensor], *, num_heads: int) -> dict[str, Tensor]:
-    """Published tensors under our names, in our row order; the rotary buffer is left out."""
-    names = {name: logical_name(name) for name in published}
-    return {
-        ours: our_rows(ours, published[name], num_heads)
-        for name, ours in names.items()
-        if ours is not None
-    }
-
-
-def to_published(
-    logical: Mapping[str, Tensor], *, num_layers: int, num_heads: int
-) -> dict[str, Tensor]:
-    """Our tensors (weights or gradients) under the published names, in the published row order."""
-    return {
-        theirs: published_rows(ours, logical[ours], num_heads)
-        for theirs, ours in published_names(num_layers).items()
-    }
 
 
 def our_rows(name: str, published: Tensor, num_heads: int) -> Tensor:
@@ -161,12 +128,7 @@ def read_published_config(directory: Path) -> Config:
             f"{path} lacks the key {error}; it must have tokens, graph.type, noise.type and "
             "model.{hidden_size, n_blocks, n_heads, cond_dim, scale_by_sigma, length}"
         ) from None
-    try:
-        config = config_from_dict(sections)
-        config.validate()
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return config
+    return described_config(path, sections)
 
 
 def published_config(config: Config, *, num_tokens: int, block_length: int) -> dict[str, Any]:

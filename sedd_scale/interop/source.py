@@ -4,7 +4,7 @@ Names, shapes and row order are ours, whatever the file's are.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.planning.parameters import layer_shapes
 
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
@@ -146,17 +145,15 @@ def check_tensors(path: Path, expected: Mapping[str, Shape], found: Mapping[str,
 
 
 def described_config(
-    path: Path, sections: Mapping[str, Mapping[str, Any]], assumptions: Assumptions | None = None
+    path: Path, sections: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()
 ) -> Config:
-    """The configuration of a foreign checkpoint, checked.
+    """The configuration that a checkpoint describes.
 
     Raises:
         CheckpointError: it describes a model that cannot be.
     """
     try:
-        config = config_from_dict(sections)
-        if assumptions is not None:
-            config = config.override(*assumptions.overrides())
+        config = config_from_dict(sections).override(*overrides)
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None

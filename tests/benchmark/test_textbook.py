@@ -7,8 +7,8 @@ import torch
 
 from sedd_scale.benchmark.synthetic import LEARNING_RATE, SyntheticRun, synthetic_config
 from sedd_scale.benchmark.textbook import TextbookTrainer
-from sedd_scale.interop.published import to_published
 from sedd_scale.parallel.layout import Layout, initialize_layout
+from tests.published import to_published
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from sedd_scale.data.padding import counted_positions
 from sedd_scale.diffusion.corruption import corrupt_batch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
-from sedd_scale.interop.published import to_logical, to_published
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import schedule_of
@@ -18,6 +17,7 @@ from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.training.loop import fit_to_dataset
 from tests.diffusion.reference import log_score_score_entropy
 from tests.plain_network import PlainNetwork
+from tests.published import to_logical, to_published
 
 
 @dataclass(frozen=True)

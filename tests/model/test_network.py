@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
-from sedd_scale.interop.published import to_published
 from sedd_scale.model.network import ScoreNetwork, context_of
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
@@ -17,6 +16,7 @@ from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 from tests.diffusion.reference import log_score_score_entropy
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.plain_network import PlainNetwork
+from tests.published import to_published
 from tests.tolerance import ROUNDING
 
 HIDDEN, HEADS, COND, BLOCKS = 32, 4, 24, 2

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sedd_scale import load_pretrained
 from sedd_scale.errors import CheckpointError, DataError
-from sedd_scale.interop.pretrained import published_gradients
+from tests.published import published_gradients
 from tests.repository import GOLDEN
 
 CASES = ("absorb-loglinear", "uniform-geometric")
