@@ -1,7 +1,6 @@
 """A run's numbers: metrics.jsonl always, the console, and trackers where they are asked for."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,19 @@ from sedd_scale.tracking.utilisation import Utilisation
 
 # Of a validation: nats per token at times in [0, 0.1), [0.1, 0.2), ... [0.9, 1].
 TIME_KEYS = tuple(f"valid_loss_t{tenth}" for tenth in range(10))
+
+TRAINING_VALUES = {
+    "loss": "nats a token",
+    "grad_norm": "of the whole gradient, before clipping",
+    "lr": "learning rate",
+    "tokens": "of text seen since the run began; padding is not counted",
+    "tokens_per_second": "of text",
+    "step_ms": "milliseconds a step",
+    "loss_z": "z-score of the loss among recent steps, nan while there are too few",
+    "grad_norm_z": "the same of the gradient norm",
+    "skipped_steps": "updates skipped since the run began",
+}
+"""What a line of metrics.jsonl holds of an interval of training."""
 
 # For trackers of a run that ends with an error.
 _FAILED_SECONDS = 10.0
@@ -83,47 +95,19 @@ class MetricsLog:
         self.close(None if error_type is None else _FAILED_SECONDS)
 
     def training(
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        tokens: int,
-        tokens_per_second: float,
-        step_ms: float,
-        loss_z: float = math.nan,
-        grad_norm_z: float = math.nan,
-        skipped_steps: int = 0,
-        data: Mapping[str, float] | None = None,
+        self, step: int, values: Mapping[str, float], *, data: Mapping[str, float] | None = None
     ) -> None:
         """Record one interval of training, after `step` updates.
 
         Args:
-            loss: nats a token.
-            grad_norm: before clipping.
-            tokens: of text seen since the run began, padding left out.
-            step_ms: milliseconds a step.
-            loss_z: z-score of the loss among recent steps, nan while there are too few.
-            grad_norm_z: the same of the gradient norm.
-            skipped_steps: updates left out since the run began.
+            values: `TRAINING_VALUES`, by name.
             data: epochs and the like, for the file alone.
         """
         if self._console is None:
             return
-        values: dict[str, float] = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens": tokens,
-            "tokens_per_second": tokens_per_second,
-            "step_ms": step_ms,
-            "loss_z": loss_z,
-            "grad_norm_z": grad_norm_z,
-            "skipped_steps": skipped_steps,
-        }
+        values = dict(values)
         if self._utilisation is not None:
-            values["mfu"] = self._utilisation.mfu(step_ms / 1000)
+            values["mfu"] = self._utilisation.mfu(values["step_ms"] / 1000)
             values["memory_bytes"] = self._utilisation.memory_bytes()
         self._record(step, {**values, **(data or {})})
         if self._utilisation is not None and self._utilisation.memory_total_bytes is not None:

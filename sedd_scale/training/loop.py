@@ -176,20 +176,19 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
             stopped = result.wants_stop and step < last_step
             if step % config.logging.every == 0 or step == last_step:
                 seconds = time.perf_counter() - logged_at
-                steps = step - logged_step
-                log.training(
-                    step,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    loss_z=verdict.loss_z,
-                    grad_norm_z=verdict.grad_norm_z,
-                    skipped_steps=guard.skipped,
-                    lr=lr,
-                    tokens=tokens,
-                    tokens_per_second=(tokens - logged_tokens) / seconds,
-                    step_ms=1000 * seconds / steps,
-                    data=batches.metrics(step * config.training.global_batch),
-                )
+                values = {
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "lr": lr,
+                    "tokens": tokens,
+                    "tokens_per_second": (tokens - logged_tokens) / seconds,
+                    "step_ms": 1000 * seconds / (step - logged_step),
+                    "loss_z": verdict.loss_z,
+                    "grad_norm_z": verdict.grad_norm_z,
+                    "skipped_steps": guard.skipped,
+                }
+                data = batches.metrics(step * config.training.global_batch)
+                log.training(step, values, data=data)
                 logged_step, logged_tokens, logged_at = step, tokens, time.perf_counter()
             paused_at = time.perf_counter()
             if validation is not None and (

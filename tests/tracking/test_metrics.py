@@ -10,7 +10,7 @@ import torch
 
 from sedd_scale.config import LoggingConfig, load_config
 from sedd_scale.planning.flops import step_flops
-from sedd_scale.tracking.metrics import MetricsLog
+from sedd_scale.tracking.metrics import TRAINING_VALUES, MetricsLog
 from sedd_scale.tracking.utilisation import Utilisation
 
 
@@ -22,6 +22,9 @@ def line(step: int) -> dict[str, Any]:
         "tokens": 100 * step,
         "tokens_per_second": 12_345.0,
         "step_ms": 162.0,
+        "loss_z": math.nan,
+        "grad_norm_z": math.nan,
+        "skipped_steps": 0,
     }
 
 
@@ -37,7 +40,7 @@ def record(run_dir: Path, steps: range, resumed_step: int | None = None, **optio
         **options,
     )
     for step in steps:
-        log.training(step, **line(step))
+        log.training(step, line(step))
     log.validation(steps[-1], nats_per_token=4.5, stderr=0.01)
     log.close()
     return stream.getvalue()
@@ -50,8 +53,9 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def test_one_json_object_a_line(tmp_path: Path) -> None:
     console = record(tmp_path, range(10, 40, 10))
     found = lines(tmp_path)
-    guarded = {"loss_z": None, "grad_norm_z": None, "skipped_steps": 0}
-    assert found[:3] == [{"step": step, **line(step), **guarded} for step in (10, 20, 30)]
+    unknown = {"loss_z": None, "grad_norm_z": None}
+    assert line(1).keys() == TRAINING_VALUES.keys()
+    assert found[:3] == [{"step": step, **line(step), **unknown} for step in (10, 20, 30)]
     assert found[3] == {"step": 30, "valid_nats_per_token": 4.5, "valid_stderr": 0.01}
     assert len(console.splitlines()) == 4
     assert "\x1b" not in console
@@ -70,7 +74,7 @@ def test_a_resume_keeps_one_history(tmp_path: Path) -> None:
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, LoggingConfig(), is_main=True, total_steps=5, stream=io.StringIO())
-    log.training(1, **{**line(1), "loss": float("nan"), "grad_norm": float("inf")})
+    log.training(1, {**line(1), "loss": float("nan"), "grad_norm": float("inf")})
     log.close()
     (found,) = lines(tmp_path)
     assert found["loss"] is None and found["grad_norm"] is None and found["lr"] == 1e-3
@@ -81,7 +85,7 @@ def test_other_processes_are_silent(tmp_path: Path) -> None:
     log = MetricsLog(
         tmp_path, LoggingConfig(wandb="online"), is_main=False, total_steps=5, stream=stream
     )
-    log.training(1, **line(1))
+    log.training(1, line(1))
     log.validation(1, nats_per_token=1.0, stderr=0.1)
     log.advance(1)
     log.say("hello")
@@ -110,7 +114,7 @@ def test_an_error_leaves_the_file_whole(tmp_path: Path) -> None:
         with MetricsLog(
             tmp_path, LoggingConfig(), is_main=True, total_steps=5, stream=io.StringIO()
         ) as log:
-            log.training(1, **line(1))
+            log.training(1, line(1))
             raise KeyError("a run that fails")
     except KeyError:
         pass
