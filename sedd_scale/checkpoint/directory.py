@@ -13,7 +13,6 @@ crash picks, a directory with a final name is whole.
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 from sedd_scale.checkpoint import fault_points
 from sedd_scale.checkpoint.manifest import MANIFEST, read_manifest, record_of
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
-from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.atomic import sync_to_disk, write_atomically
 from sedd_scale.version import __version__
 
 FORMAT = "sedd_scale checkpoint"
@@ -224,12 +223,3 @@ def saved_steps(folder: Path) -> list[int]:
         return []
     matches = [_STEP_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
     return sorted(int(match[1]) for match in matches if match)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Let a file's or directory's content reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ window as large as the dataset, the order is one permutation of all blocks.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ class Permutation:
     def __init__(self, size: int, key: str) -> None:
         assert size >= 1
         self.size = size
-        self._rows = _ceil_root(size)
+        self._rows = math.isqrt(size - 1) + 1
         self._columns = -(-size // self._rows)
         digest = hashlib.shake_256(f"{key}|{size}".encode()).digest(16 * NUM_ROUNDS)
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
@@ -56,13 +57,6 @@ class Permutation:
             left = (left + _mix(right ^ self._keys[2 * turn]) % rows) % rows
             right = (right + _mix(left ^ self._keys[2 * turn + 1]) % columns) % columns
         return left * columns + right
-
-
-def _ceil_root(number: int) -> int:
-    root = int(np.sqrt(number))
-    while root * root < number:
-        root += 1
-    return root
 
 
 def _mix(words: _Words) -> _Words:

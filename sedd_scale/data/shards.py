@@ -7,8 +7,6 @@ A dataset is a directory, here or behind a URL: `SPLIT-000000.tar`, ... (see tar
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +19,7 @@ from sedd_scale.data.sources import Source, is_remote, open_source
 from sedd_scale.data.tar_blocks import DATA_OFFSET, RecordFormat, token_dtype
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.open_files import OpenFiles
 from sedd_scale.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
@@ -287,8 +286,7 @@ class BlockReader:
         self._format = RecordFormat(self.block_length, np.dtype(dataset.index["dtype"]))
         self._ends = np.cumsum(self.blocks_of_shard)
         self._begins = self._ends - self.blocks_of_shard
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files = OpenFiles(self._opened, most=MAX_OPEN_SHARDS)
         if check_sizes and not dataset.is_remote:
             for shard in self.shards:
                 dataset.check_size(shard)
@@ -318,7 +316,7 @@ class BlockReader:
         for row, (block, shard) in enumerate(zip(wanted.tolist(), shard_of_block.tolist())):
             offset = places[row] * stride
             record = buffer[row * stride : (row + 1) * stride]
-            stream = self._stream(shard)
+            stream = self._files[shard]
             try:
                 have = os.preadv(stream.fileno(), [record], offset)
                 fault = "ends" if have < len(record) else self._format.fault(record, block)
@@ -343,21 +341,12 @@ class BlockReader:
     def _bad(self, shard: int, message: str) -> BadShardError:
         return BadShardError(message, fingerprint=self.dataset.fingerprint, shard=shard)
 
-    def _stream(self, shard: int) -> BinaryIO:
-        with self._lock:
-            stream = self._open.get(shard)
-            if stream is not None:
-                self._open.move_to_end(shard)
-                return stream
-            try:
-                stream = self.dataset.open_file(self.shards[shard])
-            except ChecksumError as error:
-                raise self._bad(shard, str(error)) from error
-            except DataError as error:
-                if self.dataset.is_remote:
-                    raise
-                raise self._bad(shard, str(error)) from error
-            self._open[shard] = stream
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)  # closed once no thread reads from it
-            return stream
+    def _opened(self, shard: int) -> BinaryIO:
+        try:
+            return self.dataset.open_file(self.shards[shard])
+        except ChecksumError as error:
+            raise self._bad(shard, str(error)) from error
+        except DataError as error:
+            if self.dataset.is_remote:
+                raise
+            raise self._bad(shard, str(error)) from error

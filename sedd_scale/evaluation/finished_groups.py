@@ -1,4 +1,4 @@
-"""What a killed evaluation had finished, so that the same command goes on from there.
+"""What a killed evaluation had finished, so that the same command continues from there.
 
 `evaluation.json` says which evaluation it is, and each process appends the groups of blocks that it
 finished to a file of its own. A group's numbers depend on no other, so a result that was made in
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.files.atomic import write_atomically
+from sedd_scale.errors import DataError
+from sedd_scale.files.identity import claim
 
 IDENTITY_FILE = "evaluation.json"
 
@@ -51,7 +51,12 @@ class FinishedGroups:
                 raise DataError(
                     f"--resume {directory} is no directory that can be made: {error.strerror}"
                 ) from error
-            _claim(directory, json.loads(json.dumps(identity)))
+            claim(
+                directory / IDENTITY_FILE,
+                identity,
+                holds=f"--resume {directory} holds an evaluation",
+                remedy="give the same command to continue it, or another directory",
+            )
             shared = [_read_all(directory)]
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast_object_list(shared, src=0)
@@ -63,27 +68,8 @@ class FinishedGroups:
             return
         line = json.dumps({"group": number, "parts": [_encoded(part) for part in parts]})
         with self._path.open("ab") as stream:
-            # A line that a killed process left unfinished stays alone.
-            if stream.tell() and not _ends_in_newline(self._path):
-                stream.write(b"\n")
-            stream.write(line.encode() + b"\n")
-
-
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    path = directory / IDENTITY_FILE
-    if not path.is_file():
-        write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
-        return
-    try:
-        before = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged: remove {directory} and evaluate again") from error
-    other = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
-    if other:
-        raise ConfigError(
-            f"--resume {directory} holds an evaluation with another {', '.join(sorted(other))}: "
-            "give the same command to go on with it, or another directory"
-        )
+            # The newline in front ends a line that a killed process left unfinished.
+            stream.write(b"\n" + line.encode())
 
 
 def _read_all(directory: Path) -> dict[int, tuple[Any, ...]]:
@@ -109,9 +95,3 @@ def _decoded(part: Any) -> Any:
     if isinstance(part, dict):
         return np.frombuffer(base64.b64decode(part["float64"]), dtype="<f8").reshape(part["shape"])
     return part
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, 2)
-        return stream.read(1) == b"\n"

@@ -23,6 +23,7 @@ from sedd_scale.errors import ConfigError, TrainingError
 from sedd_scale.experiments.experiment import Experiment
 from sedd_scale.files.atomic import write_atomically
 from sedd_scale.files.folder_lock import lock_folder
+from sedd_scale.files.identity import refuse_another
 from sedd_scale.files.package import command, environment_for
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.preparation.prepare import prepare
@@ -75,12 +76,12 @@ def find_dataset(experiment: Experiment, source: Path, output: Path) -> Path:
             )
             write_atomically(origin, (json.dumps(settings, indent=1) + "\n").encode())
         before = json.loads(origin.read_text()) if origin.is_file() else settings
-        for key, value in settings.items():
-            if before.get(key) != value:
-                raise ConfigError(
-                    f"{made} was made with {key} {before.get(key)}, not {value}: give another "
-                    f"--output, or --data {made} for the dataset as it is"
-                )
+        refuse_another(
+            {key: before.get(key) for key in settings},
+            settings,
+            holds=f"{made} holds a dataset made",
+            remedy=f"give another --output, or --data {made} for the dataset as it is",
+        )
         source = made
     found = Dataset(source).index
     for key, here, there in (

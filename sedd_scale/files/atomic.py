@@ -8,7 +8,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name in the same directory, then rename it to `path`.
 
     A reader never sees a part of the file, several processes may write at once, and a crash leaves
-    at most a `.tmp` beside it.
+    at most a `.tmp` beside it. A power failure may undo the renaming: where that matters, call
+    `sync_to_disk` on the directory.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
@@ -16,3 +17,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's or a directory's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

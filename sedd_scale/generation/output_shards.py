@@ -1,4 +1,4 @@
-"""Samples on disk while they are made: files beside the output that a killed run goes on from.
+"""Samples on disk while they are made: files beside the output that a killed run resumes from.
 
 `samples.jsonl.parts` holds what the run was asked for (`run.json`) and files of finished batches,
 one a writer. A batch is appended whole and made durable before the next begins, so a kill costs at
@@ -13,15 +13,15 @@ import os
 import re
 import shutil
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.atomic import sync_to_disk
 from sedd_scale.files.folder_lock import WITHOUT_LOCKS
+from sedd_scale.files.identity import claim
+from sedd_scale.files.open_files import OpenFiles
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
@@ -67,7 +67,8 @@ class ShardDirectory:
             nonce: by which other processes know that they see the same directory.
 
         Raises:
-            DataError: it was begun with other options, is in use, or cannot be written.
+            ConfigError: it was begun with other options.
+            DataError: it is in use, or cannot be written.
         """
         try:
             self.path.mkdir(exist_ok=True)
@@ -81,7 +82,7 @@ class ShardDirectory:
                 "--output"
             )
         try:
-            self._check_run(json.loads(json.dumps(run)))
+            self._check_run(run)
             lock.truncate(0)
             lock.write(nonce.encode())
             lock.flush()
@@ -148,14 +149,15 @@ class ShardDirectory:
                     if file_of[line.sample] < 0:
                         file_of[line.sample] = number
                         offset_of[line.sample], size_of[line.sample] = line.offset, line.size
+        streams = OpenFiles(lambda number: files[number].open("rb"), most=_OPEN_FILES)
         merged = self.path / f"merged.{os.getpid()}.tmp"
-        with open(merged, "wb") as target, _OpenFiles(files) as streams:
+        with open(merged, "wb") as target:
             for index in range(count):
                 if file_of[index] < 0:
                     raise DataError(
                         f"{self.path} lacks sample {index}: start the same command again to draw it"
                     )
-                source = streams.get(file_of[index])
+                source = streams[file_of[index]]
                 source.seek(offset_of[index])
                 record = _parse(source.read(size_of[index]), files[file_of[index]])
                 del record["index"]
@@ -165,7 +167,7 @@ class ShardDirectory:
             os.fsync(target.fileno())
         refuse_existing_output(self.output)
         os.replace(merged, self.output)
-        _sync_directory(self.output.parent)
+        sync_to_disk(self.output.parent)
 
     def remove(self) -> None:
         """Remove the directory, once its samples stand in the output."""
@@ -184,25 +186,16 @@ class ShardDirectory:
 
     def _check_run(self, run: Mapping[str, Any]) -> None:
         path = self.path / RUN_FILE
-        if not path.is_file():
-            if self._files():
-                raise DataError(
-                    f"{self.path} holds samples but no {RUN_FILE} to say of what: remove it"
-                )
-            write_atomically(path, (json.dumps(run, indent=2) + "\n").encode())
-            return
-        try:
-            begun = json.loads(path.read_bytes())
-            changed = [name for name in {**begun, **run} if begun.get(name) != run.get(name)]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is damaged: remove {self.path} and start again") from error
-        if changed:
-            name = changed[0]
+        if self._files() and not path.is_file():
             raise DataError(
-                f"{self.path} holds an unfinished run with another {name} "
-                f"({begun.get(name)}, now {run.get(name)}): give the same command to go on with "
-                "it, or remove it"
+                f"{self.path} holds samples but no {RUN_FILE} to say of what: remove it"
             )
+        claim(
+            path,
+            run,
+            holds=f"{self.path} holds an unfinished run",
+            remedy="give the same command to continue it, or remove it",
+        )
 
     def _finished_lines(self, path: Path, stream: BinaryIO) -> Iterator["_Line"]:
         """The lines of finished batches from the file's start, up to the first that is not one."""
@@ -237,7 +230,7 @@ class ShardWriter:
         with self._reporting():
             self._stream = path.open("xb", buffering=0)
             _locked(self._stream)
-            _sync_directory(path.parent)
+            sync_to_disk(path.parent)
         self._end = 0
 
     def append(self, indices: Sequence[int], records: Sequence[Record]) -> None:
@@ -276,34 +269,6 @@ class _Line(NamedTuple):
     sample: int
     offset: int
     size: int
-
-
-class _OpenFiles:
-    """Some of many files, opened for reading, the longest unused closed for the next."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._streams: OrderedDict[int, BinaryIO] = OrderedDict()
-
-    def __enter__(self) -> "_OpenFiles":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for stream in self._streams.values():
-            stream.close()
-
-    def get(self, number: int) -> BinaryIO:
-        if number not in self._streams:
-            if len(self._streams) >= _OPEN_FILES:
-                self._streams.popitem(last=False)[1].close()
-            self._streams[number] = self._paths[number].open("rb")
-        self._streams.move_to_end(number)
-        return self._streams[number]
 
 
 def _line_of(record: Record) -> bytes:
@@ -351,11 +316,3 @@ def _locked(stream: BinaryIO) -> bool:
             return False
         raise
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

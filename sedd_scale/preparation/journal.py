@@ -1,4 +1,4 @@
-"""What a killed preparation left, so that the same command goes on where it ended.
+"""What a killed preparation left, so that the same command continues where it ended.
 
 The journal says how far the input was read and what the writers had made durable then. Everything
 after it is cut off and made again, so that the result has the same bytes as an undisturbed one.
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
+from sedd_scale.files.identity import refuse_another
 
 JOURNAL_FILE = "unfinished.json"
 SEEN_FILE = "unfinished.sqlite"
@@ -32,7 +33,8 @@ def read_journal(directory: Path, command: dict[str, Any]) -> dict[str, Any] | N
     """The state that a killed run of this command left, or None for a fresh start.
 
     Raises:
-        DataError: the directory holds what another command left unfinished.
+        ConfigError: the directory holds what another command left unfinished.
+        DataError: the journal is damaged.
     """
     path = directory / JOURNAL_FILE
     if not path.is_file():
@@ -42,12 +44,12 @@ def read_journal(directory: Path, command: dict[str, Any]) -> dict[str, Any] | N
         before, state = journal["command"], journal["state"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: remove {directory} and prepare again") from error
-    other = [key for key in command if before.get(key) != command[key]]
-    if other:
-        raise DataError(
-            f"--output {directory} holds an unfinished preparation with another "
-            f"{', '.join(other)}: give the same command to go on with it, or remove it"
-        )
+    refuse_another(
+        {key: before.get(key) for key in command},
+        command,
+        holds=f"--output {directory} holds an unfinished preparation",
+        remedy="give the same command to continue it, or remove it",
+    )
     assert isinstance(state, dict)
     return state
 
@@ -63,7 +65,7 @@ class SeenDocuments:
     """Which documents came before, on disk, so that memory does not grow with the corpus.
 
     A row is the first half of a document's SHA-256 and the document's number in the input; rows
-    later than the journal are forgotten when a preparation goes on.
+    later than the journal are forgotten when a preparation is continued.
 
     Args:
         directory: of the dataset.

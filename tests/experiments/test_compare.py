@@ -107,8 +107,8 @@ def test_from_text_to_report_and_again(tmp_path: Path, capsys: pytest.CaptureFix
     assert "training" not in capsys.readouterr().err
     texts.write_text(texts.read_text() * 2)
     for data, changes, message in (
-        (tmp_path / "text*.jsonl", {}, "data was made with bytes"),
-        (texts, {}, f"data was made with text {tmp_path}/text*.jsonl, not {texts}"),
+        (tmp_path / "text*.jsonl", {}, "dataset made with another bytes ("),
+        (texts, {}, f"another text ({tmp_path}/text*.jsonl, now {texts})"),
         (output / "data", {"evaluation": {"draws": 3}}, "a run of another configuration"),
         (output / "data", {"data": {"block_length": 8}}, "has block_length 16, but the exp"),
         (output / "data", {"data": {"tokenizer": "bytes", "block_length": 16}}, "tokenizer text8"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.generation.output_shards import Record, ShardDirectory, refuse_existing_output
 
 # Eight samples in batches whose order is not that of the samples.
@@ -137,7 +137,7 @@ def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
         ({"--steps": 4}, r"another --seed \(0, now None\)"),
         ({**RUN, "--top-k": 3}, r"another --top-k \(None, now 3\)"),
     ]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(ConfigError, match=message):
             opened(output, run)
     (shards.path / "run.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):

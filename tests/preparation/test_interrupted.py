@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.preparation import journal
 from sedd_scale.preparation.prepare import Progress, prepare
 from tests.data.corpus import make_texts, write_jsonl
@@ -126,11 +126,11 @@ def test_another_input_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare([str(source)], output=tmp_path / "out", on_progress=stop_after(3), **CHOSEN)
     for change, flag in (({"block_length": 64}, "--block-length"), ({"dedupe": True}, "--dedupe")):
-        with pytest.raises(DataError, match=f"with another {flag}: give the same command"):
+        with pytest.raises(ConfigError, match=f"with another {flag} .*: give the same command"):
             prepare([str(source)], output=tmp_path / "out", **{**CHOSEN, **change})
     with source.open("a") as stream:
         stream.write('{"text": "one more"}\n')
-    with pytest.raises(DataError, match="with another --input"):
+    with pytest.raises(ConfigError, match="with another --input:"):
         prepare([str(source)], output=tmp_path / "out", **CHOSEN)
 
 
