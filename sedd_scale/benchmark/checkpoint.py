@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report: medians over the rounds."""
     from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config
-    from sedd_scale.checkpoint.reading import CheckpointWriter, load_checkpoint
+    from sedd_scale.checkpoint.reading import load_checkpoint
+    from sedd_scale.checkpoint.writer import CheckpointWriter
     from sedd_scale.parallel.layout import initialize_layout
 
     config = synthetic_config(arguments, "training.precision=fp32", world_size=1)

@@ -22,7 +22,6 @@ from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_num
 from sedd_scale.checkpoint.directory import (
     MANIFEST_SINCE,
     find_checkpoint,
-    has_checkpoint,
     read_meta,
     resume_candidates,
 )
@@ -39,8 +38,6 @@ from sedd_scale.checkpoint.state import (
     all_shapes,
     fragment_tensors,
 )
-from sedd_scale.checkpoint.writer import CheckpointWriter
-from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import raise_together
@@ -48,51 +45,6 @@ from sedd_scale.parallel.layout import Layout
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.engine.fragments import ZeroFragments
-
-__all__ = [
-    "CheckpointWriter",
-    "find_checkpoint",
-    "has_checkpoint",
-    "load_checkpoint",
-    "load_newest",
-    "load_weights",
-    "read_meta",
-    "save_checkpoint",
-]
-
-
-def save_checkpoint(
-    run_dir: str | Path,
-    *,
-    engine_fragments: "ZeroFragments",
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
-    meta: Mapping[str, Any],
-    tokenizer_directory: Path | None = None,
-    keep: int = 3,
-) -> Path:
-    """Write one checkpoint and return when it is on the disk; `latest` names it then.
-
-    Collective over all processes. A run that saves often uses `CheckpointWriter`.
-
-    Args:
-        meta: the run's place and identity, `META_KEYS`, as JSON values.
-        tokenizer_directory: copied into the checkpoint, so that it can be sampled from alone.
-        keep: checkpoints kept, counting this one; 0: all.
-
-    Raises:
-        CheckpointError: on every process, when any could not write; `latest` is as before.
-    """
-    with CheckpointWriter(
-        run_dir,
-        engine_fragments=engine_fragments,
-        parameters=parameters,
-        layout=layout,
-        config=CheckpointConfig(keep=keep, async_save=False),
-        tokenizer_directory=tokenizer_directory,
-    ) as writer:
-        writer.save(meta)
-    return Path(run_dir) / "checkpoints" / f"step-{int(meta['step'])}"
 
 
 def load_newest(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 import torch.distributed as dist
 
-from sedd_scale.checkpoint.reading import find_checkpoint
+from sedd_scale.checkpoint.directory import find_checkpoint
 from sedd_scale.errors import ConfigError, SeddScaleError
 from sedd_scale.generation.batch import (
     Request,

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from sedd_scale.checkpoint.directory import find_checkpoint
 from sedd_scale.checkpoint.manifest import read_manifest, record_of
-from sedd_scale.checkpoint.reading import find_checkpoint
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.formats import detect_format
 

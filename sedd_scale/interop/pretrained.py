@@ -79,7 +79,8 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
 
 
 def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
-    from sedd_scale.checkpoint.reading import find_checkpoint, load_weights, read_meta
+    from sedd_scale.checkpoint.directory import find_checkpoint, read_meta
+    from sedd_scale.checkpoint.reading import load_weights
     from sedd_scale.config import config_from_dict
 
     step_directory = find_checkpoint(path)

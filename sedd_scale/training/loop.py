@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sedd_scale.checkpoint.reading import CheckpointWriter
+from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher

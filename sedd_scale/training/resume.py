@@ -5,14 +5,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.checkpoint.directory import resume_candidates
-from sedd_scale.checkpoint.reading import (
+from sedd_scale.checkpoint.directory import (
     find_checkpoint,
     has_checkpoint,
-    load_checkpoint,
-    load_newest,
     read_meta,
+    resume_candidates,
 )
+from sedd_scale.checkpoint.reading import load_checkpoint, load_newest
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.data.corpus import Corpus

@@ -24,7 +24,9 @@ from megatron.core import tensor_parallel as tensor_layers
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sedd_scale.checkpoint.reading import load_checkpoint, save_checkpoint
+from sedd_scale.checkpoint.reading import load_checkpoint
+from sedd_scale.checkpoint.writer import CheckpointWriter
+from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.engine.fragments import STATE_KEYS, ZeroFragments
 from sedd_scale.model.parameters import initialize_parameters, logical_parameters
 from sedd_scale.parallel.layout import ModelParallelUnit, initialize_layout
@@ -248,15 +250,16 @@ class Run:
             "num_tokens": VOCAB,
             "block_length": LENGTH,
         }
-        return save_checkpoint(
+        with CheckpointWriter(
             run_dir,
             engine_fragments=self.fragments,
             parameters=self.parameters,
             layout=self.layout,
-            meta=meta,
+            config=CheckpointConfig(keep=keep, async_save=False),
             tokenizer_directory=run_dir.parent / "tokenizer",
-            keep=keep,
-        )
+        ) as writer:
+            writer.save(meta)
+        return run_dir / "checkpoints" / f"step-{step}"
 
     def load(self, path: Path) -> dict[str, Any]:
         return load_checkpoint(

@@ -15,8 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from sedd_scale.checkpoint.boxes import LogicalTensor, boxes_of_range, logical_boxes
+from sedd_scale.checkpoint.directory import find_checkpoint, has_checkpoint, read_meta
 from sedd_scale.checkpoint.manifest import write_manifest
-from sedd_scale.checkpoint.reading import find_checkpoint, has_checkpoint, load_weights, read_meta
+from sedd_scale.checkpoint.reading import load_weights
 from sedd_scale.errors import CheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout

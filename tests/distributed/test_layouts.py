@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedd_scale.checkpoint.reading import find_checkpoint, load_weights
+from sedd_scale.checkpoint.directory import find_checkpoint
+from sedd_scale.checkpoint.reading import load_weights
 from sedd_scale.config import load_config
 from sedd_scale.data.shards import Dataset
 from sedd_scale.diffusion.graphs import make_graph
