@@ -46,8 +46,13 @@ class AdaptiveNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.layout = layout
 
-    def forward(self, hidden_LBH: Tensor, shift_BH: Tensor, scale_BH: Tensor) -> Tensor:
-        """LN(hidden) * (1 + scale) + shift, [L, B, H] in the weights' type."""
+    def forward(
+        self, hidden_LBH: Tensor, shift_BH: Tensor, scale_BH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """LN(hidden) * (1 + scale) + shift in the weights' type, and hidden; [L, B, H] each.
+
+        What else uses the stream takes the second, as `modulated_norm` says.
+        """
         weight = sum_gradient_over_sequence(self.weight, self.layout)
         return modulated_norm(
             hidden_LBH,

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
 from sedd_scale.model.attention import CoreAttention
-from sedd_scale.model.dropout import keep_mask
+from sedd_scale.model.dropout import Dropout, dropout
 from sedd_scale.model.fused import (
     bias_gelu,
     gated_residual,
@@ -198,32 +198,30 @@ class Block(nn.Module):
     def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
         keys_B, ends_BE = context_BK[:, 0], context_BK[:, 1:]
-        normed = self.norm1(hidden_LBH, shift_BH, scale_BH)
+        normed, hidden_LBH = self.norm1(hidden_LBH, shift_BH, scale_BH)
         update, _ = self.attention(normed, attention_mask=ends_BE if ends_BE.numel() else None)
-        keep = self._keep(hidden_LBH, keys_B, site=2 * self.index)
-        return gated_residual(
-            hidden_LBH, update, gate_BH, keep_LBH=keep, keep_rate=1 - self.dropout
-        )
+        dropped = self._dropout(hidden_LBH, keys_B, site=2 * self.index)
+        return gated_residual(hidden_LBH, update, gate_BH, dropout=dropped)
 
     def _feed(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
-        update, bias = self.mlp(self.norm2(hidden_LBH, shift_BH, scale_BH))
-        keep = self._keep(hidden_LBH, context_BK[:, 0], site=2 * self.index + 1)
+        normed, hidden_LBH = self.norm2(hidden_LBH, shift_BH, scale_BH)
+        update, bias = self.mlp(normed)
+        dropped = self._dropout(hidden_LBH, context_BK[:, 0], site=2 * self.index + 1)
         return gated_residual(
             hidden_LBH,
             update,
             gate_BH,
             bias_H=sum_gradient_over_sequence(bias, self.layout),
-            keep_LBH=keep,
-            keep_rate=1 - self.dropout,
+            dropout=dropped,
         )
 
-    def _keep(self, hidden_LBH: Tensor, keys_B: Tensor, *, site: int) -> Tensor | None:
+    def _dropout(self, hidden_LBH: Tensor, keys_B: Tensor, *, site: int) -> Dropout | None:
         if not (self.training and self.dropout > 0):
             return None
         length, _, width = hidden_LBH.shape
         first = length * self.layout.tensor_rank if self.layout.sequence_parallel else 0
-        return keep_mask(
+        return dropout(
             keys_B,
             length=length,
             width=width,

@@ -4,10 +4,42 @@ No generator state: the mask is the same on every tensor-parallel rank, in every
 or the sequence, after a resume and when a block is recomputed in the backward pass.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from sedd_scale.model.compiled import compiled_on_gpu
+
 _WORD = 0xFFFFFFFF
+
+
+class Dropout(NamedTuple):
+    """Which entries one dropout leaves, as the few numbers that its mask is made of.
+
+    An entry's bits are factor * channel + offset, mixed once more, in wrapping 32-bit integers: a
+    pass over the entries makes them as it goes, forward and backward, and no mask is stored.
+
+    Attributes:
+        rate: probability that an entry goes.
+        factor_LB1, offset_LB1: of a position of a sequence, int32.
+        channel_H: of a channel, int32.
+    """
+
+    rate: float
+    factor_LB1: Tensor
+    offset_LB1: Tensor
+    channel_H: Tensor
+
+
+def keep_mask(rate: float, factor_LB1: Tensor, offset_LB1: Tensor, channel_H: Tensor) -> Tensor:
+    """The mask of a `Dropout`, bool [L, B, H]: true where an entry stays."""
+    bits_LBH = factor_LB1 * channel_H
+    bits_LBH += offset_LB1
+    bits_LBH ^= bits_LBH >> 15
+    bits_LBH *= 0x2C1B3C6D
+    return bits_LBH >= int(rate * 2**32) - 2**31
 
 
 def _mix(value: Tensor) -> Tensor:
@@ -19,29 +51,47 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
-def keep_mask(
+def dropout(
     keys_B: Tensor, *, length: int, width: int, rate: float, site: int, first_position: int
-) -> Tensor:
-    """Which entries dropout leaves, bool [length, B, width]; each goes with probability `rate`.
+) -> Dropout:
+    """The dropout of one place in the network.
 
-    Rows (a position of a sequence) and channels are hashed well and cheaply, being few. Their
-    product is not: an affine map that each row draws, applied to the channel's hash, then one more
-    round, in 32-bit integers that wrap.
+    Row and channel hashes are full strength; there are few of them.
 
     Args:
         keys_B: one integer per sequence and step.
+        length, width: L and H.
         site: which dropout of the network this is.
         first_position: position in the sequence of the first row.
     """
     device = keys_B.device
-    position_L = torch.arange(first_position, first_position + length, device=device)
-    channel_H = torch.arange(width, device=device)
-    key_B = _mix((keys_B.to(torch.int64) + 0x9E3779B9 * (site + 1)) & _WORD)
+    factor_LB1, offset_LB1 = _row_hashes(
+        keys_B, _site_key(site, device), _positions(first_position, length, device)
+    )
+    return Dropout(rate, factor_LB1, offset_LB1, _channel_hashes(width, device))
+
+
+@compiled_on_gpu
+def _row_hashes(keys_B: Tensor, site_key: Tensor, position_L: Tensor) -> tuple[Tensor, Tensor]:
+    key_B = _mix((keys_B.to(torch.int64) + site_key) & _WORD)
     row_LB1 = _mix(key_B[None, :] ^ _mix(position_L)[:, None])[..., None]
-    factor_LB1 = (row_LB1 | 1).to(torch.int32)
-    offset_LB1 = _mix(row_LB1 ^ 0x5BD1E995).to(torch.int32)
-    bits_LBH = factor_LB1 * _mix(channel_H + 0x632BE5AB).to(torch.int32)
-    bits_LBH += offset_LB1
-    bits_LBH ^= bits_LBH >> 15
-    bits_LBH *= 0x2C1B3C6D
-    return bits_LBH >= int(rate * 2**32) - 2**31
+    return (row_LB1 | 1).to(torch.int32), _mix(row_LB1 ^ 0x5BD1E995).to(torch.int32)
+
+
+# Of each place and device once: they are the same at every step, and a device is not asked twice.
+@functools.lru_cache(maxsize=1024)
+def _site_key(site: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(0x9E3779B9 * (site + 1), device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _positions(first: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(first, first + length, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _channel_hashes(width: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _mix(torch.arange(width, device=device) + 0x632BE5AB).to(torch.int32)

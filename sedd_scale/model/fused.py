@@ -1,37 +1,23 @@
 """What lies between the matrix products, in as few passes over memory as it takes.
 
 Each operation is written forward and backward, once: on a CPU the passes run as they stand, in
-place where nothing is lost; on a GPU each direction is compiled into one kernel.
+place where nothing is lost; on a GPU each direction is compiled, into one kernel or, where it sums
+over positions, two.
 
 L positions (this rank's share), B sequences, H width, F inner width of the MLP, h heads, D head
 width.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def compiled_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` as it stands on a CPU, through torch.compile where its tensors are on a GPU.
-
-    Its first positional argument is a tensor.
-    """
-    compiled = functools.cache(lambda: torch.compile(function, fullgraph=True))
-
-    @functools.wraps(function)
-    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
-        return (compiled() if on_gpu else function)(*args, **kwargs)
-
-    return dispatch
+from sedd_scale.model import compiled
+from sedd_scale.model.compiled import compiled_on_gpu
+from sedd_scale.model.dropout import Dropout, keep_mask
 
 
 def modulated_norm(
@@ -41,15 +27,17 @@ def modulated_norm(
     *,
     epsilon: float,
     dtype: torch.dtype,
-) -> Tensor:
-    """(hidden - mean) / sqrt(variance + epsilon) * scale + shift over H, [L, B, H] of `dtype`.
+) -> tuple[Tensor, Tensor]:
+    """(hidden - mean) / sqrt(variance + epsilon) * scale + shift over H, and `hidden` again.
 
-    Computed in float32; what is kept for the backward pass is one tensor of the size of `hidden`.
+    The first is [L, B, H] of `dtype`, computed in float32; what is kept for the backward pass is
+    one tensor of the size of `hidden`. The second is for whatever else uses the stream: its
+    gradient is added to the norm's in the norm's own backward pass.
     """
-    result: Tensor = _ModulatedNorm.apply(
+    normed_LBH, hidden_LBH = _ModulatedNorm.apply(
         hidden_LBH, scale_BH.float(), shift_BH.float(), epsilon, dtype
     )
-    return result
+    return normed_LBH, hidden_LBH
 
 
 @compiled_on_gpu
@@ -66,6 +54,7 @@ def _norm_forward(
 @compiled_on_gpu
 def _norm_backward(
     grad_LBH: Tensor,
+    stream_grad_LBH: Tensor | None,
     normed_LBH: Tensor,
     rstd_LB1: Tensor,
     scale_BH: Tensor,
@@ -86,7 +75,10 @@ def _norm_backward(
         None,
         [True, False, False],
     )[0]
-    return (grad_normed_LBH.mul_(rstd_LB1)).to(hidden_dtype), grad_scale_BH, grad_LBH.sum(0)
+    grad_hidden_LBH = grad_normed_LBH.mul_(rstd_LB1).to(hidden_dtype)
+    if stream_grad_LBH is not None:
+        grad_hidden_LBH = grad_hidden_LBH.add_(stream_grad_LBH)
+    return grad_hidden_LBH, grad_scale_BH, grad_LBH.sum(0)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -98,18 +90,25 @@ class _ModulatedNorm(torch.autograd.Function):
         shift_BH: Tensor,
         epsilon: float,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         output_LBH, normed_LBH, rstd_LB1 = _norm_forward(
             hidden_LBH, scale_BH, shift_BH, epsilon, dtype
         )
         ctx.hidden_dtype = hidden_LBH.dtype
         ctx.save_for_backward(normed_LBH, rstd_LB1, scale_BH)
-        return output_LBH
+        ctx.set_materialize_grads(False)
+        return output_LBH, hidden_LBH
 
     @staticmethod
-    def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_LBH: Tensor | None, stream_grad_LBH: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         normed_LBH, rstd_LB1, scale_BH = ctx.saved_tensors
-        grads = _norm_backward(grad_LBH, normed_LBH, rstd_LB1, scale_BH, ctx.hidden_dtype)
+        if grad_LBH is None:
+            return stream_grad_LBH, None, None, None, None
+        grads = _norm_backward(
+            grad_LBH, stream_grad_LBH, normed_LBH, rstd_LB1, scale_BH, ctx.hidden_dtype
+        )
         return (*grads, None, None)
 
 
@@ -119,48 +118,74 @@ def gated_residual(
     gate_BH: Tensor,
     *,
     bias_H: Tensor | None = None,
-    keep_LBH: Tensor | None = None,
-    keep_rate: float = 1.0,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """hidden + gate * dropout(update + bias), in the type of `hidden`.
-
-    Args:
-        keep_LBH: bool, the entries that dropout leaves; None: all.
-        keep_rate: those left are divided by it.
-    """
+    """hidden + gate * dropout(update + bias), in the type of `hidden`; None drops nothing."""
     gate_BH = gate_BH.to(hidden_LBH.dtype)
-    if keep_LBH is not None:
-        gate_BH = gate_BH / keep_rate
-    result: Tensor = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, keep_LBH)
+    if dropout is None:
+        result: Tensor = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, 0.0)
+    else:
+        gate_BH = gate_BH / (1 - dropout.rate)
+        rate, *hashes = dropout
+        result = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, rate, *hashes)
     return result
+
+
+# With a bias and without: apart, so that each is compiled for few forms of its arguments.
 
 
 @compiled_on_gpu
 def _gate_forward(
+    hidden_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _gate(hidden_LBH, update_LBH, gate_BH, rate, *hashes)
+
+
+@compiled_on_gpu
+def _bias_gate_forward(
     hidden_LBH: Tensor,
     update_LBH: Tensor,
+    bias_H: Tensor,
     gate_BH: Tensor,
-    bias_H: Tensor | None,
-    keep_LBH: Tensor | None,
+    rate: float,
+    *hashes: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    if bias_H is not None:
-        update_LBH = update_LBH + bias_H
-    if keep_LBH is not None:
-        update_LBH = torch.where(keep_LBH, update_LBH, 0.0)
+    return _gate(hidden_LBH, update_LBH + bias_H, gate_BH, rate, *hashes)
+
+
+def _gate(
+    hidden_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
+) -> tuple[Tensor, Tensor]:
+    if rate:
+        update_LBH = torch.where(keep_mask(rate, *hashes), update_LBH, 0.0)
     output_LBH = torch.addcmul(hidden_LBH, update_LBH.to(hidden_LBH.dtype), gate_BH)
     return output_LBH, update_LBH
 
 
 @compiled_on_gpu
 def _gate_backward(
-    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, keep_LBH: Tensor | None, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_update_LBH, grad_gate_BH = _gate_gradients(grad_LBH, update_LBH, gate_BH, rate, *hashes)
+    return grad_update_LBH.to(update_LBH.dtype), grad_gate_BH
+
+
+@compiled_on_gpu
+def _bias_gate_backward(
+    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_update_LBH, grad_gate_BH = _gate_gradients(grad_LBH, update_LBH, gate_BH, rate, *hashes)
+    return grad_update_LBH.to(update_LBH.dtype), grad_gate_BH, grad_update_LBH.sum((0, 1))
+
+
+def _gate_gradients(
+    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
+) -> tuple[Tensor, Tensor]:
     grad_gate_BH = (grad_LBH * update_LBH).sum(0)
     grad_update_LBH = grad_LBH * gate_BH
-    if keep_LBH is not None:
-        grad_update_LBH = torch.where(keep_LBH, grad_update_LBH, 0.0)
-    grad_bias_H = grad_update_LBH.sum((0, 1)) if with_bias else None
-    return grad_update_LBH.to(update_LBH.dtype), grad_gate_BH, grad_bias_H
+    if rate:
+        grad_update_LBH = torch.where(keep_mask(rate, *hashes), grad_update_LBH, 0.0)
+    return grad_update_LBH, grad_gate_BH
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -171,39 +196,70 @@ class _GatedResidual(torch.autograd.Function):
         update_LBH: Tensor,
         gate_BH: Tensor,
         bias_H: Tensor | None,
-        keep_LBH: Tensor | None,
+        rate: float,
+        *hashes: Tensor,
     ) -> Tensor:
-        output_LBH, update_LBH = _gate_forward(hidden_LBH, update_LBH, gate_BH, bias_H, keep_LBH)
+        dropping: tuple[Any, ...] = (gate_BH, rate, *hashes)
+        if bias_H is None:
+            output_LBH, update_LBH = _gate_forward(hidden_LBH, update_LBH, *dropping)
+        else:
+            output_LBH, update_LBH = _bias_gate_forward(hidden_LBH, update_LBH, bias_H, *dropping)
         ctx.bias_dtype = None if bias_H is None else bias_H.dtype
-        ctx.save_for_backward(update_LBH, gate_BH, keep_LBH)
+        ctx.rate = rate
+        ctx.save_for_backward(update_LBH, gate_BH, *hashes)
         return output_LBH
 
     @staticmethod
     def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
-        with_bias = ctx.bias_dtype is not None
-        update_LBH, gate_BH, keep_LBH = ctx.saved_tensors
-        grad_update_LBH, grad_gate_BH, grad_bias_H = _gate_backward(
-            grad_LBH, update_LBH, gate_BH, keep_LBH, with_bias
-        )
-        if grad_bias_H is not None:
-            grad_bias_H = grad_bias_H.to(ctx.bias_dtype)
-        return grad_LBH, grad_update_LBH, grad_gate_BH, grad_bias_H, None
+        update_LBH, gate_BH, *hashes = ctx.saved_tensors
+        given = (grad_LBH, update_LBH, gate_BH, ctx.rate, *hashes)
+        nothing = [None] * (1 + len(hashes))
+        if ctx.bias_dtype is None:
+            return grad_LBH, *_gate_backward(*given), None, *nothing
+        grad_update_LBH, grad_gate_BH, grad_bias_H = _bias_gate_backward(*given)
+        return grad_LBH, grad_update_LBH, grad_gate_BH, grad_bias_H.to(ctx.bias_dtype), *nothing
 
 
 def bias_gelu(inner_LBF: Tensor, bias_F: Tensor, *, overwrite: bool) -> Tensor:
     """GELU (tanh approximation) of inner + bias.
 
-    With `overwrite` the sum takes the place of `inner` on a CPU; then `inner` must be a product
-    whose own backward pass does not look at it.
+    With `overwrite` the sum takes the place of `inner`, which must be a product whose own backward
+    pass does not look at it.
     """
-    if inner_LBF.is_cuda or not overwrite:
-        return _bias_gelu(inner_LBF, bias_F)
-    return F.gelu(inner_LBF.add_(bias_F), approximate="tanh")
+    result: Tensor = _BiasGelu.apply(inner_LBF, bias_F, overwrite)
+    return result
 
 
 @compiled_on_gpu
-def _bias_gelu(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
+def _gelu_forward(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
     return F.gelu(inner_LBF + bias_F, approximate="tanh")
+
+
+@compiled_on_gpu
+def _gelu_backward(grad_LBF: Tensor, inner_LBF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
+    grad_LBF = torch.ops.aten.gelu_backward(grad_LBF, inner_LBF + bias_F, approximate="tanh")
+    return grad_LBF, grad_LBF.sum((0, 1))
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inner_LBF: Tensor, bias_F: Tensor, overwrite: bool) -> Tensor:
+        # On a GPU the sum is made again, which costs less than to write it.
+        ctx.summed = overwrite and not compiled.on_gpu(inner_LBF)
+        if ctx.summed:
+            inner_LBF.add_(bias_F)
+            ctx.save_for_backward(inner_LBF)
+            return F.gelu(inner_LBF, approximate="tanh")
+        ctx.save_for_backward(inner_LBF, bias_F)
+        return _gelu_forward(inner_LBF, bias_F)
+
+    @staticmethod
+    def backward(ctx: Any, grad_LBF: Tensor) -> tuple[Tensor, Tensor, None]:
+        if ctx.summed:
+            (sum_LBF,) = ctx.saved_tensors
+            grad_LBF = torch.ops.aten.gelu_backward(grad_LBF, sum_LBF, approximate="tanh")
+            return grad_LBF, grad_LBF.sum((0, 1)), None
+        return *_gelu_backward(grad_LBF, *ctx.saved_tensors), None
 
 
 @functools.lru_cache(maxsize=8)

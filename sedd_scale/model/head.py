@@ -100,7 +100,7 @@ class Head(nn.Module):
         A pipeline's last stage calls `linear` on it in the engine's loss function.
         """
         hidden_LBH, cond_BC, _ = stream
-        normed = self.norm(hidden_LBH, *self.modulation(cond_BC))
+        normed, _ = self.norm(hidden_LBH, *self.modulation(cond_BC))
         if self.layout.sequence_parallel:
             return gather_from_sequence_parallel_region(normed, group=self.layout.tensor_group)
         return copy_to_tensor_model_parallel_region(normed, group=self.layout.tensor_group)

@@ -96,7 +96,6 @@ def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
         "norm's output": FLOAT32,
         "modulated norm, the linear map's input": weight_bytes,
         "branch before its gate": weight_bytes,
-        "dropout's mask": 1 if model.dropout else 0,
     }
     per_shard = {
         "queries, keys and values": 3 * weight_bytes,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb
 from sedd_scale.model.block import Block
+from sedd_scale.model.dropout import keep_mask
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.model.small_network import gradients, noisy_batch, small_network
 
@@ -66,7 +67,7 @@ def test_dropout_is_for_training_only_and_differs_by_site(layout: Layout) -> Non
     assert torch.equal(first(inputs)[0], first(inputs)[0])
     assert not torch.equal(first(inputs)[0], never(inputs)[0])
     masks = [
-        block._keep(inputs[0], inputs[2][:, 0], site=2 * block.index + branch)
+        keep_mask(*block._dropout(inputs[0], inputs[2][:, 0], site=2 * block.index + branch))
         for block in (first, second)
         for branch in (0, 1)
     ]

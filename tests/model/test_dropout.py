@@ -1,16 +1,20 @@
 """Keyed dropout: a fair, independent coin for each number that no split of the work can move."""
 
+import hashlib
 import itertools
 import math
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from sedd_scale.model.dropout import keep_mask
+from sedd_scale.model.dropout import dropout, keep_mask
 
 LENGTH, BATCH, WIDTH = 96, 6, 64
 SIGMAS_ALLOWED = 5.0
+DIGEST = "2fe9d10d34c25c49c846fb75798890e67407d1dc01ba0a5a96dd4492141140a7"
 
 
 def keys(batch: int = BATCH) -> Tensor:
@@ -21,14 +25,17 @@ def dropped(
     rate: float, *, keys_B: Tensor | None = None, site: int = 0, first_position: int = 0
 ) -> Tensor:
     """Where numbers are dropped, [L, B, H]."""
-    return ~keep_mask(
+    return ~kept(
         keys() if keys_B is None else keys_B,
         length=LENGTH,
-        width=WIDTH,
         rate=rate,
         site=site,
         first_position=first_position,
     )
+
+
+def kept(keys_B: Tensor, **options: Any) -> Tensor:
+    return keep_mask(*dropout(keys_B, width=WIDTH, **options))
 
 
 def correlation_in_sigmas(first: Tensor, second: Tensor, rate: float) -> float:
@@ -51,6 +58,12 @@ def test_the_rate_is_kept(rate: float) -> None:
     assert error < SIGMAS_ALLOWED * math.sqrt(rate * (1 - rate) / drops.numel())
 
 
+def test_the_bits_are_those_of_every_run_before() -> None:
+    """A run that is resumed drops what it would have dropped."""
+    bits = numpy.packbits(dropped(0.1, site=5, first_position=7).numpy())
+    assert hashlib.sha256(bits.tobytes()).hexdigest() == DIGEST
+
+
 def test_rate_zero_keeps_all() -> None:
     assert not dropped(0.0).any()
 
@@ -62,7 +75,7 @@ def test_the_mask_does_not_know_how_work_is_split() -> None:
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
     first, second = (
-        keep_mask(keys(), length=length, width=WIDTH, rate=0.3, site=0, first_position=start)
+        kept(keys(), length=length, rate=0.3, site=0, first_position=start)
         for length, start in ((40, 0), (LENGTH - 40, 40))
     )
     assert torch.equal(~torch.cat([first, second]), whole)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_scale.model import fused
+from sedd_scale.model.dropout import dropout, keep_mask
 from sedd_scale.model.fused import (
     bias_gelu,
     gated_residual,
@@ -43,7 +44,7 @@ def assert_same(
 def test_modulated_norm() -> None:
     hidden, scale, shift = numbers(LENGTH, BATCH, WIDTH), numbers(BATCH, WIDTH), numbers(1, WIDTH)
     assert_same(
-        lambda x, m, b: modulated_norm(x, m, b, epsilon=1e-5, dtype=torch.float32),
+        lambda x, m, b: modulated_norm(x, m, b, epsilon=1e-5, dtype=torch.float32)[0],
         lambda x, m, b: F.layer_norm(x, (WIDTH,), eps=1e-5) * m + b,
         [hidden * 3 + 1, scale, shift.expand(BATCH, WIDTH)],
     )
@@ -54,7 +55,7 @@ def test_modulated_norm() -> None:
 def test_modulated_norm_is_taken_in_float32(residual: torch.dtype, weights: torch.dtype) -> None:
     hidden = numbers(LENGTH, BATCH, WIDTH, dtype=residual)
     scale, shift = numbers(BATCH, WIDTH), numbers(BATCH, WIDTH, seed=1)
-    found = modulated_norm(hidden, scale, shift, epsilon=1e-5, dtype=weights)
+    found, _ = modulated_norm(hidden, scale, shift, epsilon=1e-5, dtype=weights)
     exact = F.layer_norm(hidden.float(), (WIDTH,), eps=1e-5) * scale + shift
     assert found.dtype == weights
     torch.testing.assert_close(found, exact.to(weights), rtol=1e-2, atol=1e-6)
@@ -66,19 +67,43 @@ def test_modulated_norm_is_taken_in_float32(residual: torch.dtype, weights: torc
     "with_bias, with_dropout", list(itertools.product([False, True], repeat=2))
 )
 def test_gated_residual(with_bias: bool, with_dropout: bool) -> None:
-    keep = torch.rand(LENGTH, BATCH, WIDTH, generator=torch.Generator().manual_seed(0)) > 0.3
+    drops = dropout(
+        torch.arange(BATCH), length=LENGTH, width=WIDTH, rate=0.3, site=1, first_position=2
+    )
+    keep = keep_mask(*drops)
     inputs = [numbers(LENGTH, BATCH, WIDTH), numbers(LENGTH, BATCH, WIDTH, seed=1)]
     inputs += [numbers(BATCH, WIDTH)] + ([numbers(WIDTH)] if with_bias else [])
 
     def ours(hidden: Tensor, update: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-        mask = keep if with_dropout else None
-        return gated_residual(hidden, update, gate, bias_H=bias, keep_LBH=mask, keep_rate=0.7)
+        given = drops if with_dropout else None
+        return gated_residual(hidden, update, gate, bias_H=bias, dropout=given)
 
     def plain(hidden: Tensor, update: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
         update = update if bias is None else update + bias
         return hidden + gate * (keep * update / 0.7 if with_dropout else update)
 
     assert_same(ours, plain, inputs)
+
+
+def test_the_stream_gets_its_other_gradient_in_the_norms_pass() -> None:
+    """hidden + f(norm(hidden)): both gradients of `hidden` arrive as one."""
+    hidden, scale, shift = (
+        numbers(LENGTH, BATCH, WIDTH),
+        numbers(BATCH, WIDTH),
+        numbers(BATCH, WIDTH),
+    )
+
+    def ours(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+        normed, x = modulated_norm(x, m, b, epsilon=1e-5, dtype=torch.float32)
+        return x * 2 + normed.tanh()
+
+    def plain(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+        return x * 2 + (F.layer_norm(x, (WIDTH,), eps=1e-5) * m + b).tanh()
+
+    assert_same(ours, plain, [hidden, scale, shift])
+    _, stream = modulated_norm(hidden, scale, shift, epsilon=1e-5, dtype=torch.float32)
+    (alone,) = torch.autograd.grad(stream.sum(), hidden)
+    assert torch.equal(alone, torch.ones_like(hidden))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -115,7 +140,9 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
     """On a GPU each is compiled whole; here the same capture runs with eager kernels."""
     x, grad = numbers(LENGTH, BATCH, WIDTH).detach(), numbers(LENGTH, BATCH, WIDTH, seed=1).detach()
     scale, shift, bias = numbers(BATCH, WIDTH).detach(), x[0], x[0, 0]
-    keep = x > 0
+    rate, *hashes = dropout(
+        torch.arange(BATCH), length=LENGTH, width=WIDTH, rate=0.3, site=1, first_position=2
+    )
     _, normed, rstd = fused._norm_forward(x, scale, shift, 1e-5, torch.float32)
     cos, sin = rotary_table(LENGTH, 4, 1e4, torch.float32, torch.device("cpu"))
     pair = x.view(LENGTH, BATCH, 1, 2, 4)
@@ -127,10 +154,14 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
 
     cases: list[tuple[Callable[..., object], tuple[object, ...]]] = [
         (fused._norm_forward, (x, scale, shift, 1e-5, torch.bfloat16)),
-        (fused._norm_backward, (grad, normed, rstd, scale, torch.bfloat16)),
-        (fused._gate_forward, (x, grad.bfloat16(), scale, bias, keep)),
-        (fused._gate_backward, (grad, x.bfloat16(), scale, keep, True)),
-        (fused._bias_gelu, (x, bias)),
+        (fused._norm_backward, (grad, None, normed, rstd, scale, torch.bfloat16)),
+        (fused._norm_backward, (grad, grad, normed, rstd, scale, torch.float32)),
+        (fused._gate_forward, (x, grad.bfloat16(), scale, rate, *hashes)),
+        (fused._bias_gate_forward, (x, grad.bfloat16(), bias, scale, rate, *hashes)),
+        (fused._gate_backward, (grad, x.bfloat16(), scale, rate, *hashes)),
+        (fused._bias_gate_backward, (grad, x.bfloat16(), scale, rate, *hashes)),
+        (fused._gelu_forward, (x, bias)),
+        (fused._gelu_backward, (grad, x, bias)),
     ]
     for function, arguments in cases:
         plain = function.__wrapped__  # type: ignore[attr-defined]
