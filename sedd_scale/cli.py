@@ -1,6 +1,7 @@
 """What every command shares: subcommands, one-line errors, exit codes, --debug and --version."""
 
 import argparse
+import math
 import os
 import select
 import shlex
@@ -73,14 +74,8 @@ def make_parser(
         exit_codes: what they mean, where the command has more than 0 and 2 or means more by them.
         notes: shown before the example.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=_epilog(example, exit_codes, notes),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    _add_common(parser, example, exit_codes, notes)
     return parser
 
 
@@ -89,6 +84,32 @@ def given_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
     return Path(text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An integer of at least that much, as an argument's `type`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small: give at least {least}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, as an argument's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
 
 
 def add_command(
@@ -109,21 +130,24 @@ def add_command(
         description: more than `help` says.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=help,
-        description=description or f"{help[:1].upper()}{help[1:]}.",
-        epilog=_epilog(example, exit_codes),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=help, description=description or f"{help[:1].upper()}{help[1:]}."
     )
-    # What stands before the subcommand is not taken back.
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="show a traceback with an error",
-    )
-    parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
+    _add_common(parser, example, exit_codes)
+    # Another default would overwrite a --debug given before the subcommand.
+    parser.set_defaults(debug=argparse.SUPPRESS)
     return parser
+
+
+def _add_common(
+    parser: argparse.ArgumentParser,
+    example: str,
+    exit_codes: Mapping[int, str] | None,
+    notes: str = "",
+) -> None:
+    parser.epilog = _epilog(example, exit_codes, notes)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
 
 
 def _nobody_reads_stdout() -> bool:

@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import given_path, make_parser, run_command
-from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.cli import at_least, given_path, make_parser, run_command
+from sedd_scale.errors import DataError
 
 
 def shard_path(output: Path, shard: int, num_shards: int) -> Path:
@@ -65,8 +65,6 @@ def merge_samples(output: Path, num_shards: int, prompts: Path | None) -> bool:
 
 
 def _command(arguments: argparse.Namespace) -> None:
-    if arguments.shards < 1:
-        raise ConfigError(f"--shards {arguments.shards}: give at least 1")
     if merge_samples(arguments.output, arguments.shards, arguments.prompts):
         print(arguments.output)
     else:
@@ -81,7 +79,7 @@ def main() -> int:
         "python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4",
     )
     parser.add_argument("output", type=given_path)
-    parser.add_argument("--shards", type=int, required=True)
+    parser.add_argument("--shards", type=at_least(1), required=True)
     parser.add_argument("--prompts", type=given_path)
     return run_command(parser, _command)
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="these variants (and the baseline) alone, in the report too",
     )
-    add("--jobs", type=int, metavar="K", help="runs at a time (the experiment's)")
+    add("--jobs", type=at_least(1), metavar="K", help="runs at a time (the experiment's)")
     return parser
 
 
@@ -49,8 +49,6 @@ def compare_command(arguments: argparse.Namespace) -> None:
         check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
         experiment = replace(experiment, seeds=arguments.seeds)
     if arguments.jobs is not None:
-        if arguments.jobs < 1:
-            raise ConfigError(f"--jobs {arguments.jobs} is too small: give at least 1")
         experiment = replace(experiment, jobs=arguments.jobs)
     if arguments.only is not None:
         for name in arguments.only:

@@ -6,8 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, given_path, make_parser
-from sedd_scale.errors import ConfigError
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
@@ -74,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=REMAINDERS,
         help="of tokens that fill no block (drop; with --no-wrap pad); both are reported",
     )
-    add("--block-length", type=int, metavar="L", help="for a file (the checkpoint's)")
+    add("--block-length", type=at_least(1), metavar="L", help="for a file (the checkpoint's)")
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -92,12 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-blocks",
-        type=int,
+        type=at_least(1),
         metavar="K",
         help="at most so many blocks, evenly spread (all; paper 1024; any-order 64)",
     )
     add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
-    add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (%(default)s)")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=16,
+        metavar="B",
+        help="sequences at a time (%(default)s)",
+    )
     add(
         "--resume",
         type=given_path,
@@ -130,8 +135,6 @@ def text_settings(arguments: argparse.Namespace) -> "TextSettings | None":
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The report, on the first process; collective."""
-    if arguments.block_length is not None and arguments.block_length < 1:
-        raise ConfigError(f"--block-length {arguments.block_length}: give at least 1")
     data = arguments.data
     if arguments.dataset is not None:
         from sedd_scale.evaluation.benchmarks import fetch_benchmark

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="one record a sample; until it is complete, FILE.jsonl.parts holds what is done",
     )
-    add("--num-samples", type=int, metavar="K", help="samples without --prompts (1)")
+    add("--num-samples", type=at_least(1), metavar="K", help="samples without --prompts (1)")
     add(
         "--prompts",
         type=given_path,
@@ -63,9 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw one of N parts only, I from 0 on, of jobs that share the samples; each with an "
         "--output of its own (slurm/generate.sh joins them)",
     )
-    add("--length", type=int, metavar="L", help="tokens in a sample (the checkpoint's block)")
-    add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
-    add("--batch-size", type=int, default=16, metavar="B", help="samples at a time (%(default)s)")
+    add(
+        "--length",
+        type=at_least(1),
+        metavar="L",
+        help="tokens in a sample (the checkpoint's block)",
+    )
+    add("--seed", type=at_least(0), default=0, metavar="I", help="of all draws (%(default)s)")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=16,
+        metavar="B",
+        help="samples at a time (%(default)s)",
+    )
     _add_sampler_options(parser)
     _add_report_options(parser)
     return parser
@@ -80,8 +91,8 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--steps",
-        type=int,
-        metavar="S",
+        type=at_least(1),
+        metavar="K",
         help="sampling steps (128; first-hitting, confidence, entropy and margin: one position a "
         "network call)",
     )
@@ -100,7 +111,7 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="keep the likeliest tokens of so much probability (%(default)s)",
     )
-    add("--top-k", type=int, metavar="K", help="keep so many likeliest tokens (all)")
+    add("--top-k", type=at_least(1), metavar="K", help="keep so many likeliest tokens (all)")
     add(
         "--remask",
         type=float,
@@ -140,7 +151,7 @@ def _add_report_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--trace-samples",
-        type=int,
+        type=at_least(1),
         metavar="K",
         help=f"samples that are traced, with --trace ({DEFAULT_TRACED})",
     )
@@ -156,12 +167,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--on-bad-prompt goes with --prompts: give a file or leave it out")
     if arguments.trace_samples is not None and arguments.trace is None:
         raise ConfigError("--trace-samples goes with --trace FILE.html: give it or leave it out")
-    for name in ("num_samples", "length", "steps", "batch_size", "trace_samples", "tensor"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
-    if arguments.seed < 0:
-        raise ConfigError(f"--seed {arguments.seed} is negative: give an integer from 0 on")
     if not arguments.blank:
         raise ConfigError("--blank is empty: give a marker such as ____")
 

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import math
 
-from sedd_scale.cli import Command, given_path, make_parser
-from sedd_scale.errors import ConfigError
+from sedd_scale.cli import Command, at_least, given_path, make_parser, positive
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
 GB = 1e9
@@ -24,17 +22,6 @@ def plan_command(arguments: argparse.Namespace) -> None:
     peak = gpu[config.training.precision]
     if arguments.peak_tflops is not None:
         peak = 1e12 * arguments.peak_tflops
-    for name, value in (
-        ("--gpu-memory-gb", memory),
-        ("--peak-tflops", peak),
-        ("--mfu", arguments.mfu),
-        ("--usable", arguments.usable),
-    ):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} has to be a number above 0: give another")
-    for name, count, least in (("--gpus", arguments.gpus, 1), ("--rows", arguments.rows, 0)):
-        if count is not None and count < least:
-            raise ConfigError(f"{name} {count} is too small: give at least {least}")
     vocab_size, block_length = sizes_for_plan(
         config, vocab_size=arguments.vocab_size, block_length=arguments.block_length
     )
@@ -82,42 +69,52 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="number of GPUs; default: the fewest that hold it"
+        "--gpus",
+        type=at_least(1),
+        metavar="N",
+        help="number of GPUs; default: the fewest that hold it",
     )
     parser.add_argument(
         "--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU; default: h100"
     )
     parser.add_argument(
-        "--gpu-memory-gb", type=float, metavar="GB", help="its memory, if other than --gpu has"
+        "--gpu-memory-gb", type=positive, metavar="GB", help="its memory, if other than --gpu has"
     )
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="T", help="its peak, if other than --gpu has"
+        "--peak-tflops", type=positive, metavar="T", help="its peak, if other than --gpu has"
     )
     parser.add_argument(
         "--usable",
-        type=float,
+        type=positive,
         metavar="SHARE",
         default=0.9,
         help="share of that memory to fill; default: 0.9",
     )
     parser.add_argument(
         "--mfu",
-        type=float,
+        type=positive,
         metavar="SHARE",
         default=0.4,
         help="share of the peak that is reached; default: 0.4",
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="tokens; default: the config's or the dataset's"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="tokens; default: the config's or the dataset's",
     )
     parser.add_argument(
         "--block-length",
-        type=int,
+        type=at_least(1),
         metavar="L",
         help="tokens in a block; default: the config's or the dataset's",
     )
     parser.add_argument(
-        "--rows", type=int, metavar="K", default=20, help="layouts to show; 0: all; default: 20"
+        "--rows",
+        type=at_least(0),
+        metavar="K",
+        default=20,
+        help="layouts to show; 0: all; default: 20",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser

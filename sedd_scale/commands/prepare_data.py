@@ -1,6 +1,6 @@
 """Turn text into a tokenised dataset: webdataset shards, their index and the tokenizer.
 
-`prepare_data.py inspect PATH` shows what a dataset holds and verifies it.
+`sedd-scale prepare_data inspect PATH` shows what a dataset holds and verifies it.
 """
 
 import argparse
@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sedd_scale.cli import Command, given_path, make_parser
-from sedd_scale.errors import ConfigError
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.preparation.inspection import inspect_dataset
 from sedd_scale.preparation.packing import PACKINGS
 from sedd_scale.preparation.prepare import (
@@ -61,18 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--vocab-size",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help=f"tokens of the sentencepiece model to train ({DEFAULT_SENTENCEPIECE_VOCABULARY})",
     )
     add(
         "--tokenizer-sample",
-        type=int,
+        type=at_least(1),
         default=DEFAULT_TOKENIZER_SAMPLE,
         metavar="C",
         help="characters of text to train sentencepiece on (%(default)s)",
     )
-    add("--block-length", type=int, required=True, metavar="L", help="tokens per block")
+    add("--block-length", type=at_least(1), required=True, metavar="L", help="tokens per block")
     add(
         "--output",
         type=given_path,
@@ -96,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--blocks-per-shard",
-        type=int,
+        type=at_least(1),
         default=DEFAULT_BLOCKS_PER_SHARD,
         metavar="K",
         help="blocks in a shard (%(default)s)",
@@ -115,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--processes",
-        type=int,
+        type=at_least(1),
         metavar="P",
         help="processes that encode (one for each core; one for a small input)",
     )
@@ -131,12 +130,16 @@ def build_inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", metavar="PATH", help="directory, URL or pipe: of a dataset")
     parser.add_argument(
-        "--num-blocks", type=int, default=3, metavar="K", help="blocks to decode (%(default)s)"
+        "--num-blocks",
+        type=at_least(0),
+        default=3,
+        metavar="K",
+        help="blocks to decode (%(default)s)",
     )
     parser.add_argument("--split", default="train", help="split to decode from (%(default)s)")
     parser.add_argument(
         "--characters",
-        type=int,
+        type=at_least(0),
         default=400,
         metavar="C",
         help="characters shown of each block (%(default)s)",
@@ -212,9 +215,6 @@ def prepare_command(arguments: argparse.Namespace) -> None:
 
 def inspect_command(arguments: argparse.Namespace) -> None:
     """Print what `inspect` found; an error where a shard is damaged."""
-    for name, count in (("num-blocks", arguments.num_blocks), ("characters", arguments.characters)):
-        if count < 0:
-            raise ConfigError(f"--{name} {count} is negative: give at least 0")
     with contextlib.ExitStack() as stack:
         cache_dir = arguments.cache_dir
         if cache_dir is None:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sedd_scale.cli import Command, given_path, make_parser
-from sedd_scale.errors import ConfigError
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 
 STEPS = 1000
 
@@ -27,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--training-steps",
-        type=int,
+        type=at_least(2),
         default=STEPS,
         metavar="K",
         help="training steps (%(default)s)",
@@ -39,10 +38,6 @@ def quickstart_command(arguments: argparse.Namespace) -> None:
     """Run the tour and sum it up."""
     from sedd_scale.experiments.quickstart import take_tour
 
-    if arguments.training_steps < 2:
-        raise ConfigError(
-            f"--training-steps {arguments.training_steps} is too small: give at least 2"
-        )
     take_tour(arguments.output, steps=arguments.training_steps)
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.cli import Command, at_least, given_path, make_parser, positive
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
@@ -100,11 +100,7 @@ def submit_command(arguments: argparse.Namespace) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
-    for name in ("gpus", "gpus_per_node", "cpus_per_task", "mfu", "longest"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} has to be above 0")
+    """Refuse options that do not go together."""
     if arguments.cpu and arguments.gpus is None:
         raise ConfigError("--cpu: how many processes? Give --gpus N as well")
     for flag in arguments.sbatch:
@@ -133,31 +129,51 @@ def build_parser() -> argparse.ArgumentParser:
     add("config", type=given_path, help="YAML file of the run")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     add("--run-dir", type=given_path, required=True, help="of the run, on storage of all nodes")
-    add("--gpus", type=int, metavar="N", help="processes, one a GPU; default: the fewest that fit")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="of the cluster (%(default)s)")
-    add("--cpus-per-task", type=int, default=8, metavar="N", help="of a process (%(default)s)")
+    add(
+        "--gpus",
+        type=at_least(1),
+        metavar="N",
+        help="processes, one a GPU; default: the fewest that fit",
+    )
+    add(
+        "--gpus-per-node",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="of the cluster (%(default)s)",
+    )
+    add(
+        "--cpus-per-task",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="of a process (%(default)s)",
+    )
     add("--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU (%(default)s)")
     add("--cpu", action="store_true", help="processes without GPUs, to try things out")
     add(
         "--mfu",
-        type=float,
+        type=positive,
         default=0.4,
         metavar="SHARE",
         help="share of the peak that is reached (%(default)s)",
     )
     add(
         "--longest",
-        type=float,
+        type=positive,
         default=24.0,
         metavar="HOURS",
         help="time limit of a start; a longer run requeues itself (%(default)s)",
     )
     add(
-        "--vocab-size", type=int, metavar="N", help="tokens; default: the config's or the dataset's"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="tokens; default: the config's or the dataset's",
     )
     add(
         "--block-length",
-        type=int,
+        type=at_least(1),
         metavar="L",
         help="tokens in a block; default: the config's or the dataset's",
     )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sedd_scale.cli import given_path
+from sedd_scale.cli import at_least, given_path
 from sedd_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         required=True,
         metavar="PATH",
-        help="a run directory, one of its checkpoints/step-N, or a directory in the published "
-        "format (config.json and model.safetensors)",
+        help="a run directory or one of its checkpoints/step-N; a directory in the published "
+        "format (config.json with its weights); a checkpoint.pth of SEDD's training code; or a "
+        "checkpoint of MDLM or Duo",
     )
     parser.add_argument(
         "--weights",
@@ -38,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensor",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="processes that share one model; the others work on other samples (%(default)s)",

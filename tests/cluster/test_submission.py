@@ -119,7 +119,6 @@ def test_a_submission_keeps_code_and_configuration(tmp_path: Path) -> None:
     ("words", "fault"),
     [
         (["--gpus=4"], "a rank needs"),
-        (["--gpus=0"], "--gpus 0"),
         (["--cpu"], "--gpus N"),
         (["--sbatch=account"], "--sbatch"),
         (["--gpus=24"], "training.global_batch"),

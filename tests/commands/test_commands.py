@@ -6,12 +6,13 @@ import resource
 import subprocess
 import sys
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
 from sedd_scale import __version__
 from sedd_scale.__main__ import main
-from sedd_scale.cli import Command, given_path, make_parser, run_command
+from sedd_scale.cli import Command, make_parser, run_command
 from sedd_scale.commands import COMMANDS
 from tests.repository import ROOT
 
@@ -136,6 +137,26 @@ def test_an_empty_path_is_refused():
     assert "argument --run-dir: is empty: give a path" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["generate", "--steps", "0"], "argument --steps: 0 is too small: give at least 1"),
+        (["generate", "--seed", "-1"], "argument --seed: -1 is too small: give at least 0"),
+        (["eval_ppl", "--batch-size", "few"], "argument --batch-size: 'few' is not an integer"),
+        (["plan", "--mfu", "0"], "argument --mfu: 0: give a number above 0"),
+        (["plan", "--mfu", "nan"], "argument --mfu: nan: give a number above 0"),
+        (["samples", "--steps-per-second", "x"], "'x' is not a number"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_flag(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_version_and_an_unknown_option(command: str):
     done = run(["-m", "sedd_scale", command, "--version"])
@@ -152,11 +173,19 @@ def test_help_shows_an_example_and_exit_codes(name: str):
     assert example and {"  0 ", "  1 ", "  2 "} <= {line[:4] for line in codes.splitlines()}
     flags = {flag for action in PARSERS[name]._actions for flag in action.option_strings}
     assert {"--help", "--version", "--debug"} <= flags
-    assert f"sedd-scale {name}" in example or f"-m sedd_scale {name}" in example
-    assert PARSERS[name].prog == f"sedd-scale {name}".removesuffix(" convert")
+    called = name.removesuffix(" convert")  # a command that is also called by its name alone
+    assert f"sedd-scale {called}" in example or f"-m sedd_scale {called}" in example
+    assert PARSERS[name].prog == f"sedd-scale {called}"
     for action in PARSERS[name]._actions:
         if action.help is not argparse.SUPPRESS and action.option_strings:
             assert action.help or action.choices, action.option_strings
+
+
+def kind_of(converter: Any) -> str:
+    """The type of an argument's values, whatever its limits."""
+    name = "str" if converter is None else converter.__qualname__.partition(".")[0]
+    kinds: dict[str, str] = {"given_path": "str", "at_least": "int", "positive": "float"}
+    return kinds.get(name, name)
 
 
 def test_a_flag_means_the_same_everywhere():
@@ -169,7 +198,7 @@ def test_a_flag_means_the_same_everywhere():
     for flag, actions in uses.items():
         kinds = {(type(action), action.nargs) for _, action in actions}
         assert len(kinds) == 1, (flag, actions)
-        types = {"str" if a.type in (None, given_path) else str(a.type) for _, a in actions}
+        types = {kind_of(a.type) for _, a in actions}
         assert len(types) == 1, (flag, types)
         placeholders = {a.metavar for _, a in actions if a.metavar and not a.choices}
         alike = len(placeholders) <= 1 or any(placeholders <= group for group in SAME)

@@ -154,8 +154,7 @@ def test_a_failing_step_makes_the_command_fail(
 
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "mine").write_text("")
-    for arguments, part in ((["--training-steps", "1"], "--training-steps 1"), ([], "holds mine")):
-        assert main(["quickstart", "--output", str(tmp_path), *arguments]) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1 and part in error
+    assert main(["quickstart", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "holds mine" in error
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]

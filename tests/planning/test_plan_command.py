@@ -69,9 +69,6 @@ def test_a_plan_needs_no_torch() -> None:
     [
         (("configs/runs/tiny.yaml",), "--vocab-size N"),
         (("configs/runs/tiny.yaml", "--vocab-size", "9"), "--block-length L"),
-        ((SMALL, "--vocab-size", "0"), "model.vocab_size=0"),
-        ((SMALL, "--vocab-size", "9", "--mfu", "0"), "--mfu"),
-        ((SMALL, "--vocab-size", "9", "--gpus", "0"), "--gpus 0 is too small"),
         ((SMALL, "--vocab-size", "9", "--gpus", "7"), "training.global_batch=512"),
         ((SMALL, "--vocab-size", "9", "parallel.tensor=5"), "parallel.tensor=5"),
     ],

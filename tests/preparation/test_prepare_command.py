@@ -86,7 +86,6 @@ def test_help_is_quick() -> None:
         ("good", ["--tokenizer", "gpt2", "--tokenizer-path", "x"], "x is neither a directory nor"),
         ("good", ["--tokenizer", "sentencepiece", "--tokenizer-path", "x"], "x does not exist"),
         ("good", ["--tokenizer-path", "x"], "leave --tokenizer-path out"),
-        ("good", ["--block-length", "0"], "--block-length 0 is not positive"),
         ("good", ["--block-length", "9999999999999"], "is too large: give at most 134217728"),
         ("good", ["--processes", "100000"], "is too many here"),
         ("good", ["--valid-fraction", "1"], "--valid-fraction 1.0 is not in [0, 1)"),
