@@ -60,11 +60,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     layout = initialize_layout()
     engine = SyntheticRun(config, layout).engine()
     engine.fragments.ensure_state()
-    state: dict[str, Any] = {
-        "engine_fragments": engine.fragments,
-        "parameters": engine.parameters,
-        "layout": layout,
-    }
     about = dict.fromkeys(("config", "dataset_fingerprint", "tokenizer_fingerprint"))
     about |= {"samples_seen": 0, "tokens": 0, "num_tokens": 0, "block_length": 0}
     seconds: dict[str, list[float]] = {}
@@ -78,8 +73,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         checkpoint = config.override("checkpoint.keep=1").checkpoint
         synchronous = config.override("checkpoint.keep=1", "checkpoint.async_save=false").checkpoint
         with (
-            CheckpointWriter(run_dir, config=synchronous, **state) as plain,
-            CheckpointWriter(run_dir, config=checkpoint, **state) as background,
+            CheckpointWriter(run_dir, engine.fragments, config=synchronous) as plain,
+            CheckpointWriter(run_dir, engine.fragments, config=checkpoint) as background,
         ):
             for turn in range(arguments.repeats + 1):  # the first makes memory and plan
                 times: dict[str, float] = {}
@@ -94,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 times["background_seconds"] = report.seconds
                 for name, verify in (("load_seconds", True), ("load_unverified_seconds", False)):
                     begun = time.perf_counter()
-                    load_checkpoint(run_dir, verify=verify, **state)
+                    load_checkpoint(run_dir, engine.fragments, verify=verify)
                     times[name] = time.perf_counter() - begun
                 files = [path for path in report.path.rglob("*") if path.is_file()]
                 num_bytes = sum(path.stat().st_size for path in files)

@@ -49,10 +49,8 @@ if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
 
 def load_newest(
     run_dir: str | Path,
+    fragments: "ZeroFragments",
     *,
-    engine_fragments: "ZeroFragments",
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
     verify: bool = True,
     check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
     say: Callable[[str], None] = lambda _: None,
@@ -62,7 +60,7 @@ def load_newest(
     Collective over all processes. Every damaged one that is passed over is named on stderr.
 
     Args:
-        verify: as `load_checkpoint`.
+        fragments, verify: as `load_checkpoint`.
         check: raises CheckpointError where a checkpoint must not be gone on from.
         say: called with what was passed over, one line at a time.
 
@@ -70,27 +68,21 @@ def load_newest(
         CheckpointError: on every process: there is no good checkpoint, or the newest good one is of
             another model or refused by `check`.
     """
-    found: list[Any] = [resume_candidates(run_dir) if layout.rank == 0 else None]
+    is_main = fragments.layout.rank == 0
+    found: list[Any] = [resume_candidates(run_dir) if is_main else None]
     dist.broadcast_object_list(found)
     candidates, complaint = found[0]
     failures = [complaint] if complaint else []
     for path in candidates:
         try:
-            meta = load_checkpoint(
-                path,
-                engine_fragments=engine_fragments,
-                parameters=parameters,
-                layout=layout,
-                verify=verify,
-                check=check,
-            )
+            meta = load_checkpoint(path, fragments, verify=verify, check=check)
         except DamagedCheckpointError as error:
             failures.append(str(error))
             continue
         for failure in failures:
             line = f"warning: {failure}; went on from {path} instead"
             say(line)
-            if layout.rank == 0:
+            if is_main:
                 print(line, file=sys.stderr, flush=True)
         return path, meta
     raise CheckpointError(
@@ -101,10 +93,8 @@ def load_newest(
 
 def load_checkpoint(
     path: str | Path,
+    fragments: "ZeroFragments",
     *,
-    engine_fragments: "ZeroFragments",
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
     verify: bool = True,
     check: Callable[[Path, dict[str, Any]], None] = lambda path, meta: None,
 ) -> dict[str, Any]:
@@ -115,6 +105,7 @@ def load_checkpoint(
 
     Args:
         path: a run directory, its checkpoints/ folder, or one step-N directory.
+        fragments: where to load it.
         verify: hash every file first, each process a part of them; sizes are always compared.
         check: called with the directory and meta.json before anything is loaded.
 
@@ -122,6 +113,7 @@ def load_checkpoint(
         DamagedCheckpointError: on every process, when its files are not what was written.
         CheckpointError: on every process, when there is none, or it is of another model.
     """
+    layout = fragments.layout
     meta: dict[str, Any] = {}
     metadata: Metadata | None = None
     error: CheckpointError | None = None
@@ -139,18 +131,18 @@ def load_checkpoint(
         error = caught
     raise_together(error)
     assert metadata is not None
-    shapes = all_shapes(parameters, layout)
+    shapes = all_shapes(fragments)
     mismatch = _mismatch(path, shapes, metadata, KEYS)
     raise_together(None if mismatch is None else CheckpointError(mismatch))
-    engine_fragments.ensure_state()
+    fragments.ensure_state()
     with _read_errors(path):
         dcp.load(
-            fragment_tensors(engine_fragments, parameters, layout, saving=False),
+            fragment_tensors(fragments, saving=False),
             storage_reader=dcp.FileSystemReader(path),
             planner=BoxLoadPlanner(),
         )
-    engine_fragments.set_step(int(meta["optimizer_step"]))
-    engine_fragments.refresh_parameters()
+    fragments.set_step(int(meta["optimizer_step"]))
+    fragments.refresh_parameters()
     return meta
 
 

@@ -1,7 +1,6 @@
 """What a checkpoint holds of this process: its fragments as boxes, in place or in a host copy."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,23 +20,17 @@ KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _BYTES = 4  # of a float32
 
 
-def fragment_tensors(
-    fragments: "ZeroFragments",
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
-    *,
-    saving: bool,
-) -> dict[str, LogicalTensor]:
+def fragment_tensors(fragments: "ZeroFragments", *, saving: bool) -> dict[str, LogicalTensor]:
     """The logical tensors NAME/KEY, whose parts are views of this process's state.
 
     Args:
         saving: leave out what another tensor rank writes.
     """
     tensors = {}
-    for logical in parameters:
+    for logical in fragments.parameters:
         for key in KEYS:
             tensor = LogicalTensor(logical.shape)
-            if not saving or _writes(logical, layout):
+            if not saving or _writes(logical, fragments.layout):
                 fragment = fragments.get(logical, key)
                 if fragment is not None:
                     tensor.add(logical, fragment.flat, fragment.start)
@@ -46,13 +39,12 @@ def fragment_tensors(
 
 
 def all_shapes(
-    parameters: Sequence[LogicalParameter],
-    layout: Layout,
-    group: dist.ProcessGroup | None = None,
+    fragments: "ZeroFragments", group: dist.ProcessGroup | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Logical shapes of all pipeline stages' parameters; collective over all processes."""
+    layout = fragments.layout
     speaks = layout.tensor_rank == 0 and layout.data_rank == 0
-    own = {logical.name: logical.shape for logical in parameters} if speaks else {}
+    own = {logical.name: logical.shape for logical in fragments.parameters} if speaks else {}
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own, group=group)
     return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
@@ -76,27 +68,22 @@ class HostCopy:
         self._locked: Tensor | None = None
 
     @torch.no_grad()
-    def take(
-        self,
-        fragments: "ZeroFragments",
-        parameters: Sequence[LogicalParameter],
-        layout: Layout,
-    ) -> dict[str, LogicalTensor]:
+    def take(self, fragments: "ZeroFragments") -> dict[str, LogicalTensor]:
         """Copy the state as it is now; the same tensors as `fragment_tensors`, of the copy.
 
         What an earlier call returned changes with it.
         """
         if not self._tensors:
-            self._make(fragments, parameters, layout)
-        for logical in parameters:
+            self._make(fragments)
+        for logical in fragments.parameters:
             for key in KEYS:
                 part = self._parts.get((logical.name, key))
                 if part is not None:
                     fragment = fragments.get(logical, key)
                     assert fragment is not None, logical.name
                     part.copy_(fragment.flat, non_blocking=True)
-        if layout.device.type == "cuda":
-            torch.cuda.synchronize(layout.device)
+        if fragments.layout.device.type == "cuda":
+            torch.cuda.synchronize(fragments.layout.device)
         return self._tensors
 
     def close(self) -> None:
@@ -106,12 +93,8 @@ class HostCopy:
         self._locked = None
         self._tensors, self._parts = {}, {}
 
-    def _make(
-        self,
-        fragments: "ZeroFragments",
-        parameters: Sequence[LogicalParameter],
-        layout: Layout,
-    ) -> None:
+    def _make(self, fragments: "ZeroFragments") -> None:
+        parameters, layout = fragments.parameters, fragments.layout
         found = {
             (logical.name, key): (logical, fragment)
             for logical in parameters

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +51,7 @@ from sedd_scale.checkpoint.state import (
 )
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
-from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import raise_together
-from sedd_scale.parallel.layout import Layout
 from sedd_scale.version import __version__
 
 if TYPE_CHECKING:
@@ -92,8 +90,7 @@ class CheckpointWriter:
     Making one tests that every rank can write and that a checkpoint fits on the disk.
 
     Args:
-        engine_fragments: what to save.
-        parameters: all of the engine's parameters.
+        fragments: what to save.
         config: how to save and what to keep.
         tokenizer_directory: copied into every checkpoint, so that it can be sampled from alone.
         say: called on rank 0 with one line at a time.
@@ -106,18 +103,15 @@ class CheckpointWriter:
     def __init__(
         self,
         run_dir: str | Path,
+        fragments: "ZeroFragments",
         *,
-        engine_fragments: "ZeroFragments",
-        parameters: Sequence[LogicalParameter],
-        layout: Layout,
         config: CheckpointConfig,
         tokenizer_directory: Path | None = None,
         say: Callable[[str], None] = lambda _: None,
         saved: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._folder = Path(run_dir) / "checkpoints"
-        self._fragments, self._parameters = engine_fragments, parameters
-        self._layout, self._config = layout, config
+        self._fragments, self._layout, self._config = fragments, fragments.layout, config
         self._tokenizer_directory, self._say = tokenizer_directory, say
         self._saved = saved
         self._copy = HostCopy()
@@ -125,9 +119,9 @@ class CheckpointWriter:
         self._save: RunningSave | None = None
         # On the host: a poll must not wait for the GPU's queue.
         self._group: dist.ProcessGroup | None = None
-        if layout.device.type == "cuda" and layout.world_size > 1:
+        if self._layout.device.type == "cuda" and self._layout.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        self._shapes = all_shapes(parameters, layout, self._group)
+        self._shapes = all_shapes(fragments, self._group)
         self._num_bytes = state_bytes(self._shapes)
         raise_together(self._cannot_tidy(), self._group)
         raise_together(self._cannot_write(), self._group)
@@ -169,9 +163,9 @@ class CheckpointWriter:
             self.wait()
         self._fragments.ensure_state()
         if self._config.async_save:
-            tensors = self._copy.take(self._fragments, self._parameters, self._layout)
+            tensors = self._copy.take(self._fragments)
         else:
-            tensors = fragment_tensors(self._fragments, self._parameters, self._layout, saving=True)
+            tensors = fragment_tensors(self._fragments, saving=True)
             if self._layout.device.type == "cuda":
                 torch.cuda.synchronize(self._layout.device)
         if self._plan is None:

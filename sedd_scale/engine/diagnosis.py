@@ -5,7 +5,7 @@ it, and the working weights are the masters again. So a fault of a master is nam
 updates it, which has handed it to the others by then; one of a working weight alone is gone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.layout import Layout
 
 
 class Fault(NamedTuple):
@@ -30,9 +29,7 @@ class Fault(NamedTuple):
 
 def explain_failure(
     network: nn.Module,
-    parameters: Sequence[LogicalParameter],
     fragments: ZeroFragments,
-    layout: Layout,
     evaluate: Callable[[], Tensor],
     *,
     loss_was_finite: bool,
@@ -47,12 +44,13 @@ def explain_failure(
             sequences, on every stage.
         loss_was_finite: in the step itself.
     """
+    layout = fragments.layout
     layers, losses = _layers_not_finite(network, evaluate)
     faults = []
     for kind, held in enumerate((_master, _working)):
         weights = [
             logical.name
-            for logical in parameters
+            for logical in fragments.parameters
             if not torch.isfinite(held(logical, fragments)).all()
         ]
         if weights:

@@ -145,9 +145,7 @@ class Engine(ABC):
         """
         return explain_failure(
             self._deepspeed.module,
-            self.parameters,
             self.fragments,
-            self.layout,
             lambda: self.evaluate(micro_batches),
             loss_was_finite=math.isfinite(self._gate.outcome()[0].loss),
         )
@@ -193,7 +191,7 @@ class WholeNetworkEngine(Engine):
             self._deepspeed, layout, clip=config.optimizer.clip, loss_part=lambda: self._loss
         )
         self.parameters = list(logical_parameters(self._deepspeed.module, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters)
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         self._loss = torch.zeros((), dtype=torch.float32, device=self.layout.device)
@@ -237,7 +235,7 @@ class PipelineStageEngine(Engine):
             self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
         )
         self.parameters = list(logical_parameters(module, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters)
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         self._deepspeed.train_batch(self._for_stages(micro_batches))

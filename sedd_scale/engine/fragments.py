@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
@@ -61,15 +62,19 @@ class ZeroFragments:
     Args:
         engine: a DeepSpeedEngine (ZeRO 1, 2, 3) or PipelineEngine (ZeRO 1), float32 or bfloat16,
             whose optimizer is an `AdamWithEMA`.
+
+    Attributes:
         parameters: all of the engine's parameters.
+        layout: where this process stands.
     """
 
-    def __init__(self, engine: Any, parameters: Sequence[LogicalParameter]) -> None:
+    def __init__(self, engine: Any, parameters: Sequence[LogicalParameter], layout: Layout) -> None:
         # Imported here, as the engine must choose DeepSpeed's device before its first import.
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+        self.parameters, self.layout = parameters, layout
         self._zero: Any = engine.optimizer
         self._stage_3 = isinstance(self._zero, DeepSpeedZeroOptimizer_Stage3)
         self._partitions: list[Tensor]
@@ -86,7 +91,7 @@ class ZeroFragments:
         assert all(partition.dtype == torch.float32 for partition in self._partitions)
         self._places = {logical.name: place(logical) for logical in parameters}
         assert len(self._places) == len(parameters), "two parameters of one logical name"
-        self._assert_tiled(parameters)
+        self._assert_tiled()
 
     def get(self, parameter: LogicalParameter, key: str) -> Fragment | None:
         """This process's fragment of one state tensor, or None where it owns no part of it.
@@ -201,12 +206,12 @@ class ZeroFragments:
         numel = min(padded, math.prod(logical.local_shape) - start)
         return _Place(partition, begin, numel, start) if numel > 0 else None
 
-    def _assert_tiled(self, parameters: Sequence[LogicalParameter]) -> None:
+    def _assert_tiled(self) -> None:
         group = self._zero.dp_process_group
         ranges = {name: (p.start, p.numel) for name, p in self._places.items() if p is not None}
         of_ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(of_ranks, ranges, group=group)
-        for logical in parameters:
+        for logical in self.parameters:
             end = 0
             for start, numel in sorted(r[logical.name] for r in of_ranks if logical.name in r):
                 assert start == end, f"{logical.name}: fragments overlap or leave a gap at {end}"

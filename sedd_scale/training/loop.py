@@ -119,9 +119,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
 
     writer = CheckpointWriter(
         run_dir,
-        engine_fragments=engine.fragments,
-        parameters=engine.parameters,
-        layout=layout,
+        engine.fragments,
         config=config.checkpoint,
         tokenizer_directory=corpus.tokenizer_directory,
         say=log.say,
@@ -172,7 +170,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                     f"with training.skip_steps, or with {knob}"
                 )
             if _due(step, config.training.check_replicas_every):
-                check_replicas(step, engine.parameters, engine.fragments, layout)
+                check_replicas(step, engine.fragments)
             stopped = result.wants_stop and step < last_step
             if step % config.logging.every == 0 or step == last_step:
                 seconds = time.perf_counter() - logged_at

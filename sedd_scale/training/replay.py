@@ -6,6 +6,7 @@ then, and the bad step is run without its update. Under the layout of the run it
 bit for bit. Nothing is written into the run directory.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.loop import build, fit_to_dataset
-from sedd_scale.training.resume import loading_options
+from sedd_scale.training.resume import check_resume
 
 # Sequences named of each rank, those with the highest loss.
 NAMED = 3
@@ -140,11 +141,13 @@ def _load_before(
     """Load the newest good checkpoint before the step; without one, start as the run did."""
     folder = run_dir / "checkpoints"
     candidates = [saved for saved in saved_steps(folder) if saved < step]
-    loading = loading_options(config, corpus, engine)
+    check = functools.partial(check_resume, config, corpus)
     for saved in reversed(candidates):
         path = folder / f"step-{saved}"
         try:
-            meta = load_checkpoint(path, **loading)
+            meta = load_checkpoint(
+                path, engine.fragments, verify=config.checkpoint.verify, check=check
+            )
         except DamagedCheckpointError:
             continue
         return path, meta

@@ -50,14 +50,13 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def check_replicas(
-    step: int, parameters: Sequence[LogicalParameter], fragments: ZeroFragments, layout: Layout
-) -> None:
+def check_replicas(step: int, fragments: ZeroFragments) -> None:
     """Compare all copies; collective over all processes.
 
     Raises:
         TrainingError: on every process alike; names a parameter, and the ranks whose copies differ.
     """
+    parameters, layout = fragments.parameters, fragments.layout
     found = [
         Difference(logical.name, "the weight", "master", (layout.rank,), (layout.rank,))
         for logical in parameters

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +61,15 @@ def load_state(
         CheckpointError: as `load_checkpoint` for a checkpoint given by its path; as `load_newest`
             for the run directory.
     """
-
-    loading = loading_options(config, corpus, engine)
+    check = functools.partial(check_resume, config, corpus)
+    verify = config.checkpoint.verify
+    passed_over: list[str] = []
     if source == run_dir:
-        passed_over: list[str] = []
-        found, meta = load_newest(run_dir, say=passed_over.append, **loading)
-        return found, meta, passed_over
-    return source, load_checkpoint(source, **loading), []
-
-
-def loading_options(config: Config, corpus: Corpus, engine: Engine) -> dict[str, Any]:
-    """How `load_checkpoint` and `load_newest` load a run's checkpoint into its engine."""
-    return {
-        "engine_fragments": engine.fragments,
-        "parameters": engine.parameters,
-        "layout": engine.layout,
-        "verify": config.checkpoint.verify,
-        "check": lambda path, meta: check_resume(config, corpus, path, meta),
-    }
+        say = passed_over.append
+        source, meta = load_newest(run_dir, engine.fragments, verify=verify, check=check, say=say)
+    else:
+        meta = load_checkpoint(source, engine.fragments, verify=verify, check=check)
+    return source, meta, passed_over
 
 
 def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:

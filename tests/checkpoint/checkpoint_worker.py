@@ -114,7 +114,7 @@ def check_fragments(run: Run) -> None:
         if run.layout.data_rank == 0:
             fragments._places[name] = dataclasses.replace(fragments._places[name], start=1)
         try:
-            fragments._assert_tiled(run.parameters)
+            fragments._assert_tiled()
         except AssertionError as error:
             assert names[0] in str(error)
         else:

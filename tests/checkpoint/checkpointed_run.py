@@ -175,7 +175,7 @@ class Run:
             model=module, optimizer=optimizer, config=config, **mpu
         )
         self.parameters = list(logical_parameters(self.engine.module, self.layout))
-        self.fragments = ZeroFragments(self.engine, self.parameters)
+        self.fragments = ZeroFragments(self.engine, self.parameters, self.layout)
 
     def micro_batches(self, step: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -252,9 +252,7 @@ class Run:
         }
         with CheckpointWriter(
             run_dir,
-            engine_fragments=self.fragments,
-            parameters=self.parameters,
-            layout=self.layout,
+            self.fragments,
             config=CheckpointConfig(keep=keep, async_save=False),
             tokenizer_directory=run_dir.parent / "tokenizer",
         ) as writer:
@@ -262,9 +260,4 @@ class Run:
         return run_dir / "checkpoints" / f"step-{step}"
 
     def load(self, path: Path) -> dict[str, Any]:
-        return load_checkpoint(
-            path,
-            engine_fragments=self.fragments,
-            parameters=self.parameters,
-            layout=self.layout,
-        )
+        return load_checkpoint(path, self.fragments)

@@ -1,5 +1,6 @@
 """A tensor and its moments in place of an engine's: what saves and loads need, and no more."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from sedd_scale.engine.fragments import STATE_KEYS, Fragment
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 
 
 def value_at(step: int, key: str) -> float:
@@ -44,12 +46,13 @@ class StandInState:
     """This process's share of the four tensors, whose numbers tell their step.
 
     Args:
-        numel: numbers in each whole tensor, cut evenly over the processes.
+        shape: of each whole tensor, whose numbers are cut evenly over the processes.
     """
 
-    def __init__(self, numel: int, *, rank: int = 0, ranks: int = 1) -> None:
-        own = numel // ranks
-        self._start = rank * own
+    def __init__(self, shape: tuple[int, ...], layout: Layout) -> None:
+        self.parameters, self.layout = [parameter(shape)], layout
+        own = math.prod(shape) // layout.data
+        self._start = layout.data_rank * own
         self._flat = {key: torch.zeros(own) for key in STATE_KEYS}
         self.step = 0
 

@@ -1,6 +1,5 @@
 """Damage, full disks and unwritable directories, with one process and a small state."""
 
-import math
 import os
 import shutil
 import subprocess
@@ -16,27 +15,22 @@ from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError
 from sedd_scale.parallel.layout import initialize_layout
-from tests.checkpoint.stand_in_state import StandInState, meta_of, parameter
+from tests.checkpoint.stand_in_state import StandInState, meta_of
 
 SHAPE = (256, 256)  # a megabyte for the four tensors
 
 
 @pytest.fixture
-def process() -> Iterator[dict[str, Any]]:
-    """A group of one process, and what readers and writers take."""
-    layout = initialize_layout()
-    yield {
-        "engine_fragments": StandInState(math.prod(SHAPE)),
-        "parameters": [parameter(SHAPE)],
-        "layout": layout,
-    }
+def state() -> Iterator[Any]:
+    """What readers and writers take, in a group of one process."""
+    yield StandInState(SHAPE, initialize_layout())
     fault_points._handlers.clear()
 
 
-def save(process: dict[str, Any], run_dir: Path, *steps: int, **config: Any) -> None:
-    with CheckpointWriter(run_dir, config=CheckpointConfig(**config), **process) as writer:
+def save(state: Any, run_dir: Path, *steps: int, **config: Any) -> None:
+    with CheckpointWriter(run_dir, state, config=CheckpointConfig(**config)) as writer:
         for step in steps:
-            process["engine_fragments"].fill(step)
+            state.fill(step)
             writer.save(meta_of(step))
 
 
@@ -44,32 +38,32 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def test_what_is_saved_is_the_state_at_the_save(process: dict[str, Any], tmp_path: Path) -> None:
-    state, free = process["engine_fragments"], []
-    with CheckpointWriter(tmp_path, config=CheckpointConfig(), **process) as writer:
+def test_what_is_saved_is_the_state_at_the_save(state: Any, tmp_path: Path) -> None:
+    free: list[None] = []
+    with CheckpointWriter(tmp_path, state, config=CheckpointConfig()) as writer:
         state.fill(1)
         fault_points.at("before data", lambda: free.append(state.fill(7)))
         writer.save(meta_of(1))  # the thread overwrites the live state before it writes the copy
     assert free
-    assert load_newest(tmp_path, **process)[1]["step"] == 1
+    assert load_newest(tmp_path, state)[1]["step"] == 1
     assert state.is_of(1)
 
 
-def test_every_nth_is_kept_for_good(process: dict[str, Any], tmp_path: Path) -> None:
-    save(process, tmp_path, 10, 20, 30, 40, 50, keep=1, keep_every=20)
+def test_every_nth_is_kept_for_good(state: Any, tmp_path: Path) -> None:
+    save(state, tmp_path, 10, 20, 30, 40, 50, keep=1, keep_every=20)
     assert names(tmp_path) == ["step-20", "step-40", "step-50"]
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "deleted"])
 def test_damage_falls_back_to_the_one_before_and_says_so(
-    process: dict[str, Any],
+    state: Any,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     file: str,
     how: str,
 ) -> None:
-    save(process, tmp_path, 1, 2, 3)
+    save(state, tmp_path, 1, 2, 3)
     path = tmp_path / "checkpoints/step-3" / file
     content = bytearray(path.read_bytes())
     if how == "deleted":
@@ -78,25 +72,23 @@ def test_damage_falls_back_to_the_one_before_and_says_so(
         content[len(content) // 2] ^= 4
         path.write_bytes(content if how == "flipped" else content[: len(content) // 2])
     said: list[str] = []
-    source, found = load_newest(tmp_path, say=said.append, **process)
+    source, found = load_newest(tmp_path, state, say=said.append)
     assert source.name == "step-2" and found["step"] == 2
-    assert process["engine_fragments"].is_of(2)
+    assert state.is_of(2)
     for text in (capfd.readouterr().err, *said):
         assert file in text or "SHA-256" in text
         assert "went on from" in text and "step-2" in text
     assert said
 
 
-def test_no_good_checkpoint_where_one_is_expected_is_an_error(
-    process: dict[str, Any], tmp_path: Path
-) -> None:
-    save(process, tmp_path, 1, 2)
+def test_no_good_checkpoint_where_one_is_expected_is_an_error(state: Any, tmp_path: Path) -> None:
+    save(state, tmp_path, 1, 2)
     for step in names(tmp_path):
         os.truncate(tmp_path / "checkpoints" / step / "__0_0.distcp", 100)
-    process["engine_fragments"].fill(9)
+    state.fill(9)
     with pytest.raises(CheckpointError, match=r"no good checkpoint in .*step-2.*step-1"):
-        load_newest(tmp_path, **process)
-    assert process["engine_fragments"].is_of(9)
+        load_newest(tmp_path, state)
+    assert state.is_of(9)
 
 
 @pytest.fixture
@@ -115,15 +107,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_full_disk_leaves_the_last_one_and_follows_the_policy(
-    process: dict[str, Any],
+    state: Any,
     small_disk: Path,
     capfd: pytest.CaptureFixture[str],
     policy: str,
 ) -> None:
     run_dir, filler = small_disk / "run", small_disk / "filler"
-    state = process["engine_fragments"]
-    save(process, run_dir, 1)
-    with CheckpointWriter(run_dir, config=CheckpointConfig(on_failure=policy), **process) as writer:
+    save(state, run_dir, 1)
+    with CheckpointWriter(run_dir, state, config=CheckpointConfig(on_failure=policy)) as writer:
         filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
         state.fill(2)
         writer.save(meta_of(2))
@@ -140,18 +131,16 @@ def test_a_full_disk_leaves_the_last_one_and_follows_the_policy(
         state.fill(3)
         writer.save(meta_of(3))
     assert names(run_dir) == ["step-1", "step-3"]
-    assert load_newest(run_dir, **process)[1]["step"] == 3 and state.is_of(3)
+    assert load_newest(run_dir, state)[1]["step"] == 3 and state.is_of(3)
 
 
-def test_too_small_or_unwritable_a_disk_is_found_at_the_start(
-    process: dict[str, Any], small_disk: Path
-) -> None:
+def test_too_small_or_unwritable_a_disk_is_found_at_the_start(state: Any, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
     with pytest.raises(CheckpointError, match=r"No space left.*--run-dir"):
-        save(process, small_disk / "run", 1)
+        save(state, small_disk / "run", 1)
     (small_disk / "file").touch()
     with pytest.raises(CheckpointError, match=r"Not a directory.*--run-dir"):
-        save(process, small_disk / "file", 1)
+        save(state, small_disk / "file", 1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match=r"Read-only file system.*--run-dir"):
-        save(process, small_disk / "run", 1)
+        save(state, small_disk / "run", 1)

@@ -14,7 +14,6 @@ The processes are forked from one that has imported everything and started no th
 import argparse
 import datetime
 import json
-import math
 import os
 import random
 import signal
@@ -35,7 +34,7 @@ from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError
 from sedd_scale.parallel.layout import Layout
-from tests.checkpoint.stand_in_state import StandInState, meta_of, parameter
+from tests.checkpoint.stand_in_state import StandInState, meta_of
 
 RANKS, SHAPE, KEEP = 2, (64, 65), 2
 MOST_STEPS = 6
@@ -50,10 +49,9 @@ def train(rank: int, port: int, run_dir: Path, orders: dict[str, Any]) -> int:
         "gloo", store=store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
     )
     layout = Layout(1, 1, RANKS, 0, 0, rank, rank, torch.device("cpu"))
-    weight = parameter(SHAPE)
-    state: Any = StandInState(math.prod(SHAPE), rank=rank, ranks=RANKS)
+    state: Any = StandInState(SHAPE, layout)
     if orders["expects"]:
-        _, meta = load_newest(run_dir, engine_fragments=state, parameters=[weight], layout=layout)
+        _, meta = load_newest(run_dir, state)
         if meta["step"] != state.step or not state.is_of(state.step):
             (run_dir / "torn").write_text(f"step {meta['step']}\n")
             return 9
@@ -72,13 +70,7 @@ def train(rank: int, port: int, run_dir: Path, orders: dict[str, Any]) -> int:
 
         if orders["point"] is not None:
             fault_points.at(orders["point"], die)
-    with CheckpointWriter(
-        run_dir,
-        engine_fragments=state,
-        parameters=[weight],
-        layout=layout,
-        config=CheckpointConfig(keep=KEEP),
-    ) as writer:
+    with CheckpointWriter(run_dir, state, config=CheckpointConfig(keep=KEEP)) as writer:
         for _ in range(MOST_STEPS):
             state.fill(state.step + 1)
             writer.poll()

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from tests.distributed.runs import launch
+from tests.repository import ROOT
 
-WORKER = Path(__file__).parents[1] / "training" / "checkpoint_worker.py"
+WORKER = ROOT / "tests/checkpoint/checkpoint_worker.py"
 
 
 def test_every_engine_gives_its_fragments(tmp_path: Path) -> None:

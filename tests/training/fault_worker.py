@@ -151,13 +151,13 @@ def flipped(engine: Engine, layout: Layout, name: str, key: str) -> str:
             (target,) = engine.fragments.working_copies(logical)
     flip_the_lowest_bit(target)
     try:
-        check_replicas(7, engine.parameters, engine.fragments, layout)
+        check_replicas(7, engine.fragments)
     except TrainingError as error:
         message = str(error)
     else:
         message = "nothing"
     flip_the_lowest_bit(target)
-    check_replicas(8, engine.parameters, engine.fragments, layout)
+    check_replicas(8, engine.fragments)
     return message
 
 

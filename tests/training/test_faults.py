@@ -138,4 +138,4 @@ def test_a_hang_within_a_save_dumps_the_stacks_of_all_ranks_and_ends_the_launch(
     for rank in range(2):
         stacks = (faults.folder / f"hanging/stacks-rank-{rank}.txt").read_text()
         assert stacks.startswith(f"rank {rank}: no progress for") and "in a save after" in stacks
-        assert "checkpoint_writer.py" in stacks
+        assert "checkpoint/writer.py" in stacks
