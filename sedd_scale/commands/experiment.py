@@ -4,7 +4,7 @@ import argparse
 import itertools
 import sys
 
-from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import DAMAGE, GRAPHS, SCHEDULES
 
@@ -35,7 +35,7 @@ def build_coverage_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=int, default=2000, metavar="K", help="of training (%(default)s)")
+    add("--steps", type=at_least(1), default=2000, metavar="K", help="of training (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
     add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
@@ -44,16 +44,14 @@ def build_coverage_parser() -> argparse.ArgumentParser:
 
 def coverage_command(arguments: argparse.Namespace) -> None:
     """Train, compare and report."""
-    from sedd_scale.experiments.support_coverage import measure, write_report
+    from sedd_scale.experiments.support_coverage import measure, write_coverage
 
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
     rows = []
     for choice in itertools.product(arguments.graphs, arguments.schedules, arguments.seeds):
         graph, schedule, seed = choice
         rows.append(measure(graph, schedule, steps=arguments.steps, seed=seed))
         print(f"{graph}, {schedule}, seed {seed}: {rows[-1]}", file=sys.stderr, flush=True)
-    write_report(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
+    write_coverage(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
     print((arguments.output / "report.md").read_text(), end="")
 
 
@@ -67,7 +65,7 @@ def build_robustness_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=int, default=1000, metavar="K", help="of training (%(default)s)")
+    add("--steps", type=at_least(1), default=1000, metavar="K", help="of training (%(default)s)")
     add("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="of damage (0 0.05 0.2)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
     add("--seed", type=int, default=0, metavar="I", help="of weights and data (%(default)s)")
@@ -76,11 +74,9 @@ def build_robustness_parser() -> argparse.ArgumentParser:
 
 def robustness_command(arguments: argparse.Namespace) -> None:
     """Train, compare and report."""
-    from sedd_scale.experiments.robustness import damaged, write_report
-    from sedd_scale.experiments.support_coverage import measure
+    from sedd_scale.experiments.known_source import damaged
+    from sedd_scale.experiments.support_coverage import measure, write_robustness
 
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps {arguments.steps} is too few: give at least 1")
     for rate in arguments.rates:
         if not 0.0 <= rate < 1.0:
             raise ConfigError(f"--rates {rate} is no rate: give numbers from 0 on, below 1")
@@ -97,7 +93,7 @@ def robustness_command(arguments: argparse.Namespace) -> None:
                 )
                 rows.append({**found, "damage": kind, "rate": rate})
                 print(f"{graph}, {kind} {rate}: {rows[-1]}", file=sys.stderr, flush=True)
-    write_report(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
+    write_robustness(rows, arguments.output, steps=arguments.steps, command=arguments.command_line)
     print((arguments.output / "report.md").read_text(), end="")
 
 
@@ -119,10 +115,16 @@ def build_scaling_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
     add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
-    add("--steps", type=int, default=800, metavar="K", help="of the largest size (%(default)s)")
+    add(
+        "--steps",
+        type=at_least(1),
+        default=800,
+        metavar="K",
+        help="of the largest size (%(default)s)",
+    )
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
-    add("--block-length", type=int, default=128, metavar="L", help="(%(default)s)")
-    add("--jobs", type=int, default=2, metavar="K", help="runs at a time (%(default)s)")
+    add("--block-length", type=at_least(1), default=128, metavar="L", help="(%(default)s)")
+    add("--jobs", type=at_least(1), default=2, metavar="K", help="runs at a time (%(default)s)")
     return parser
 
 
@@ -140,10 +142,6 @@ def scaling_command(arguments: argparse.Namespace) -> None:
     check_seeds(arguments.seeds, f"--seeds {' '.join(map(str, arguments.seeds))}")
     if len(set(arguments.widths)) < 3:
         raise ConfigError(f"--widths {arguments.widths}: give at least three different ones")
-    for name in ("steps", "jobs", "block_length"):
-        if getattr(arguments, name) < 1:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {getattr(arguments, name)}: give at least 1")
     variants = variants_of(arguments)
     experiment = Experiment(
         title="Scaling at equal compute",

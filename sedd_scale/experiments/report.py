@@ -1,6 +1,5 @@
 """One report of a comparison: a table (Markdown), its numbers (JSON) and a picture (PNG)."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sedd_scale.experiments.experiment import Experiment
+from sedd_scale.experiments.report_files import write_report_files
 from sedd_scale.tracking.plots import RunMetrics, read_run
 
 Result = dict[str, Any]
@@ -67,10 +67,7 @@ def write_report(
     experiment: Experiment, results: Sequence[Result], output: Path, *, command: str
 ) -> list[Path]:
     """Write report.json, report.md and report.png into `output`; returns the three."""
-    summary = {**summarise(experiment, results), "command": command}
-    paths = [output / f"report.{kind}" for kind in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(summary, indent=1) + "\n")
-    paths[1].write_text(to_markdown(summary))
+    summary = summarise(experiment, results)
     curves = {
         name: [
             read_run(output / "runs" / f"{name}-{seed}" / "run", name=f"{name}-{seed}")
@@ -79,12 +76,20 @@ def write_report(
         for name in experiment.variants
     }
     tokens_per_step = experiment.tokens_per_run / summary["steps"]
-    _draw(summary, curves, tokens_per_step, paths[2])
-    return paths
+    return write_report_files(
+        output,
+        summary,
+        report_lines(summary),
+        lambda *axes: _draw(summary, curves, tokens_per_step, *axes),
+        command=command,
+        picture="validation during training and final bits per character",
+        size=(11, 4.2),
+        widths=(3, 2),
+    )
 
 
-def to_markdown(summary: dict[str, Any]) -> str:
-    """The report for people."""
+def report_lines(summary: dict[str, Any]) -> list[str]:
+    """The report for people, line by line."""
     seeds = summary["seeds"]
     lines = [
         f"# {summary['title']}",
@@ -115,12 +120,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"The draws of an evaluation add a standard error of at most {largest:.4f} bits/char.",
         "",
         f"What each variant changes: {'; '.join(map(_changes, summary['variants']))}.",
-        "",
-        f"Command: `{summary['command']}`",
-        "",
-        "![validation during training and final bits per character](report.png)",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _changes(row: dict[str, Any]) -> str:
@@ -159,15 +160,10 @@ def _draw(
     summary: dict[str, Any],
     curves: dict[str, list[RunMetrics]],
     tokens_per_step: float,
-    path: Path,
+    left: Any,
+    right: Any,
 ) -> None:
     """Validation over tokens, a line a seed, and the final numbers with their errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
     colours = {name: f"C{number}" for number, name in enumerate(curves)}
     for name, runs in curves.items():
         for number, run in enumerate(runs):
@@ -193,7 +189,4 @@ def _draw(
     right.set_xlabel("bits per character (ratio to the baseline)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(summary["title"])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    left.figure.suptitle(summary["title"])

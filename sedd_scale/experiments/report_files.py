@@ -10,21 +10,23 @@ def write_report_files(
     output: Path,
     report: dict[str, Any],
     lines: Sequence[str],
-    draw: Callable[[Any], None],
+    draw: Callable[..., None],
     *,
     command: str,
     picture: str,
     size: tuple[float, float] = (6.0, 4.0),
-) -> None:
-    """Write all three into `output`.
+    widths: Sequence[float] = (1.0,),
+) -> list[Path]:
+    """Write all three into `output`; returns report.json, report.md and report.png.
 
     Args:
         report: what report.json holds, beside the command.
         lines: of report.md; the command and the picture follow.
-        draw: draws on matplotlib's axes.
+        draw: draws on matplotlib's axes, as many as there are widths.
         command: that makes the report.
         picture: what it shows.
         size: of the picture in inches.
+        widths: of its parts side by side, in any unit.
     """
     import matplotlib
 
@@ -32,11 +34,13 @@ def write_report_files(
     import matplotlib.pyplot as plt
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
+    paths = [output / f"report.{kind}" for kind in ("json", "md", "png")]
+    paths[0].write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
     closing = ["", f"Command: `{command}`", "", f"![{picture}](report.png)", ""]
-    (output / "report.md").write_text("\n".join([*lines, *closing]))
-    figure, axes = plt.subplots(figsize=size)
-    draw(axes)
+    paths[1].write_text("\n".join([*lines, *closing]))
+    figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    draw(*axes[0])
     figure.tight_layout()
-    figure.savefig(output / "report.png", dpi=110)
+    figure.savefig(paths[2], dpi=110)
     plt.close(figure)
+    return paths

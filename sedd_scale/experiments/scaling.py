@@ -1,11 +1,11 @@
 """How bits per character fall with size at equal compute: score entropy beside autoregressive.
 
-    python -m sedd_scale.experiments.scaling --data books.jsonl.xz --output runs/scaling
+    sedd-scale experiment scaling --data books.jsonl.xz --output runs/scaling
 
 Every size is trained with the same FLOPs, so that small networks see more tokens, once for each
 objective and seed, and evaluated alike. Through the sizes of an objective goes a power law,
 bits = a N^-b with N the parameters of the blocks, fitted to logarithms by least squares; the error
-of b comes from the scatter about it. Killed and started again, the same command goes on.
+of b comes from the scatter about it. Killed and started again, the same command continues.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from sedd_scale.__main__ import main
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import comparison
 from sedd_scale.experiments.experiment import load_experiment
-from sedd_scale.experiments.report import summarise, to_markdown
+from sedd_scale.experiments.report import report_lines, summarise
 from sedd_scale.files.folder_lock import lock_folder
 from tests.repository import ROOT
 
@@ -192,7 +192,7 @@ def test_errors_are_over_seeds_and_ratios_seed_by_seed(tmp_path: Path) -> None:
     assert row["ratio"]["stderr"] == pytest.approx(0.05)  # |1.2 - 1.3| / 2
     assert row["normalised_ratio"]["mean"] == pytest.approx(0.9 * 1.25)
     assert row["bits_per_char"]["mean"] == pytest.approx(1.9 / math.log(2))
-    assert "| 1.250 ± 0.050 |" in to_markdown({**summary, "command": "x"})
+    assert any("| 1.250 ± 0.050 |" in line for line in report_lines(summary))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

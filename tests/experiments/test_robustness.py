@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from sedd_scale.__main__ import main
-from sedd_scale.experiments.robustness import damaged
-from sedd_scale.experiments.support_coverage import chain_law, drawn
+from sedd_scale.experiments.known_source import chain_law, damaged, drawn
 
 
 def forbidden(sequences_BL: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from sedd_scale.__main__ import main
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.experiments import GRAPHS
-from sedd_scale.experiments.support_coverage import (
+from sedd_scale.experiments.known_source import (
     LENGTH,
     TOKENS,
     exact_ratios,
