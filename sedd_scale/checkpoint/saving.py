@@ -65,35 +65,45 @@ def make_plan(
     return SavePlanOfRank(planner, planner.finish_plan(own[0]), index)
 
 
-class RunningSave:
-    """One rank's share of one save, in a thread of its own."""
+@dataclass(frozen=True, eq=False)
+class SaveJob:
+    """What one rank does of one save.
 
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        step: int,
-        attempt: str,
-        rank: int,
-        num_ranks: int,
-        plan: SavePlanOfRank,
-        tensors: dict[str, LogicalTensor],
-        about: str,
-        tokenizer_directory: Path | None,
-        config: CheckpointConfig,
-        begun: float,
-    ) -> None:
-        self.step, self.begun, self.ended = step, begun, begun
+    Attributes:
+        folder: the run's checkpoints/.
+        attempt: names this save; ranks other than 0 wait for it in the directory.
+        meta_text: the content of meta.json.
+        tokenizer_directory: copied into the checkpoint.
+    """
+
+    folder: Path
+    step: int
+    attempt: str
+    rank: int
+    num_ranks: int
+    plan: SavePlanOfRank
+    tensors: dict[str, LogicalTensor]
+    meta_text: str
+    tokenizer_directory: Path | None
+    config: CheckpointConfig
+
+
+class RunningSave:
+    """One rank's share of one save, in a thread of its own.
+
+    Args:
+        begun: when the save was asked for, by `time.perf_counter`.
+    """
+
+    def __init__(self, job: SaveJob, *, begun: float) -> None:
+        self.step, self.begun, self.ended = job.step, begun, begun
         self.blocked_seconds = 0.0
-        self.final, self.temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+        self.final = job.folder / f"step-{job.step}"
+        self.temporary = job.folder / f"step-{job.step}.tmp"
         self.error: str | None = None
         self.cancel = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=f"save {step}", daemon=True)
-        self._folder, self._attempt = folder, attempt
-        self._rank, self._num_ranks = rank, num_ranks
-        self._plan, self._tensors = plan, tensors
-        self._about, self._tokenizer_directory = about, tokenizer_directory
-        self._config = config
+        self.thread = threading.Thread(target=self._run, name=f"save {job.step}", daemon=True)
+        self._job = job
 
     def state(self) -> int:
         """Running, done or failed, as far as this rank knows."""
@@ -115,39 +125,39 @@ class RunningSave:
             self.ended = time.perf_counter()
 
     def _write(self, writer: HashingWriter) -> None:
-        if self._rank == 0:
-            begin_checkpoint(self._folder, self.step)
-            write_atomically(self.temporary / ATTEMPT, self._attempt.encode())
+        job = self._job
+        if job.rank == 0:
+            begin_checkpoint(job.folder, self.step)
+            write_atomically(self.temporary / ATTEMPT, job.attempt.encode())
         else:
             self._wait_until(self._has_begun)
         fault_points.reach("before data")
-        self._plan.planner.state_dict = self._tensors
-        results = writer.write_data(self._plan.own, self._plan.planner).value()
+        job.plan.planner.state_dict = job.tensors
+        results = writer.write_data(job.plan.own, job.plan.planner).value()
         fault_points.reach("data written")
-        write_atomically(self._note(self._rank), pickle.dumps((results, writer.records)))
-        if self._rank == 0:
-            self._wait_until(lambda: all(self._note(r).exists() for r in range(self._num_ranks)))
+        write_atomically(self._note(job.rank), pickle.dumps((results, writer.records)))
+        if job.rank == 0:
+            self._wait_until(lambda: all(self._note(r).exists() for r in range(job.num_ranks)))
             self._publish(writer)
 
     def _publish(self, writer: HashingWriter) -> None:
+        job = self._job
         results: list[Any] = []
         records: dict[str, FileRecord] = {}
-        for rank in range(self._num_ranks):
+        for rank in range(job.num_ranks):
             of_rank, written = pickle.loads(self._note(rank).read_bytes())
             results.append(of_rank)
             records |= written
             self._note(rank).unlink()
         (self.temporary / ATTEMPT).unlink()
-        assert self._plan.index is not None
-        writer.finish(self._plan.index, results)
+        assert job.plan.index is not None
+        writer.finish(job.plan.index, results)
         records |= writer.records
-        (self.temporary / "meta.json").write_text(self._about, encoding="utf-8")
-        if self._tokenizer_directory is not None:
-            shutil.copytree(self._tokenizer_directory, self.temporary / "tokenizer")
+        (self.temporary / "meta.json").write_text(job.meta_text, encoding="utf-8")
+        if job.tokenizer_directory is not None:
+            shutil.copytree(job.tokenizer_directory, self.temporary / "tokenizer")
         write_manifest(self.temporary, records)
-        publish_checkpoint(
-            self.temporary, keep=self._config.keep, keep_every=self._config.keep_every
-        )
+        publish_checkpoint(self.temporary, keep=job.config.keep, keep_every=job.config.keep_every)
 
     def _note(self, rank: int) -> Path:
         """The file by which a rank says that it has written its part."""
@@ -155,7 +165,7 @@ class RunningSave:
 
     def _has_begun(self) -> bool:
         try:
-            return (self.temporary / ATTEMPT).read_text(encoding="utf-8") == self._attempt
+            return (self.temporary / ATTEMPT).read_text(encoding="utf-8") == self._job.attempt
         except OSError:
             return False
 

@@ -40,6 +40,7 @@ from sedd_scale.checkpoint.saving import (
     FAILED,
     RUNNING,
     RunningSave,
+    SaveJob,
     SavePlanOfRank,
     make_plan,
 )
@@ -171,7 +172,7 @@ class CheckpointWriter:
         if self._plan is None:
             self._plan = make_plan(tensors, self._layout, self._group)
         self._num_saves += 1
-        about = {
+        text = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **meta,
@@ -179,7 +180,7 @@ class CheckpointWriter:
             "versions": versions(),
             "shapes": self._shapes,
         }
-        self._save = RunningSave(
+        job = SaveJob(
             folder=self._folder,
             step=step,
             attempt=f"{self._identity}-{self._num_saves}",
@@ -187,11 +188,11 @@ class CheckpointWriter:
             num_ranks=self._layout.world_size,
             plan=self._plan,
             tensors=tensors,
-            about=json.dumps(about, indent=1),
+            meta_text=json.dumps(text, indent=1),
             tokenizer_directory=self._tokenizer_directory,
             config=self._config,
-            begun=begun,
         )
+        self._save = RunningSave(job, begun=begun)
         self._save.thread.start()
         if not self._config.async_save:
             self.wait()
