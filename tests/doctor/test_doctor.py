@@ -66,7 +66,7 @@ def test_a_broken_torch_is_named_with_its_fix_and_told_by_the_exit_code(tmp_path
     (place,) = [number for number, line in enumerate(lines) if line.startswith("torch ")]
     said = " ".join(lines[place : place + 3])  # folded to the width of a terminal
     assert "FAIL" in lines[place] and "libcudart" in said
-    assert "pip install --force-reinstall torch==" in " ".join(said.split())
+    assert "pip install --force-reinstall" in " ".join(said.split())
     assert any(line.startswith("training step") and "not tried" in line for line in lines)
 
 

@@ -92,15 +92,14 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(work: Path) -> None:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    lines = file.read_bytes().splitlines(keepends=True)
-    before = len(lines)
-    assert 5 <= before < expected["blocks"]
+    *finished, last = filter(None, file.read_bytes().split(b"\n"))
+    assert 4 <= len(finished) < expected["blocks"] - 1
     # As if it had died within a line.
-    file.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    file.write_bytes(b"\n".join([*finished, last[: len(last) // 2]]))
     again = report(*words(work, name, *many, "--resume", str(kept)))
     assert without_seconds(again) == without_seconds(expected)
-    groups = [json.loads(line)["group"] for line in file.read_bytes().splitlines()[before:]]
-    assert len(groups) == expected["blocks"] - (before - 1), "some were made twice"
+    lines = [line for line in file.read_bytes().splitlines() if line.startswith(b"{")]
+    assert len(lines) == expected["blocks"] + 1, "some were made twice"  # one was cut
     assert (
         file.stat().st_size > 0
         and report(*words(work, name, *many, "--resume", str(kept)))["nats_per_token"]
