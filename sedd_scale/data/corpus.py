@@ -2,19 +2,15 @@
 
 import hashlib
 import tempfile
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from sedd_scale.arrays import IntArray
 from sedd_scale.config import Config, DataConfig
 from sedd_scale.data.cache import FileCache
-from sedd_scale.data.loader import Shard, TrainLoader, spread_blocks
+from sedd_scale.data.joint_reader import JointReader
+from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.mixture import MixturePlan, Stage
-from sedd_scale.data.shards import TOKENIZER_DIRECTORY, BadShardError, BlockReader, Dataset
+from sedd_scale.data.shards import TOKENIZER_DIRECTORY, Dataset
 from sedd_scale.data.sources import is_remote
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.tokenizers.base import Tokenizer
@@ -87,7 +83,7 @@ class Corpus:
             plan=plan_of(config, self.block_length),
         )
 
-    def valid_reader(self) -> "JointReader":
+    def valid_reader(self) -> JointReader:
         """The validation blocks of all datasets, one after the other."""
         return JointReader(
             [dataset.reader("valid", check_sizes=self._check_sizes) for dataset in self.datasets]
@@ -177,71 +173,6 @@ class Corpus:
                 f"data.shuffle_window={config.shuffle_window}: set data.cache_gb above "
                 f"{needed / 1e9:.3g} or lower data.shuffle_window"
             )
-
-
-class JointReader:
-    """Blocks of several readers as one row.
-
-    Attributes:
-        block_length: L, tokens per block.
-    """
-
-    def __init__(self, readers: Sequence[BlockReader]) -> None:
-        self.readers = readers
-        self.block_length = readers[0].block_length
-        self._ends = np.cumsum([len(reader) for reader in readers])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def spread(self, wanted: int, *, without: Collection[Shard] = ()) -> IntArray:
-        """At most `wanted` block numbers, evenly spread; the same for every caller.
-
-        Args:
-            without: shards whose blocks are replaced, as far as others are left.
-
-        Raises:
-            DataError: no block is left.
-        """
-        blocks = spread_blocks(len(self), wanted)
-        if not without:
-            return blocks
-        spare = np.setdiff1d(np.arange(len(self)), blocks)
-        spare = spare[~self._in_shards(spare, without)]
-        gone = np.flatnonzero(self._in_shards(blocks, without))
-        chosen = spare[spread_blocks(len(spare), len(gone))]
-        blocks[gone[: len(chosen)]] = chosen
-        blocks = blocks[~self._in_shards(blocks, without)]
-        if not len(blocks):
-            names = ", ".join(reader.dataset.location for reader in self.readers)
-            raise DataError(f"every validation shard of {names} is damaged: prepare it again")
-        return blocks
-
-    def shard_of_error(self, error: BadShardError) -> Shard:
-        """Which shard of which reader an error speaks of."""
-        fingerprints = [reader.dataset.fingerprint for reader in self.readers]
-        return fingerprints.index(error.fingerprint), error.shard
-
-    def _in_shards(self, blocks: IntArray, shards: Collection[Shard]) -> npt.NDArray[np.bool_]:
-        found = np.zeros(len(blocks), dtype=np.bool_)
-        begin = 0
-        for number, reader in enumerate(self.readers):
-            here = (blocks >= begin) & (blocks < begin + len(reader))
-            chosen = [shard for dataset, shard in shards if dataset == number]
-            found[here] = np.isin(reader.shard_of_block(blocks[here] - begin), chosen)
-            begin += len(reader)
-        return found
-
-    def read(self, block_ids: npt.ArrayLike) -> IntArray:
-        """The blocks of these numbers; int64 [n, L]; raises as `BlockReader.read`."""
-        wanted = np.asarray(block_ids, dtype=np.int64)
-        tokens_BL = np.empty((len(wanted), self.block_length), dtype=np.int64)
-        of_block = np.searchsorted(self._ends, wanted, side="right")
-        for number in np.unique(of_block).tolist():
-            here = of_block == number
-            reader = self.readers[number]
-            tokens_BL[here] = reader.read(wanted[here] - (self._ends[number] - len(reader)))
-        return tokens_BL
 
 
 def locations_of(config: DataConfig) -> list[str]:

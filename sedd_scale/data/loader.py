@@ -13,18 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sedd_scale.arrays import IntArray
+from sedd_scale.data.joint_reader import JointReader, Shard
 from sedd_scale.data.mixture import MixturePlan, Stage
 from sedd_scale.data.order import BlockOrder
-from sedd_scale.data.shards import BadShardError, BlockReader
+from sedd_scale.data.shards import BlockReader
 from sedd_scale.errors import DataError
 
 # Tries to find a whole shard in the same window, then in other epochs' orders.
 TRIES_IN_WINDOW = 24
 TRIES = 96
 NEVER = np.iinfo(np.int64).max
-
-# A shard of a training split: the dataset's number in the mixture, the shard's in the dataset.
-Shard = tuple[int, int]
 
 
 class TrainLoader:
@@ -42,6 +40,7 @@ class TrainLoader:
         plan: which dataset each sample comes from; needed for more than one.
 
     Attributes:
+        joint: the blocks of all readers as one row.
         skipped: the damaged shards whose blocks are replaced, each with the step from which on.
 
     Raises:
@@ -68,7 +67,8 @@ class TrainLoader:
         self.plan = plan or MixturePlan([Stage(0, (1.0,))])
         assert self.plan.num_datasets == len(self.readers)
         self.global_batch = global_batch
-        self.block_length = self.readers[0].block_length
+        self.joint = JointReader(self.readers)
+        self.block_length = self.joint.block_length
         self.orders = [
             BlockOrder(
                 reader.blocks_of_shard, seed, window=window, fingerprint=reader.dataset.fingerprint
@@ -108,14 +108,7 @@ class TrainLoader:
         samples = np.asarray(sample_ids_B, dtype=np.int64)
         datasets, blocks = self.places(samples)
         self._look_ahead(samples)
-        if len(self.readers) == 1:
-            return self.readers[0].read(blocks)
-        tokens_BL = np.empty((len(samples), self.block_length), dtype=np.int64)
-        for dataset, reader in enumerate(self.readers):
-            here = datasets == dataset
-            if here.any():
-                tokens_BL[here] = reader.read(blocks[here])
-        return tokens_BL
+        return self.joint.read(self.joint.first_blocks[datasets] + blocks)
 
     def batch(self, step: int, positions_B: npt.ArrayLike) -> IntArray:
         """The blocks at these positions (0..B-1) of a step; int64 [n, L]."""
@@ -125,11 +118,6 @@ class TrainLoader:
         """How often each dataset was passed over after the run's first samples."""
         given = self.plan.given(num_samples).tolist()
         return [count / order.num_blocks for count, order in zip(given, self.orders)]
-
-    def shard_of_error(self, error: BadShardError) -> Shard:
-        """Which shard of the mixture an error speaks of."""
-        fingerprints = [reader.dataset.fingerprint for reader in self.readers]
-        return fingerprints.index(error.fingerprint), error.shard
 
     def skip(self, shards: Iterable[Shard], *, from_step: int) -> None:
         """From a step on replace the blocks of these shards by others; alike on all ranks.
@@ -189,9 +177,3 @@ class TrainLoader:
             if shard not in self._asked and shard not in self.skipped:
                 fetch = self.readers[shard[0]].fetch
                 self._asked[shard] = self._ahead.submit(fetch, shard[1])
-
-
-def spread_blocks(num_blocks: int, wanted: int) -> IntArray:
-    """At most `wanted` block numbers, evenly spread over a split; the same for every caller."""
-    count = min(num_blocks, wanted)
-    return np.arange(count, dtype=np.int64) * num_blocks // max(count, 1)

@@ -15,7 +15,7 @@ from sedd_scale.arrays import IntArray
 from sedd_scale.config import DataConfig
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.corpus import cache_directory
-from sedd_scale.data.loader import spread_blocks
+from sedd_scale.data.joint_reader import spread_blocks
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import INDEX_FILE, Dataset
 from sedd_scale.data.sources import is_remote

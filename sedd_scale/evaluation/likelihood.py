@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.arrays import IntArray
-from sedd_scale.data.loader import spread_blocks
+from sedd_scale.data.joint_reader import spread_blocks
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation import PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.bound import evaluate_bound

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sedd_scale.data.loader import Shard
+from sedd_scale.data.joint_reader import Shard
 from sedd_scale.parallel.layout import Layout
 
 

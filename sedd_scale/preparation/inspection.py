@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sedd_scale.data.cache import FileCache
-from sedd_scale.data.loader import spread_blocks
+from sedd_scale.data.joint_reader import spread_blocks
 from sedd_scale.data.shards import Dataset
 from sedd_scale.data.sources import is_remote
 from sedd_scale.preparation.report import format_report

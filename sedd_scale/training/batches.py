@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sedd_scale.arrays import BoolArray, IntArray
 from sedd_scale.config import Config
-from sedd_scale.data.corpus import Corpus, JointReader
-from sedd_scale.data.loader import Shard
+from sedd_scale.data.corpus import Corpus
+from sedd_scale.data.joint_reader import JointReader, Shard
 from sedd_scale.data.padding import counted_positions, shorten
 from sedd_scale.data.shards import BadShardError
 from sedd_scale.diffusion.corruption import NoisyBatch, keyed_uniform_rows, stratified_times
@@ -167,7 +167,7 @@ class TrainBatches:
             except BadShardError as error:
                 if self.config.data.on_bad_shard == "stop":
                     raise
-                bad.add(self.loader.shard_of_error(error))
+                bad.add(self.loader.joint.shard_of_error(error))
                 print(f"rank {self.layout.rank}: skipping: {error}", file=sys.stderr, flush=True)
             bad = self._agreement.union(bad)
             if not bad:

@@ -213,7 +213,7 @@ def test_a_shard_of_another_size_stops_at_once_or_is_skipped(tmp_path: Path, how
     samples = np.arange(len(loader.readers[0]))
     with pytest.raises(BadShardError, match=rf"train-000002\.tar .*{how}") as hit:
         loader.read_samples(samples)
-    loader.skip([loader.shard_of_error(hit.value)], from_step=0)
+    loader.skip([loader.joint.shard_of_error(hit.value)], from_step=0)
     assert loader.read_samples(samples).shape == (len(samples), LENGTH)
 
 
@@ -235,7 +235,7 @@ def test_a_skipped_shard_is_replaced_and_nothing_else(tmp_path: Path, window: st
     shard.write_bytes(content)
     with pytest.raises(BadShardError, match=r"train-000002\.tar .*at byte 0") as hit:
         skipping.read_samples(samples)
-    assert skipping.shard_of_error(hit.value) == (0, 2)
+    assert skipping.joint.shard_of_error(hit.value) == (0, 2)
     later = corpus.train_loader(config)
     later.skip([(0, 2)], from_step=10)
     assert np.array_equal(later.places(samples)[1][:80], before[:80])

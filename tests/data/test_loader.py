@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_scale.data.loader import TrainLoader, spread_blocks
+from sedd_scale.data.joint_reader import spread_blocks
+from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.order import BlockOrder
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.data.shards import BlockReader, Dataset
