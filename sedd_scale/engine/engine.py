@@ -82,12 +82,30 @@ class Engine(ABC):
         fragments: this process's ZeRO fragments of masters, moments and averages.
     """
 
-    layout: Layout
-    parameters: list[LogicalParameter]
-    fragments: ZeroFragments
-    _deepspeed: Any
-    _optimizer: torch.optim.Optimizer
-    _gate: UpdateGate
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        config: Config,
+        make_optimizer: OptimizerFactory,
+        *,
+        mpu: ModelParallelUnit | None = None,
+    ) -> None:
+        self.layout = layout
+        self._optimizer = make_optimizer(network.parameters())
+        self._deepspeed: Any
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=self._optimizer,
+            config=_deepspeed_config(config, layout),
+            mpu=mpu,
+        )
+        reduce_no_more_than_needed(self._deepspeed, layout)
+        self._gate = UpdateGate(
+            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
+        )
+        self.parameters = list(logical_parameters(network, layout))
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
 
     def train_step(
         self,
@@ -162,6 +180,9 @@ class Engine(ABC):
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None: ...
 
     @abstractmethod
+    def _loss_part(self) -> Tensor: ...
+
+    @abstractmethod
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor: ...
 
 
@@ -176,22 +197,9 @@ class WholeNetworkEngine(Engine):
         make_optimizer: OptimizerFactory,
     ) -> None:
         network = ScoreNetwork(builders)
-        self.layout = layout
-        self._optimizer = make_optimizer(network.parameters())
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=network,
-            optimizer=self._optimizer,
-            config=_deepspeed_config(config, layout),
-            mpu=ModelParallelUnit(),
-        )
+        super().__init__(network, layout, config, make_optimizer, mpu=ModelParallelUnit())
         _assert_same_group(self._deepspeed.data_parallel_group, layout.data_group)
-        reduce_no_more_than_needed(self._deepspeed, layout)
         self._loss = torch.zeros((), device=layout.device)
-        self._gate = UpdateGate(
-            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=lambda: self._loss
-        )
-        self.parameters = list(logical_parameters(self._deepspeed.module, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         self._loss = torch.zeros((), dtype=torch.float32, device=self.layout.device)
@@ -202,6 +210,9 @@ class WholeNetworkEngine(Engine):
                 self._loss += loss.detach() / (len(micro_batches) * self.layout.data)
             self._deepspeed.backward(loss)
             self._deepspeed.step()
+
+    def _loss_part(self) -> Tensor:
+        return self._loss
 
     def _per_sequence_losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         losses = []
@@ -221,21 +232,11 @@ class PipelineStageEngine(Engine):
         config: Config,
         make_optimizer: OptimizerFactory,
     ) -> None:
-        self.layout = layout
         self._module = module = PipelineStage(builders, config.model.cond_dim, layout)
-        self._optimizer = make_optimizer(module.parameters())
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=self._optimizer, config=_deepspeed_config(config, layout)
-        )
+        super().__init__(module, layout, config, make_optimizer)
         assert module.grid.get_slice_parallel_rank() == layout.tensor_rank
         assert module.stage_id == layout.pipeline_rank
         _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
-        reduce_no_more_than_needed(self._deepspeed, layout)
-        self._gate = UpdateGate(
-            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
-        )
-        self.parameters = list(logical_parameters(module, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         self._deepspeed.train_batch(self._for_stages(micro_batches))
