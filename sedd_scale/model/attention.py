@@ -1,4 +1,4 @@
-"""Attention, bidirectional or causal: one function, two backends, and what Megatron-core calls.
+"""Attention, bidirectional or causal: one function, three backends, and what Megatron-core calls.
 
 L positions, B sequences, h heads of this rank, D head width, E ends of documents.
 
@@ -7,21 +7,52 @@ exclusive positions in growing order, L for the last one and for those that a se
 The host knows their number with the batch: no layer waits for a device to tell.
 """
 
+import contextlib
+import functools
 import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sedd_scale.errors import ConfigError
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
+# cuDNN builds a graph for every new shape, some 30 ms of the host each: for training alone, whose
+# shapes stay.
+_OF_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def flash_attention_available(device: torch.device) -> bool:
     """Whether flash-attn is installed and the device can run it."""
-    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return device.type == "cuda" and is_installed("flash_attn")
+
+
+@functools.cache
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def choose_backend(dtype: torch.dtype, device: torch.device, *, with_documents: bool) -> str:
+    """The fastest of "flash", "varlen" and "sdpa" that runs here.
+
+    With documents, whose mask PyTorch's attention would read whole: flash-attn, or PyTorch's own
+    kernel for sequences of several lengths. Without: PyTorch from Hopper on, whose cuDNN attention
+    is ahead of flash-attn 2 there, and flash-attn on older devices.
+    """
+    if device.type != "cuda" or dtype not in HALF_TYPES:
+        return "sdpa"
+    if with_documents:
+        return "flash" if flash_attention_available(device) else "varlen"
+    older = _major_capability(device) < 9
+    return "flash" if older and flash_attention_available(device) else "sdpa"
 
 
 def attention(
@@ -39,16 +70,17 @@ def attention(
         ends_BE: where each sequence's documents end; None: every position attends to every other of
             its sequence.
         causal: a position attends to itself and those before it only.
-        backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": flash-attn where it is
-            installed, on a GPU and given half precision, else PyTorch.
+        backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": as `choose_backend` says.
 
     Raises:
         ConfigError: flash-attn is asked for and cannot run here.
     """
     dtype, device = query_LBhD.dtype, query_LBhD.device
     if backend == "auto":
-        can_flash = dtype in HALF_TYPES and flash_attention_available(device)
-        backend = "flash" if can_flash else "sdpa"
+        backend = choose_backend(dtype, device, with_documents=ends_BE is not None)
+    if backend == "varlen":
+        assert ends_BE is not None
+        return _document_attention(query_LBhD, key_LBhD, value_LBhD, ends_BE, causal)
     if backend == "flash":
         if dtype not in HALF_TYPES or not flash_attention_available(device):
             raise ConfigError(
@@ -66,10 +98,28 @@ def attention(
         mask = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
         if causal:
             mask = mask.tril()
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal and mask is None
-    )
+    with contextlib.nullcontext() if torch.is_grad_enabled() else sdpa_kernel(_OF_ANY_SHAPE):
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal and mask is None
+        )
     return output.permute(2, 0, 1, 3)
+
+
+def _document_attention(
+    query_LBhD: Tensor, key_LBhD: Tensor, value_LBhD: Tensor, ends_BE: Tensor, causal: bool
+) -> Tensor:
+    """PyTorch's attention over sequences of several lengths, laid end to end."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    length, batch = query_LBhD.shape[:2]
+    bounds = document_bounds(ends_BE, length)
+    query, key, value = (
+        tensor.transpose(0, 1).flatten(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)
+    )
+    window = (-1, 0) if causal else (-1, -1)
+    output = varlen_attn(query, key, value, bounds, bounds, length, length, window_size=window)
+    assert isinstance(output, Tensor)
+    return output.unflatten(0, (batch, length)).transpose(0, 1)
 
 
 def _flash_attention(
@@ -191,7 +241,8 @@ class KeyValueCache:
         # The last position sees all that is there, the one before it one less, ...
         seen = torch.ones(count, end, dtype=torch.bool, device=key.device).tril(self.length)
         self.length = end
-        output = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=None if count == 1 else seen
-        )
+        with sdpa_kernel(_OF_ANY_SHAPE):
+            output = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=None if count == 1 else seen
+            )
         return output.permute(2, 0, 1, 3)

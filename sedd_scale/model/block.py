@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
-from sedd_scale.model.attention import CoreAttention
+from sedd_scale.model.attention import CoreAttention, is_installed
 from sedd_scale.model.dropout import Dropout, dropout
 from sedd_scale.model.fused import (
     bias_gelu,
@@ -39,7 +39,7 @@ where they end (see `attention`).
 
 # What selective recomputation keeps: matrix products and attention, whatever backend runs it.
 _ATEN = torch.ops.aten
-COSTLY = [
+_COSTLY = [
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
@@ -49,6 +49,24 @@ COSTLY = [
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
 ]
+
+
+@functools.cache
+def costly() -> list[Any]:
+    """What selective recomputation keeps, with the attention of packages as far as it is there."""
+    from torch.nn.attention import varlen  # registers its operation
+
+    assert varlen is not None
+    found = [*_COSTLY, torch.ops.torch_attn._varlen_attn.default]
+    if is_installed("flash_attn"):
+        import flash_attn  # registers its own
+
+        assert flash_attn is not None
+        for name in ("_flash_attn_forward", "_flash_attn_varlen_forward"):
+            operation = getattr(torch.ops.flash_attn, name, None)
+            if operation is not None:
+                found.append(operation.default)
+    return found
 
 
 class RotarySelfAttention(SelfAttention):
@@ -161,7 +179,7 @@ class Block(nn.Module):
             return self._forward(*stream)
         contexts = noop_context_fn
         if self.recompute == "selective":
-            contexts = functools.partial(create_selective_checkpoint_contexts, COSTLY)
+            contexts = functools.partial(create_selective_checkpoint_contexts, costly())
         return checkpoint(
             self._forward,
             *stream,

@@ -1,6 +1,7 @@
 """Bidirectional attention against the formula in float64."""
 
 import functools
+import inspect
 import itertools
 import math
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from sedd_scale.errors import ConfigError
 from sedd_scale.model import attention as module
@@ -20,6 +22,7 @@ from sedd_scale.model.attention import (
     document_ends,
     documents_of,
 )
+from sedd_scale.model.block import costly
 
 LENGTH, BATCH, HEADS, DIM = 7, 3, 2, 5
 
@@ -112,40 +115,95 @@ def test_documents_do_not_see_each_other(dtype: torch.dtype, causal: bool) -> No
     torch.testing.assert_close(found, alone(*inputs, causal=causal))
 
 
+def of_several_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What kernels for documents do: runs of [total, h, D] between the bounds, each by itself."""
+    assert bounds_q is bounds_k and bounds_q.dtype == torch.int32
+    assert bounds_q[0] == 0 and bounds_q[-1] == len(query) and longest_q == longest_k
+    assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
+    assert window_size in ((-1, -1), (-1, 0))
+    causal = causal or window_size == (-1, 0)
+    parts = [
+        by_pytorch(*(part[begin:end, None] for part in (query, key, value)), causal=causal)
+        for begin, end in itertools.pairwise(bounds_q.tolist())
+        if begin < end
+    ]
+    return torch.cat(parts).squeeze(1)
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_flash_attention_is_told_the_documents(
-    monkeypatch: pytest.MonkeyPatch, causal: bool
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_kernels_for_documents_are_told_them(
+    monkeypatch: pytest.MonkeyPatch, backend: str, causal: bool
 ) -> None:
-    """What is called in its place keeps its contract: runs of [total, h, D] between the bounds."""
-
-    def varlen(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bounds_q: Tensor,
-        bounds_k: Tensor,
-        longest_q: int,
-        longest_k: int,
-        causal: bool = False,
-    ) -> Tensor:
-        assert bounds_q is bounds_k and bounds_q.dtype == torch.int32
-        assert bounds_q[0] == 0 and bounds_q[-1] == len(query) and longest_q == longest_k
-        assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
-        parts = [
-            by_pytorch(*(part[begin:end, None] for part in (query, key, value)), causal=causal)
-            for begin, end in itertools.pairwise(bounds_q.tolist())
-            if begin < end
-        ]
-        return torch.cat(parts).squeeze(1)
-
+    """What is called in their place keeps their contract."""
     package = types.ModuleType("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(package, "flash_attn_varlen_func", varlen, raising=False)
+    monkeypatch.setattr(package, "flash_attn_varlen_func", of_several_lengths, raising=False)
     monkeypatch.setattr(package, "flash_attn_func", None, raising=False)
     monkeypatch.setattr(module, "flash_attention_available", lambda device: True)
+    monkeypatch.setattr(varlen, "varlen_attn", of_several_lengths)
     inputs = torch.randn(3, 8, 2, 2, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal, backend="flash")
+    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal, backend=backend)
     torch.testing.assert_close(found, alone(*inputs, causal=causal), rtol=0.02, atol=0.02)
+
+
+def test_pytorchs_kernel_for_documents_takes_what_it_is_given() -> None:
+    """Names and kinds of its arguments in the installed torch."""
+    names = inspect.signature(varlen.varlen_attn).parameters
+    assert list(names)[:7] == [
+        *("query", "key", "value", "cu_seq_q", "cu_seq_k"),
+        *("max_q", "max_k"),
+    ]
+    assert "window_size" in names
+    assert torch.ops.torch_attn._varlen_attn.default in costly()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "installed", "documents", "chosen"),
+    [
+        (torch.bfloat16, "cpu", 9, True, True, "sdpa"),
+        (torch.float32, "cuda", 9, True, True, "sdpa"),
+        (torch.bfloat16, "cuda", 9, True, False, "sdpa"),
+        (torch.bfloat16, "cuda", 8, True, False, "flash"),
+        (torch.bfloat16, "cuda", 8, False, False, "sdpa"),
+        (torch.bfloat16, "cuda", 9, True, True, "flash"),
+        (torch.float16, "cuda", 10, False, True, "varlen"),
+    ],
+)
+def test_the_backend_follows_device_and_documents(
+    dtype: torch.dtype,
+    device: str,
+    capability: int,
+    installed: bool,
+    documents: bool,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "is_installed", lambda package: installed)
+    monkeypatch.setattr(module, "_major_capability", lambda device: capability)
+    found = module.choose_backend(dtype, torch.device(device), with_documents=documents)
+    assert found == chosen
+
+
+def test_packages_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's file system a look takes milliseconds, and every layer asks."""
+    module.is_installed.cache_clear()
+    looks: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", looks.append)
+    for _ in range(3):
+        module.flash_attention_available(torch.device("cuda"))
+    assert looks == ["flash_attn"]
+    module.is_installed.cache_clear()
 
 
 def test_ends_are_where_positions_count_up() -> None:
