@@ -9,7 +9,8 @@ from sedd_scale.config import Config, load_config
 from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.objectives import make_objective
-from sedd_scale.engine.engine import Engine, MicroBatch, StepResult, make_engine
+from sedd_scale.engine.engine import Engine, MicroBatch, make_engine
+from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.files.package import CONFIGS
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
@@ -123,6 +124,8 @@ class SyntheticRun:
             for start in range(0, len(noisy.noisy_BL), size)
         ]
 
-    def train_step(self, engine: Engine, step: int) -> StepResult:
+    def train_step(self, engine: Engine, step: int) -> StepNumbers:
         """One whole step, from tokens on the host to updated weights."""
-        return engine.train_step(self.micro_batches(step), lr=LEARNING_RATE)
+        numbers, applied = engine.train_step(self.micro_batches(step), lr=LEARNING_RATE)
+        assert applied, numbers
+        return numbers

@@ -24,10 +24,9 @@ from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.engine.reduction import reduce_no_more_than_needed
 from sedd_scale.engine.stages import PipelineStage
-from sedd_scale.engine.update_gate import StepNumbers, UpdateGate, are_finite
-from sedd_scale.errors import TrainingError
+from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
-from sedd_scale.model.parameters import LogicalParameter, logical_parameters
+from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
 from sedd_scale.parallel.vocab import ScoreTargets
 
@@ -53,24 +52,6 @@ class MicroBatch(NamedTuple):
         noisy, sigma, context = (tensor.pin_memory() for tensor in self.inputs)
         targets = ScoreTargets(*(tensor.pin_memory() for tensor in self.targets))
         return MicroBatch((noisy, sigma, context), targets)
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step reports, equal on all ranks."""
-
-    loss: float
-    """Mean score entropy over the global batch, nats per token."""
-    grad_norm: float
-    """Euclidean norm of the whole gradient before clipping."""
-    wants_stop: bool
-    """Whether any rank wanted to stop."""
-    applied: bool
-    """Whether the weights were updated."""
-
-    @property
-    def numbers(self) -> StepNumbers:
-        """What a guard judges by."""
-        return StepNumbers(self.loss, self.grad_norm, self.wants_stop)
 
 
 class Engine(ABC):
@@ -113,7 +94,6 @@ class Engine(ABC):
         *,
         lr: float,
         accept: Callable[[StepNumbers], bool] | None = None,
-        raises: bool = True,
         wants_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Accumulate the gradient over this rank's micro-batches and update the weights.
@@ -124,12 +104,7 @@ class Engine(ABC):
         Args:
             accept: judges the step's numbers on the host before the weights change, alike on all
                 ranks; the host then waits for them in the middle of the step.
-            raises: make an error of numbers that are not finite.
             wants_stop: whether this rank wants to stop; asked once, and all ranks get to know.
-
-        Raises:
-            TrainingError: with `raises`, the loss or the gradient norm is not finite (on every
-                rank alike); names what was not finite first, and where.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -137,15 +112,7 @@ class Engine(ABC):
         self._gate.wants_stop = wants_stop
         self._deepspeed.train()
         self._accumulate_and_step(micro_batches)
-        numbers, applied = self._gate.outcome()
-        if raises and not are_finite(numbers):
-            raise TrainingError(
-                f"step {self.fragments.get_step()} has loss {numbers.loss} and gradient norm "
-                f"{numbers.grad_norm}: {self.explain(micro_batches)}; resume from the last "
-                "checkpoint with a lower optimizer.lr or optimizer.clip, or with a longer "
-                "optimizer.warmup_steps"
-            )
-        return StepResult(*numbers, applied)
+        return self._gate.outcome()
 
     def loss_of_replica(self) -> float | None:
         """Mean loss of this rank's micro-batches in the step made last, nats per token.
@@ -165,7 +132,7 @@ class Engine(ABC):
             self._deepspeed.module,
             self.fragments,
             lambda: self.evaluate(micro_batches),
-            loss_was_finite=math.isfinite(self._gate.outcome()[0].loss),
+            loss_was_finite=math.isfinite(self._gate.outcome().numbers.loss),
         )
 
     @torch.no_grad()

@@ -31,6 +31,19 @@ class StepNumbers(NamedTuple):
     wants_stop: bool
     """Whether any rank wanted to stop."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and the gradient norm are finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports, equal on all ranks."""
+
+    numbers: StepNumbers
+    applied: bool
+    """Whether the weights were updated."""
+
 
 class UpdateGate:
     """Decides, between the gradient and the update, whether the update is made.
@@ -64,13 +77,13 @@ class UpdateGate:
         self._optimizer = engine.optimizer.optimizer
         self._stand_before_update(engine.optimizer)
 
-    def outcome(self) -> tuple[StepNumbers, bool]:
-        """The numbers of the step made last, and whether its update was made.
+    def outcome(self) -> StepResult:
+        """Of the step made last.
 
         The host waits for the device here, and nowhere within a step without `accept`.
         """
         numbers = self._read()
-        return numbers, are_finite(numbers) and not self._refused
+        return StepResult(numbers, numbers.finite and not self._refused)
 
     def _stand_before_update(self, zero: Any) -> None:
         # Imported here, as the engine must choose DeepSpeed's device before its first import.
@@ -145,11 +158,6 @@ class UpdateGate:
         loss, square, wishes = self._parts.tolist()
         grad_norm = math.sqrt(square) if math.isfinite(square) else math.inf
         return StepNumbers(loss, grad_norm, wishes > 0)
-
-
-def are_finite(numbers: StepNumbers) -> bool:
-    """Whether the loss and the gradient norm are finite."""
-    return math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)
 
 
 def _square(norm: Tensor) -> Tensor:

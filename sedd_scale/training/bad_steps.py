@@ -14,7 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from sedd_scale.config import Config
-from sedd_scale.engine.engine import MicroBatch, StepResult
+from sedd_scale.engine.engine import MicroBatch
+from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.tracking.metrics import keep_history
 from sedd_scale.training.guards import Verdict
@@ -40,7 +41,7 @@ class BadSteps:
     def record(
         self,
         step: int,
-        result: StepResult,
+        numbers: StepNumbers,
         verdict: Verdict,
         micro_batches: Sequence[MicroBatch],
         *,
@@ -57,8 +58,8 @@ class BadSteps:
             "step": step,
             "action": action,
             "cause": verdict.cause,
-            "loss": _finite(result.loss),
-            "grad_norm": _finite(result.grad_norm),
+            "loss": _finite(numbers.loss),
+            "grad_norm": _finite(numbers.grad_norm),
             "loss_z": _finite(verdict.loss_z),
             "grad_norm_z": _finite(verdict.grad_norm_z),
             "first_sample": (step - 1) * batch,
@@ -70,8 +71,8 @@ class BadSteps:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values, allow_nan=False) + "\n")
         return (
-            f"step {step} {action} ({verdict.cause}): loss {result.loss:.4g} "
-            f"(z {verdict.loss_z:.1f}), |g| {result.grad_norm:.4g} (z {verdict.grad_norm_z:.1f}), "
+            f"step {step} {action} ({verdict.cause}): loss {numbers.loss:.4g} "
+            f"(z {verdict.loss_z:.1f}), |g| {numbers.grad_norm:.4g} (z {verdict.grad_norm_z:.1f}), "
             f"samples {values['first_sample']}-{values['last_sample']}, "
             f"batch {values['batch_fingerprint']}"
         )

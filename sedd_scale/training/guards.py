@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sedd_scale.config.sections import TrainingConfig
-from sedd_scale.engine.engine import Engine, MicroBatch, StepResult
-from sedd_scale.engine.update_gate import StepNumbers, are_finite
+from sedd_scale.engine.engine import Engine, MicroBatch
+from sedd_scale.engine.update_gate import StepNumbers, StepResult
 
 # Values that a window needs before a new one is compared with them.
 MIN_SCORED = 8
@@ -98,7 +98,6 @@ class StepGuard:
             micro_batches,
             lr=lr,
             accept=functools.partial(self.accepts, step) if waits else None,
-            raises=False,
             wants_stop=wants_stop,
         )
         if not waits:
@@ -113,7 +112,7 @@ class StepGuard:
         highest = max((z for z in (loss_z, grad_norm_z) if not math.isnan(z)), default=0.0)
         skip_above = self._training.skip_spikes_above
         applied, cause = True, None
-        if not are_finite(numbers):
+        if not numbers.finite:
             applied, cause = False, "nonfinite"
         elif is_listed(step, self._training.skip_steps):
             applied, cause = False, "listed"

@@ -142,7 +142,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     ):
         for step, batch in enumerate(prefetched, start=first_step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
-            result = guard.train_step(
+            numbers, _ = guard.train_step(
                 engine, step, batch.micro_batches, lr=lr, wants_stop=stop.wants_stop
             )
             watchdog.step_done(step)
@@ -153,7 +153,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                 action = "reported" if verdict.applied else "skipped"
                 line = bad_steps.record(
                     step,
-                    result,
+                    numbers,
                     verdict,
                     batch.micro_batches,
                     action="stopped" if must_stop else action,
@@ -164,19 +164,19 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                 why = guard.explain() if finite else engine.explain(batch.micro_batches)
                 knob = "training.skip_spikes_above" if finite else "training.on_nonfinite=skip"
                 raise TrainingError(
-                    f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}: "
+                    f"step {step} has loss {numbers.loss} and gradient norm {numbers.grad_norm}: "
                     f"{why}; stopped by {must_stop}: look at its batch with --replay {step}, and "
                     "resume from the last checkpoint with a lower optimizer.lr or optimizer.clip, "
                     f"with training.skip_steps, or with {knob}"
                 )
             if _due(step, config.training.check_replicas_every):
                 check_replicas(step, engine.fragments)
-            stopped = result.wants_stop and step < last_step
+            stopped = numbers.wants_stop and step < last_step
             if step % config.logging.every == 0 or step == last_step:
                 seconds = time.perf_counter() - logged_at
                 values = {
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
+                    "loss": numbers.loss,
+                    "grad_norm": numbers.grad_norm,
                     "lr": lr,
                     "tokens": tokens,
                     "tokens_per_second": (tokens - logged_tokens) / seconds,

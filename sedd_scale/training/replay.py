@@ -20,7 +20,7 @@ from sedd_scale.checkpoint.reading import load_checkpoint
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.engine.engine import Engine, MicroBatch
-from sedd_scale.engine.update_gate import StepNumbers, are_finite
+from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.training.bad_steps import FILE_NAME, batch_fingerprint
@@ -84,11 +84,10 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         guard.accepts(step, numbers)
         return False
 
-    result = engine.train_step(micro_batches, lr=0.0, accept=judge_only, raises=False)
+    numbers = engine.train_step(micro_batches, lr=0.0, accept=judge_only).numbers
     loss_of_replica = engine.loss_of_replica()
     fingerprint = batch_fingerprint(micro_batches, layout)
-    finite = are_finite(result.numbers)
-    diagnosis = guard.explain() if finite else engine.explain(micro_batches)
+    diagnosis = guard.explain() if numbers.finite else engine.explain(micro_batches)
     mine = _of_rank(config, corpus, engine, micro_batches, step, loss_of_replica)
     of_ranks: list[_OfRank | None] = [None] * layout.world_size
     dist.all_gather_object(of_ranks, mine)
@@ -105,7 +104,7 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         else f"not the {record['batch_fingerprint']} that was recorded: the configuration, the "
         "code or the data has changed"
     )
-    for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
+    for name, value in (("loss", numbers.loss), ("grad_norm", numbers.grad_norm)):
         yield f"{name.replace('grad_norm', 'gradient norm')}: {_compared(value, record[name])}"
     for found in of_ranks:
         if found is not None:

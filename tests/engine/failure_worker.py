@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N failure_worker.py JOBS.json
 
 JOBS.json lists {"plant": NAME, "overrides": [...]}; see PLANTS for the names. One line a job and
-rank goes to JOBS.json.RANK: the error's message.
+rank goes to JOBS.json.RANK: what it says of its step.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import torch  # noqa: E402
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config  # noqa: E402
 from sedd_scale.engine.engine import Engine  # noqa: E402
-from sedd_scale.errors import TrainingError  # noqa: E402
 from sedd_scale.parallel.layout import (  # noqa: E402
     Layout,
     initialize_layout,
@@ -96,12 +95,12 @@ def fail(plant: str, overrides: list[str]) -> str:
     engine = run.engine()
     run.train_step(engine, 0)
     PLANTS[plant](engine, layout)
-    try:
-        run.train_step(engine, 1)
-    except TrainingError as error:
-        message = str(error)
-    else:
-        message = "no error"
+    micro_batches = run.micro_batches(1)
+    numbers, applied = engine.train_step(micro_batches, lr=1e-3)
+    message = "no error"
+    if not applied:
+        message = f"step {engine.fragments.get_step()} has loss {numbers.loss}: "
+        message += engine.explain(micro_batches)
     leave_layout()
     return message
 

@@ -62,4 +62,3 @@ def test_a_step_that_is_not_finite_names_what_was_first(
     assert message.startswith("step 2 has ") and "\n" not in message
     for word in words:
         assert word in message
-    assert "optimizer.lr" in message

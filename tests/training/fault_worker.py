@@ -121,8 +121,8 @@ def bad_step(run: SyntheticRun, engine: Engine, layout: Layout, folder: Path) ->
             waits.events.clear()
             result = guard.train_step(engine, step, batches, lr=1e-3)
         if guard.verdict.cause is not None:
-            lines.append(bad_steps.record(step, result, guard.verdict, batches, action="skipped"))
-        results.append([result.loss, result.grad_norm, result.applied])
+            lines.append(bad_steps.record(step, result.numbers, guard.verdict, batches, action="skipped"))
+        results.append([result.numbers.loss, result.numbers.grad_norm, result.applied])
         states.append(bits(engine))
     return {
         "applied": [applied for _, _, applied in results],
