@@ -316,13 +316,13 @@ def test_python_of_a_published_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     """With a small untrained model in the published one's place."""
     import torch
 
-    from sedd_scale.interop.convert import write_published
+    from sedd_scale import save_pretrained
     from sedd_scale.model.score_model import ScoreModel
     from sedd_scale.parallel.layout import initialize_layout
 
     config = load_config(ROOT / "configs/models/tiny.yaml")
     model = ScoreModel(config, 50, initialize_layout(), block_length=64)
-    write_published(model, tmp_path / "sedd-small", None)
+    save_pretrained(model, tmp_path / "sedd-small")
     monkeypatch.chdir(tmp_path)
     (snippet,) = blocks(ROOT / "docs/checkpoints.md", "python")
     names: dict[str, torch.Tensor] = {}

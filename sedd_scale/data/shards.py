@@ -20,11 +20,10 @@ from sedd_scale.data.tar_blocks import DATA_OFFSET, RecordFormat, token_dtype
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
 from sedd_scale.files.open_files import OpenFiles
-from sedd_scale.tokenizers.base import TOKENIZER_FILE, Tokenizer
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, TOKENIZER_FILE, Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
 INDEX_FILE = "index.json"
-TOKENIZER_DIRECTORY = "tokenizer"
 FORMAT_NAME = "sedd_scale tokens"
 FORMAT_VERSION = 2
 

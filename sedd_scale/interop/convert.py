@@ -14,13 +14,11 @@ from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_card import CARD_FILE, last_validation, model_card, read_report
-from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.published_files import check_expressible, write_published_files
 from sedd_scale.interop.reference_training import FILE_NAME, write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
 from sedd_scale.interop.source import CheckpointSource, WeightsOnly
-from sedd_scale.model.score_model import ScoreModel
 
 # What can be written; mdlm is read only.
 TARGETS = ("native", "sedd-hf", "sedd-train")
@@ -122,27 +120,6 @@ def _card(
             read_report(path, fingerprint=fingerprint, weights=weights) for path in results
         ]
     return model_card(name, opened.described, measured)
-
-
-def write_published(model: ScoreModel, directory: Path, tokenizer_directory: Path | None) -> None:
-    """Write a model of this process into a new directory in the published format.
-
-    Raises:
-        CheckpointError: the published format cannot express the model.
-    """
-    source = ModelSource(model, tokenizer_directory)
-    write_published_files(directory, source.described, lambda name: source.read(name, "ema"))
-    card = model_card(directory.name, source.described, ())
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def write_native(model: ScoreModel, directory: Path, tokenizer_directory: Path | None) -> None:
-    """Write a model of this process as a run directory with the one checkpoint step-0.
-
-    Its masters and its averages are the model's weights and its moments are zero: it can be
-    evaluated, sampled from and fine-tuned.
-    """
-    write_native_run(ModelSource(model, tokenizer_directory), directory)
 
 
 def _write_beside(temporary: Path, target: Path, write: Callable[[], None]) -> None:

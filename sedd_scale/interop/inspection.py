@@ -1,5 +1,6 @@
 """What a checkpoint is: its format, model, run and tensors, without reading its weights."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,7 @@ def group_tensors(source: CheckpointSource) -> list[Group]:
 def _lines(source: CheckpointSource) -> Iterator[str]:
     described = source.described
     config, model = described.config, described.config.model
-    num_parameters = sum(_product(shape) for shape in source.shapes.values())
-    noise = config.noise
-    about_noise = (
-        f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
-        if noise.name == "geometric"
-        else f"eps {noise.eps:g}"
-    )
+    num_parameters = sum(math.prod(shape) for shape in source.shapes.values())
     kept = {
         "master": "weights",
         "ema": "averages",
@@ -85,7 +80,7 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
         f"{model.mlp_ratio}, rotary_base {model.rotary_base:g}"
     )
     yield f"graph       {config.graph.name}, {described.num_tokens} tokens"
-    yield f"noise       {noise.name} ({about_noise})"
+    yield f"noise       {config.noise.name} ({described.noise_range})"
     yield (
         f"scores      scale_by_sigma {str(config.resolved_scale_by_sigma).lower()}, "
         f"time_conditioning {str(model.time_conditioning).lower()}, parametrisation "
@@ -103,10 +98,3 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
             f"  {group.name:{width}}  {group.count:4} x {list(group.shape)!s:16} {group.dtype:9} "
             f"{group.num_bytes:15,} bytes"
         )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for length in shape:
-        numel *= length
-    return numel

@@ -16,6 +16,7 @@ from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.source import Described, model_shapes
+from sedd_scale.tokenizers.base import TOKENIZER_FILE
 from sedd_scale.version import __version__
 
 CARD_FILE = "README.md"
@@ -142,10 +143,7 @@ def _table(rows: Mapping[str, object]) -> str:
 def _model_rows(described: Described) -> dict[str, object]:
     config = described.config
     parameters = sum(math.prod(shape) for shape in model_shapes(config).values())
-    model, noise = config.model, config.noise
-    about = f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
-    if noise.name != "geometric":
-        about = f"eps {noise.eps:g}"
+    model = config.model
     return {
         "parameters": f"{parameters:,}",
         "layers x width, heads": f"{model.num_layers} x {model.hidden_size}, {model.num_heads}",
@@ -153,7 +151,7 @@ def _model_rows(described: Described) -> dict[str, object]:
         + (" and the mask" if config.graph.name == "absorb" else ""),
         "block": f"{described.block_length:,} tokens",
         "graph": config.graph.name,
-        "noise": f"{noise.name}, {about}",
+        "noise": f"{config.noise.name}, {described.noise_range}",
         "weights": "float32",
     }
 
@@ -208,7 +206,7 @@ def _loading(name: str, described: Described) -> str:
     config = described.config
     kind = None
     if described.tokenizer_directory is not None:
-        about = json.loads((described.tokenizer_directory / "tokenizer.json").read_text())
+        about = json.loads((described.tokenizer_directory / TOKENIZER_FILE).read_text())
         kind = about.get("kind")
     sample = (
         "print(sedd_scale.sample(model, 1, steps=128)[0].text)\n"

@@ -53,13 +53,14 @@ from sedd_scale.interop.source import (
     Shape,
     check_tensors,
     model_shapes,
+    tokenizer_in,
 )
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.version import __version__
 
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"
-TOKENIZER_DIRECTORY = "tokenizer"
 
 
 class NativeSource(CheckpointSource):
@@ -82,14 +83,13 @@ class NativeSource(CheckpointSource):
                 config = config.override(f"data.block_length={meta['block_length']}")
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        tokenizer = self.path / TOKENIZER_DIRECTORY
         self.described = Described(
             config=config,
             block_length=meta["block_length"],
             step=int(meta["step"]),
             optimizer_step=int(meta["optimizer_step"]),
             tokens=int(meta["tokens"]),
-            tokenizer_directory=tokenizer if tokenizer.is_dir() else None,
+            tokenizer_directory=tokenizer_in(self.path),
             details=meta.get(DETAILS_KEY) or {},
         )
         self._reader = dcp.FileSystemReader(self.path)

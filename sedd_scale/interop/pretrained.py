@@ -7,9 +7,12 @@ import torch
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.convert import write_native, write_published
 from sedd_scale.interop.formats import detect_format, open_checkpoint
-from sedd_scale.interop.published_files import TOKENIZER_DIRECTORY
+from sedd_scale.interop.model_card import CARD_FILE, model_card
+from sedd_scale.interop.model_source import ModelSource
+from sedd_scale.interop.native import write_native_run
+from sedd_scale.interop.published_files import write_published_files
+from sedd_scale.interop.source import tokenizer_in
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
@@ -69,13 +72,20 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         raise CheckpointError(f"{directory} exists already: remove it or give another directory")
     if not directory.parent.is_dir():
         raise CheckpointError(f"there is no directory {directory.parent}: make it first")
-    writers = {"sedd-hf": write_published, "native": write_native}
-    if format not in writers:
-        raise CheckpointError(f"format {format!r} is unknown: give {' or '.join(writers)}")
+    if format not in ("native", "sedd-hf"):
+        raise CheckpointError(f"format {format!r} is unknown: give native or sedd-hf")
     with tempfile.TemporaryDirectory() as files:
+        tokenizer_directory = None
         if model.tokenizer is not None:
             model.tokenizer.save(files)
-        writers[format](model, directory, None if model.tokenizer is None else Path(files))
+            tokenizer_directory = Path(files)
+        source = ModelSource(model, tokenizer_directory)
+        if format == "native":
+            write_native_run(source, directory)
+            return
+        write_published_files(directory, source.described, lambda name: source.read(name, "ema"))
+        card = model_card(directory.name, source.described, ())
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
@@ -90,7 +100,7 @@ def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
         meta["num_tokens"],
         layout,
         block_length=meta["block_length"],
-        tokenizer=_tokenizer_in(step_directory),
+        tokenizer=_load_tokenizer(tokenizer_in(step_directory)),
     )
     parameters = list(logical_parameters(model.network, layout))
     load_weights(step_directory, parameters, layout, weights=weights)
@@ -107,7 +117,7 @@ def _load_foreign(
         described.num_tokens,
         layout,
         block_length=described.block_length,
-        tokenizer=_tokenizer_in(path),
+        tokenizer=_load_tokenizer(tokenizer_in(path)),
     )
     with torch.no_grad():
         for logical in logical_parameters(model.network, layout):
@@ -115,7 +125,5 @@ def _load_foreign(
     return model
 
 
-def _tokenizer_in(checkpoint: Path) -> Tokenizer | None:
-    """The tokenizer that a checkpoint's directory carries, if any."""
-    directory = checkpoint / TOKENIZER_DIRECTORY
-    return load_tokenizer(directory) if directory.is_dir() else None
+def _load_tokenizer(directory: Path | None) -> Tokenizer | None:
+    return None if directory is None else load_tokenizer(directory)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sedd_scale.config import Config
+from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
@@ -38,11 +39,25 @@ from sedd_scale.interop.source import (
     Shape,
     check_tensors,
     model_shapes,
+    tokenizer_in,
 )
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
 CONFIG_FILE = "config.json"
 PICKLED_FILE = "pytorch_model.bin"
-TOKENIZER_DIRECTORY = "tokenizer"
+# Key, the one value that the published format has for it, and why.
+_EXPRESSIBLE = (
+    ("model.mlp_ratio", PUBLISHED_MLP_RATIO, f"models all have {PUBLISHED_MLP_RATIO}"),
+    ("model.rotary_base", ROTARY_BASE, f"readers all turn by {ROTARY_BASE:g}"),
+    ("model.time_conditioning", True, "models are all conditioned on sigma"),
+    (
+        "training.objective",
+        ScoreEntropy.name,
+        "readers take a network's outputs for scores as they are: train on with "
+        "training.objective=score_entropy, from model.init_from",
+    ),
+    ("model.parametrisation", "score", "readers take a network's outputs for log-scores"),
+)
 
 
 class NamedTensors:
@@ -131,14 +146,15 @@ class PublishedSource(CheckpointSource):
         self.holds = frozenset({"ema"})
         config = read_published_config(path)
         self._tensors = open_named_tensors(path)
-        tokenizer = path / TOKENIZER_DIRECTORY
         self.described = Described(
             config=config,
             block_length=config.data.block_length,
-            tokenizer_directory=tokenizer if tokenizer.is_dir() else None,
+            tokenizer_directory=tokenizer_in(path),
         )
         check_tensors(path, published_shapes(config), without_buffer(self._tensors.shapes))
-        self._theirs = {ours: theirs for theirs, ours in published_names(_layers(config)).items()}
+        self._theirs = {
+            ours: theirs for theirs, ours in published_names(config.model.num_layers).items()
+        }
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors.read(self._theirs[name])
@@ -152,7 +168,9 @@ class PublishedSource(CheckpointSource):
 def published_shapes(config: Config) -> dict[str, Shape]:
     """Shape of each published parameter of a model, in the order of the authors' modules."""
     shapes = model_shapes(config)
-    return {theirs: shapes[ours] for theirs, ours in published_names(_layers(config)).items()}
+    return {
+        theirs: shapes[ours] for theirs, ours in published_names(config.model.num_layers).items()
+    }
 
 
 def without_buffer(shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -166,33 +184,14 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
     Raises:
         CheckpointError: names the key and its value.
     """
-    config = described.config
-    if fixed_mlp_ratio and config.model.mlp_ratio != PUBLISHED_MLP_RATIO:
-        raise CheckpointError(
-            f"model.mlp_ratio={config.model.mlp_ratio} cannot be written in the published format, "
-            f"whose models all have {PUBLISHED_MLP_RATIO}"
-        )
-    if config.model.rotary_base != ROTARY_BASE:
-        raise CheckpointError(
-            f"model.rotary_base={config.model.rotary_base:g} cannot be written in the published "
-            f"format, whose readers all turn by {ROTARY_BASE:g}"
-        )
-    if not config.model.time_conditioning:
-        raise CheckpointError(
-            "model.time_conditioning=false cannot be written in the published format, whose models "
-            "are all conditioned on sigma"
-        )
-    if config.training.objective != ScoreEntropy.name:
-        raise CheckpointError(
-            f"training.objective={config.training.objective} cannot be written in the published "
-            "format, whose readers take a network's outputs for scores as they are: train on with "
-            "training.objective=score_entropy, from model.init_from"
-        )
-    if config.model.parametrisation != "score":
-        raise CheckpointError(
-            f"model.parametrisation={config.model.parametrisation} cannot be written in the "
-            "published format, whose readers take a network's outputs for log-scores"
-        )
+    for key, value, reason in _EXPRESSIBLE:
+        section, name = key.split(".")
+        found = getattr(getattr(described.config, section), name)
+        if found != value and (fixed_mlp_ratio or key != "model.mlp_ratio"):
+            raise CheckpointError(
+                f"{key}={scalar_text(found)} cannot be written in the published format, whose "
+                f"{reason}"
+            )
     if described.block_length is None:
         raise CheckpointError("the checkpoint does not name its block length")
 
@@ -220,7 +219,7 @@ def write_published_files(
     about = published_config(config, num_tokens=described.num_tokens, block_length=block_length)
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-    names = published_names(_layers(config))
+    names = published_names(config.model.num_layers)
 
     def read_published(theirs: str) -> Tensor:
         if theirs == INV_FREQ:
@@ -232,7 +231,3 @@ def write_published_files(
     write_safetensors(directory, shapes, read_published, shard_bytes=shard_bytes)
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, directory / TOKENIZER_DIRECTORY)
-
-
-def _layers(config: Config) -> int:
-    return config.model.num_layers

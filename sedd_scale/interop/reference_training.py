@@ -90,9 +90,9 @@ class ReferenceTrainingSource(CheckpointSource):
             optimizer_step = self._optimizer_step(numbered[: len(order)])
             self.holds = frozenset(STATE_KEYS)
         optimizer = {
-            name: group[key]
-            for name, key in (("lr", "lr"), ("eps", "eps"), ("weight_decay", "weight_decay"))
-            if isinstance(group.get(key), float | int)
+            name: group[name]
+            for name in ("lr", "eps", "weight_decay")
+            if isinstance(group.get(name), float | int)
         }
         overrides = [f"optimizer.{name}={value!r}" for name, value in optimizer.items()]
         decay = float(tree["ema"].get("decay", config.optimizer.ema_decay))
@@ -107,12 +107,14 @@ class ReferenceTrainingSource(CheckpointSource):
             optimizer_step=optimizer_step,
             details={
                 "parameter_order": order,
-                "num_updates": _number(tree["ema"].get("num_updates", optimizer_step)),
+                "num_updates": int(tree["ema"].get("num_updates", optimizer_step)),
                 "param_group": _plain(group),
                 "extra_parameters": len(numbered) - len(order),
             },
         )
-        self._theirs = {ours: name for name, ours in published_names(_layers(config)).items()}
+        self._theirs = {
+            ours: name for name, ours in published_names(config.model.num_layers).items()
+        }
 
     def _take_moments(
         self,
@@ -180,7 +182,7 @@ def write_reference_training(
     described = source.described
     check_expressible(described, fixed_mlp_ratio=False)
     config, details = described.config, described.details
-    names = published_names(_layers(config))
+    names = published_names(config.model.num_layers)
     shapes = published_shapes(config)
     order = list(details.get("parameter_order", shapes))
     if sorted(order) != sorted(shapes):
@@ -328,11 +330,3 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if isinstance(value, bool | int | float | str | tuple | None)
     }
-
-
-def _number(value: Any) -> int:
-    return int(value)
-
-
-def _layers(config: Any) -> int:
-    return int(config.model.num_layers)

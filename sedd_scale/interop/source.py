@@ -5,9 +5,9 @@ Names, shapes and row order are ours, whatever the file's are.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.planning.parameters import layer_shapes
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -50,6 +51,14 @@ class Described:
         assert self.config.model.vocab_size is not None
         return self.config.model.vocab_size
 
+    @property
+    def noise_range(self) -> str:
+        """What the schedule runs over, in words."""
+        noise = self.config.noise
+        if noise.name == "geometric":
+            return f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
+        return f"eps {noise.eps:g}"
+
 
 class CheckpointSource(ABC):
     """An open checkpoint, found complete: every tensor is there and has the shape it must have.
@@ -60,7 +69,7 @@ class CheckpointSource(ABC):
         holds: which of `STATE_KEYS` the file has; one kind of weights serves as the other.
     """
 
-    format: ClassVar[str]
+    format: str
     path: Path
     described: Described
     holds: frozenset[str]
@@ -96,13 +105,9 @@ class WeightsOnly(CheckpointSource):
     """The weights of another source as a run that has yet to begin."""
 
     def __init__(self, source: CheckpointSource, weights: str) -> None:
-        self.format = source.format  # type: ignore[misc]
+        self.format = source.format
         self.path = source.path
-        self.described = Described(
-            config=source.described.config,
-            block_length=source.described.block_length,
-            tokenizer_directory=source.described.tokenizer_directory,
-        )
+        self.described = replace(source.described, step=0, optimizer_step=0, tokens=0, details={})
         self.holds = frozenset({"ema"})
         self._source, self._weights = source, weights
 
@@ -112,6 +117,12 @@ class WeightsOnly(CheckpointSource):
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Those of the other source."""
         return self._source.contents()
+
+
+def tokenizer_in(directory: Path) -> Path | None:
+    """The tokenizer that a checkpoint's directory carries, if any."""
+    tokenizer = directory / TOKENIZER_DIRECTORY
+    return tokenizer if tokenizer.is_dir() else None
 
 
 def model_shapes(config: Config) -> dict[str, Shape]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_scale.data.shards import TOKENIZER_DIRECTORY, write_index
+from sedd_scale.data.shards import write_index
 from sedd_scale.errors import DataError, SeddScaleError
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.processors import available_cores
@@ -27,7 +27,7 @@ from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.preparation.shard_writer import ShardWriter
 from sedd_scale.preparation.splits import SplitRule, document_hash, is_empty
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
-from sedd_scale.tokenizers.base import Tokenizer
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, Tokenizer
 from sedd_scale.tokenizers.gpt2 import open_gpt2
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.tokenizers.sentencepiece import open_sentencepiece

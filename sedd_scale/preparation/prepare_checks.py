@@ -4,11 +4,12 @@ import re
 import shutil
 from pathlib import Path
 
-from sedd_scale.data.shards import INDEX_FILE, TOKENIZER_DIRECTORY
+from sedd_scale.data.shards import INDEX_FILE
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.files.processors import available_cores
 from sedd_scale.preparation.journal import JOURNAL_FILE, LOCK_FILE
 from sedd_scale.preparation.packing import PACKINGS
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import KINDS
 
 # In a block.

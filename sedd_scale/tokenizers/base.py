@@ -16,6 +16,8 @@ from sedd_scale.arrays import IntArray
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
 
+# Of a dataset or a checkpoint, what holds its tokenizer.
+TOKENIZER_DIRECTORY = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 

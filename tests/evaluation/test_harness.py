@@ -12,8 +12,7 @@ import pytest
 
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation.harness import SeddScaleLM
-from sedd_scale.interop.convert import write_native
-from sedd_scale.interop.pretrained import load_pretrained
+from sedd_scale.interop.pretrained import load_pretrained, save_pretrained
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.tiny_checkpoints import write_checkpoint
@@ -59,8 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "absorb", "loglinear", num_tokens=257, block_length=32, objective="autoregressive"
     )
     model.tokenizer = BytesTokenizer()
-    model.tokenizer.save(folder / "tokenizer")
-    write_native(model, folder / "autoregressive", folder / "tokenizer")
+    save_pretrained(model, folder / "autoregressive", format="native")
     rows = [
         {"question": f"the {word} is", "choices": [" here", " far", " b"], "answer": number % 3}
         for number, word in enumerate(["river", "stone", "old man", "sea"])

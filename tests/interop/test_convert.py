@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sedd_scale import load_pretrained
+from sedd_scale import load_pretrained, save_pretrained
 from sedd_scale.__main__ import main
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.convert import convert, write_native
+from sedd_scale.interop.convert import convert
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.model.parameters import logical_parameters
@@ -125,7 +125,7 @@ def test_what_the_published_format_cannot_say_is_not_written(
     change: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     model = tiny_model("absorb", "loglinear", changes=change)
-    write_native(model, tmp_path / "native", None)
+    save_pretrained(model, tmp_path / "native", format="native")
     (key,) = change
     with pytest.raises(CheckpointError, match=rf"model\.{key}=.* cannot be written .*{reason}"):
         convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sedd_scale.interop.convert import write_native
+from sedd_scale.interop.pretrained import save_pretrained
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from sedd_scale.tokenizers.base import Tokenizer
 from tests.evaluation.enumeration import tiny_model
@@ -23,7 +23,6 @@ def write_checkpoint(
         graph, noise, num_tokens=tokenizer.vocab_size, block_length=block_length, seed=seed
     )
     model.tokenizer = tokenizer
-    files = directory.with_name(directory.name + "-tokenizer")
-    tokenizer.save(files)
-    write_native(model, directory, files)
+    tokenizer.save(directory.with_name(directory.name + "-tokenizer"))
+    save_pretrained(model, directory, format="native")
     return directory
