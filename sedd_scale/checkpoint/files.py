@@ -32,27 +32,23 @@ UNREADABLE = (
 )
 
 
-class HashingStream(io.RawIOBase):
+class HashingStream(io.BufferedWriter):
     """A file open for writing that hashes what goes through it.
 
     torch reports a failed write as an error of its own archive format; `failure` keeps the cause.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=_BUFFER)
+        super().__init__(io.FileIO(path, "w"), _BUFFER)
         self._digest = hashlib.sha256()
         self._size = 0
         self.failure: OSError | None = None
-
-    def writable(self) -> bool:
-        """It is made for writing."""
-        return True
 
     def write(self, data: Any) -> int:
         """Hash and write bytes."""
         self._digest.update(data)
         try:
-            written = self._file.write(data)
+            written = super().write(data)
         except OSError as error:
             self.failure = self.failure or error
             raise
@@ -60,35 +56,6 @@ class HashingStream(io.RawIOBase):
         if self._size > _BUFFER // 256:
             fault_points.reach("within a data file")
         return written
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._size
-
-    def flush(self) -> None:
-        """Let the operating system have what is buffered."""
-        if not self._file.closed:
-            try:
-                self._file.flush()
-            except OSError as error:
-                self.failure = self.failure or error
-                raise
-
-    def fileno(self) -> int:
-        """The file's descriptor, for fsync."""
-        self.flush()
-        return self._file.fileno()
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        if not self.closed:
-            try:
-                self._file.close()
-            except OSError as error:
-                self.failure = self.failure or error
-                raise
-            finally:
-                super().close()
 
     def record(self) -> FileRecord:
         """Size and hash of what was written."""
