@@ -122,29 +122,32 @@ def has_checkpoint(run_dir: str | Path) -> bool:
 def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
     """The checkpoints that a resume may go on from, best first, and what is wrong with `latest`.
 
-    The first is what `latest` names; then come older ones, newest first. Newer ones are of a
-    history that was left, or not yet named by `latest` when a crash came. Where `latest` is missing
+    The first is what `latest` names; then come older ones, newest first. Newer ones
+    belong to an abandoned continuation, or `latest` had not named them yet when the run crashed. Where `latest` is missing
     or names nothing, every finished checkpoint counts, newest first.
     """
     folder = Path(run_dir) / "checkpoints"
     restore_replaced(folder)
-    latest, steps = folder / "latest", saved_steps(folder)
-    complaint = None
-    newest = max(steps, default=0)
+    steps = saved_steps(folder)
+    # What `latest` names may be removed by hand, or damaged: it tells nothing of the others then.
+    named, complaint = read_latest(folder)
+    newest = max(steps, default=0) if named is None else named
+    return [folder / f"step-{step}" for step in reversed(steps) if step <= newest], complaint
+
+
+def read_latest(folder: Path) -> tuple[int | None, str | None]:
+    """The step that `latest` names, or None and what is wrong with it."""
+    latest = folder / "latest"
     try:
         name = latest.read_text(errors="replace").strip()
-        match = _STEP_NAME.fullmatch(name)
-        if match is None:
-            complaint = f"{latest} holds {name!r}, not the name of a checkpoint"
-        else:
-            named = int(match[1])
-            if named in steps:
-                newest = named
-            else:  # removed by hand, or the name is damaged: it tells nothing of the others
-                complaint = f"{latest} names {name}, which is missing"
     except OSError as error:
-        complaint = f"{latest} cannot be read: {error.strerror}"
-    return [folder / f"step-{step}" for step in reversed(steps) if step <= newest], complaint
+        return None, f"{latest} cannot be read: {error.strerror}"
+    match = _STEP_NAME.fullmatch(name)
+    if match is None:
+        return None, f"{latest} holds {name!r}, not the name of a checkpoint"
+    if not (folder / name).is_dir():
+        return None, f"{latest} names {name}, which is missing"
+    return int(match[1]), None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -167,17 +170,14 @@ def find_checkpoint(path: str | Path) -> Path:
             raise DamagedCheckpointError(f"checkpoint {path} is incomplete: it has no {missing[0]}")
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = folder / "latest"
     steps = saved_steps(folder)
     instead = f"; name one of its checkpoints, such as {folder}/step-{steps[-1]}" if steps else ""
-    if not latest.is_file():
+    if not (folder / "latest").is_file():
         raise CheckpointError(f"no checkpoint in {folder}: it has no file 'latest'{instead}")
-    name = latest.read_text(errors="replace").strip()
-    if not _STEP_NAME.fullmatch(name):
-        raise CheckpointError(f"{latest} holds {name!r}, not the name of a checkpoint{instead}")
-    if not (folder / name).is_dir():
-        raise CheckpointError(f"{latest} names {name}, which is missing{instead}")
-    return find_checkpoint(folder / name)
+    step, complaint = read_latest(folder)
+    if step is None:
+        raise CheckpointError(f"{complaint}{instead}")
+    return find_checkpoint(folder / f"step-{step}")
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
