@@ -122,9 +122,9 @@ def has_checkpoint(run_dir: str | Path) -> bool:
 def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
     """The checkpoints that a resume may go on from, best first, and what is wrong with `latest`.
 
-    The first is what `latest` names; then come older ones, newest first. Newer ones
-    belong to an abandoned continuation, or `latest` had not named them yet when the run crashed. Where `latest` is missing
-    or names nothing, every finished checkpoint counts, newest first.
+    The first is what `latest` names; then come older ones, newest first. Newer ones belong to an
+    abandoned continuation, or `latest` had not named them yet when the run crashed. Where `latest`
+    is missing or names nothing, every finished checkpoint counts, newest first.
     """
     folder = Path(run_dir) / "checkpoints"
     restore_replaced(folder)

@@ -40,7 +40,7 @@ from sedd_scale.checkpoint.state import (
 )
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.agreement import raise_together
+from sedd_scale.parallel.agreement import together
 from sedd_scale.parallel.layout import Layout
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
@@ -114,26 +114,16 @@ def load_checkpoint(
         CheckpointError: on every process, when there is none, or it is of another model.
     """
     layout = fragments.layout
-    meta: dict[str, Any] = {}
-    metadata: Metadata | None = None
-    error: CheckpointError | None = None
-    try:
+    with together(CheckpointError):
         path = find_checkpoint(path)
         _verify(path, hashes=verify, rank=layout.rank, num_ranks=layout.world_size)
-    except CheckpointError as caught:
-        error = caught
-    raise_together(error)
-    try:
+    with together(CheckpointError):
         meta = read_meta(path)
         check(Path(path), meta)
         metadata = _read_metadata(Path(path))
-    except CheckpointError as caught:
-        error = caught
-    raise_together(error)
-    assert metadata is not None
     shapes = all_shapes(fragments)
-    mismatch = _mismatch(path, shapes, metadata, KEYS)
-    raise_together(None if mismatch is None else CheckpointError(mismatch))
+    with together(CheckpointError):
+        _check_shapes(path, shapes, metadata, KEYS)
     fragments.ensure_state()
     with _read_errors(path):
         dcp.load(
@@ -178,9 +168,7 @@ def load_weights(
     parameters = list(parameters)
     shapes = {logical.name: logical.shape for logical in parameters}
     # A stage of a pipeline holds some of the names only.
-    error = _mismatch(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
-    if error is not None:
-        raise CheckpointError(error)
+    _check_shapes(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
     tensors = {}
     for logical in parameters:
         parameter = logical.parameter
@@ -244,15 +232,15 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _mismatch(
+def _check_shapes(
     path: str | Path,
     shapes: Mapping[str, Sequence[int]],
     metadata: Metadata,
     keys: Sequence[str],
     *,
     allow_more: bool = False,
-) -> str | None:
-    """One line on how the checkpoint's tensors differ from the model's, or None."""
+) -> None:
+    """Raise CheckpointError where the checkpoint's tensors are not the model's."""
     found = {
         name: tuple(tensor.size)
         for name, tensor in metadata.state_dict_metadata.items()
@@ -273,10 +261,11 @@ def _mismatch(
             for name, shape in extra.items()
             if name not in shapes
         ]
-    if not lines:
-        return None
-    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
+        )
 
 
 @contextlib.contextmanager

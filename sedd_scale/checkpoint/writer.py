@@ -52,7 +52,7 @@ from sedd_scale.checkpoint.state import (
 )
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
-from sedd_scale.parallel.agreement import raise_together
+from sedd_scale.parallel.agreement import together
 from sedd_scale.version import __version__
 
 if TYPE_CHECKING:
@@ -124,8 +124,10 @@ class CheckpointWriter:
             self._group = dist.new_group(backend="gloo")
         self._shapes = all_shapes(fragments, self._group)
         self._num_bytes = state_bytes(self._shapes)
-        raise_together(self._cannot_tidy(), self._group)
-        raise_together(self._cannot_write(), self._group)
+        with together(CheckpointError, self._group):
+            self._tidy()
+        with together(CheckpointError, self._group):
+            self._test_disk()
         identity = [secrets.token_hex(8)]
         dist.broadcast_object_list(identity, group=self._group)
         self._identity, self._num_saves = identity[0], 0
@@ -282,18 +284,19 @@ class CheckpointWriter:
         where = f" on rank {rank}" if self._layout.world_size > 1 else ""
         return f"cannot write checkpoint {save.final}{where}: {error}"
 
-    def _cannot_tidy(self) -> CheckpointError | None:
+    def _tidy(self) -> None:
         """Rank 0 removes what a crash left half-written, which would take up room."""
         if self._layout.rank == 0 and self._folder.is_dir():
             try:
                 restore_replaced(self._folder)
                 remove_leftovers(self._folder)
             except OSError as error:
-                return CheckpointError(f"cannot remove a leftover in {self._folder}: {error}")
-        return None
+                raise CheckpointError(
+                    f"cannot remove a leftover in {self._folder}: {error}"
+                ) from error
 
-    def _cannot_write(self) -> CheckpointError | None:
-        """Why this process could not write a checkpoint, or None."""
+    def _test_disk(self) -> None:
+        """Raise CheckpointError where this process cannot write, or there is no room."""
         test = self._folder / f"write-test-{self._layout.rank}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -303,20 +306,19 @@ class CheckpointWriter:
                 os.fsync(stream.fileno())
             free = shutil.disk_usage(self._folder).free
         except OSError as error:
-            return CheckpointError(
+            raise CheckpointError(
                 f"cannot write checkpoint files in {self._folder} on rank {self._layout.rank}: "
                 f"{error.strerror}: give a --run-dir that can be written, with "
                 f"{self._num_bytes / 1e9:.3g} GB free"
-            )
+            ) from error
         finally:
             with contextlib.suppress(OSError):
                 test.unlink(missing_ok=True)
         if free < self._num_bytes:
-            return CheckpointError(
+            raise CheckpointError(
                 f"a checkpoint of this model takes {self._num_bytes / 1e9:.3g} GB and "
                 f"{self._folder} has {free / 1e9:.3g} GB free: make room or give another --run-dir"
             )
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """What the ranks tell each other: errors, and which shards of the data they found damaged."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,20 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     for error in errors:
         if error is not None:
             raise error
+
+
+@contextlib.contextmanager
+def together(kind: type[Exception], group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """An error of this kind within, on any process, is raised on every process at the end.
+
+    Collective over all processes; any other error leaves at once, without the others.
+    """
+    error = None
+    try:
+        yield
+    except kind as caught:
+        error = caught
+    raise_together(error, group)
 
 
 class Agreement:

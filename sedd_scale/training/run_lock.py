@@ -8,7 +8,7 @@ from typing import IO
 
 from sedd_scale.errors import ConfigError
 from sedd_scale.files.folder_lock import lock_folder
-from sedd_scale.parallel.agreement import raise_together
+from sedd_scale.parallel.agreement import together
 from sedd_scale.parallel.layout import Layout
 
 
@@ -28,13 +28,9 @@ class RunLock:
 
     def __init__(self, run_dir: Path, layout: Layout) -> None:
         self._stream: IO[str] | None = None
-        error = None
-        if layout.rank == 0:
-            try:
+        with together(ConfigError):
+            if layout.rank == 0:
                 self._stream = lock_folder(run_dir, option="--run-dir")
-            except ConfigError as refused:
-                error = refused
-        raise_together(error)
 
     def __enter__(self) -> "RunLock":
         return self
