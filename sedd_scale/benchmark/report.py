@@ -1,26 +1,22 @@
 """What a benchmark prints: a table for a person and one JSON object for a program."""
 
-import importlib.metadata
 import json
 import platform
-import time
 from typing import Any
+
+from sedd_scale.version import now, versions
 
 
 def environment() -> dict[str, Any]:
     """Where and when the measurement was made: device, versions and time."""
     import torch
 
-    packages = ("torch", "deepspeed", "megatron-core", "sedd_scale")
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "measured": now(),
     }
 
 

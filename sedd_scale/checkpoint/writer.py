@@ -13,10 +13,8 @@ main threads at step boundaries.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
 import shutil
 import sys
@@ -53,7 +51,7 @@ from sedd_scale.checkpoint.state import (
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.parallel.agreement import together
-from sedd_scale.version import __version__
+from sedd_scale.version import versions
 
 if TYPE_CHECKING:
     from sedd_scale.engine.fragments import ZeroFragments
@@ -319,13 +317,3 @@ class CheckpointWriter:
                 f"a checkpoint of this model takes {self._num_bytes / 1e9:.3g} GB and "
                 f"{self._folder} has {free / 1e9:.3g} GB free: make room or give another --run-dir"
             )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that a checkpoint's content may depend on."""
-    packages = ("torch", "deepspeed", "megatron-core")
-    return {
-        "sedd_scale": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }

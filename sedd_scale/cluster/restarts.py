@@ -21,6 +21,7 @@ from typing import Any
 
 from sedd_scale.cli import EXIT_USER_ERROR, given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
+from sedd_scale.version import now
 
 EXIT_BAD_NODES = 3
 """Exit code of the health check where it can name a bad node."""
@@ -209,7 +210,7 @@ def _note(ledger: Path, event: str, **values: object) -> None:
     line = {
         "event": event,
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": now(),
         **values,
     }
     with ledger.open("a") as file:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.version import now
 
 LOCK_FILE = "lock"
 
@@ -84,7 +85,7 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "since": now(),
     }
 
 

@@ -4,7 +4,6 @@
         data.path=data/books parallel.tensor=2
 """
 
-import importlib.metadata
 import json
 import platform
 import sys
@@ -43,6 +42,7 @@ from sedd_scale.training.resume import find_resume, load_state
 from sedd_scale.training.run_lock import RunLock
 from sedd_scale.training.signals import StopSignals
 from sedd_scale.training.watchdog import Watchdog
+from sedd_scale.version import now, versions
 
 
 def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> bool:
@@ -224,6 +224,8 @@ def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         sequence_parallel=parallel.sequence_parallel,
+        # The watchdog comes first: it says what it waited for.
+        timeout_seconds=config.training.hang_slow + 600,
     )
     graph = make_graph(config.graph.name, corpus.vocab_size)
     builders = layer_builders(
@@ -293,10 +295,8 @@ def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, floa
 def describe_run(config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation) -> None:
     """Write the resolved configuration and the environment into the run directory."""
     (run_dir / "config.yaml").write_text(config.to_yaml())
-    packages = ("torch", "deepspeed", "megatron-core", "numpy", "sedd_scale")
     environment: dict[str, Any] = {
         "command": sys.argv,
-        "python": platform.python_version(),
         "platform": platform.platform(),
         "processes": layout.world_size,
         "device": (
@@ -304,7 +304,7 @@ def describe_run(config: Config, run_dir: Path, layout: Layout, utilisation: Uti
         ),
         "peak_flops_per_second": utilisation.peak.flops_per_second,
         "peak": utilisation.peak.name,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "started": now(),
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
