@@ -142,7 +142,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         data = fetch_benchmark(arguments.dataset, arguments.cache_dir)
     from sedd_scale.evaluation.bound import evaluate_bound
     from sedd_scale.evaluation.corpora import open_corpus
-    from sedd_scale.evaluation.plan import DEFAULT_MAX_BLOCKS
+    from sedd_scale.evaluation.draw_plan import DEFAULT_MAX_BLOCKS
     from sedd_scale.evaluation.report import Progress, report_of
     from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 

@@ -25,7 +25,7 @@ and a model without time conditioning a third protocol, any-order: see `chain_ru
 Two protocols of the integral:
 
     low-variance  t stratified over each block's draws, masks antithetic between early and late
-                  strata, and times and corruptions drawn where the loss is (see `draws`), with
+                  strata, and times and corruptions drawn where the loss is (see `importance`), with
                   weights; all three terms: a true bound.
     paper         t independent and uniform; the mean over [t_min, 1] stands for the integral over
                   [0, 1] and the ends are left out, which is how the paper's perplexities are made.
@@ -38,6 +38,7 @@ equal --tensor, batch size and threads a process).
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +51,13 @@ from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation import PROTOCOLS
 from sedd_scale.evaluation.chain_rule import (
-    counted_positions,
     evaluate_any_order,
     evaluate_left_to_right,
+    within_spans,
 )
-from sedd_scale.evaluation.draws import masks_by_their_number, moves_with_an_event
+from sedd_scale.evaluation.draw_plan import DEFAULT_DRAWS, Plan, make_plan
 from sedd_scale.evaluation.finished_groups import FinishedGroups
-from sedd_scale.evaluation.plan import DEFAULT_DRAWS, Plan, make_plan
+from sedd_scale.evaluation.importance import masks_by_their_number, moves_with_an_event
 from sedd_scale.evaluation.result import BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
@@ -108,7 +109,7 @@ def evaluate_bound(
         DataError: no block, or a token that is not one of the model's.
         CheckpointError: the model's loss is not finite.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     objective = model.objective
     blocks = torch.as_tensor(blocks_nL)
     if blocks.dim() != 2 or not blocks.numel():
@@ -180,7 +181,7 @@ def evaluate_bound(
         return _group_nats(model, blocks[group], ids_n[group], span_n2[group], plan)
 
     found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
-    return _combine(model, [_GroupNats(*parts) for parts in found], span_n2, plan, start)
+    return _combine(model, [_GroupNats(*parts) for parts in found], span_n2, plan, began)
 
 
 class _GroupNats(NamedTuple):
@@ -194,108 +195,89 @@ class _GroupNats(NamedTuple):
     network_calls: int
 
 
+class _Draws(NamedTuple):
+    """Sequences of one network call, each a draw of a block."""
+
+    clean_BL: Tensor
+    ids_B: IntArray
+    """What the block's draws are keyed by."""
+    span_B2: IntArray
+    """Where the block's counted text begins and ends."""
+    draw_B: IntArray
+    """Which of the block's draws it is."""
+    t_B: Tensor
+
+
 def _group_nats(
     model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, span_g2: IntArray, plan: Plan
 ) -> _GroupNats:
     timed = [plan.times(model, int(block)) for block in ids_g]
     times_gK = torch.stack([times for times, _ in timed])
     weights_gK = torch.stack([weights for _, weights in timed]).numpy()
-    diffusion, calls = _in_batches(
-        blocks_gL,
-        ids_g,
-        plan.draws,
-        plan,
-        lambda clean_BL, draw_B, place_B: _diffusion_nats(
-            model,
-            clean_BL,
-            times_gK[place_B, draw_B],
-            ids_g[place_B],
-            span_g2[place_B],
-            draw_B,
-            plan,
-        ),
-    )
-    diffusion = diffusion * weights_gK[:, :, None]
+
+    def draws_at(times_gD: Tensor) -> list[_Draws]:
+        """A draw of each block at each of its times, batch by batch."""
+        place_M, draw_M = np.divmod(np.arange(times_gD.numel()), times_gD.shape[1])
+        batches = []
+        for at in range(0, len(place_M), plan.batch_size):
+            batch = slice(at, at + plan.batch_size)
+            place_B = place_M[batch]
+            of_blocks = blocks_gL[place_B], ids_g[place_B], span_g2[place_B]
+            batches.append(_Draws(*of_blocks, draw_M[batch], times_gD.flatten()[batch]))
+        return batches
+
+    diffusion, calls = _in_batches(draws_at(times_gK), partial(_diffusion_nats, model, plan))
+    diffusion = diffusion.reshape(*times_gK.shape, -1) * weights_gK[:, :, None]
     if not plan.has_ends:
         return _GroupNats(diffusion, np.empty((len(ids_g), 0)), calls)
-    reconstruction, more = _in_batches(
-        blocks_gL,
-        ids_g,
-        plan.replicates,
-        plan,
-        lambda clean_BL, draw_B, place_B: _reconstruction_nats(
-            model, clean_BL, ids_g[place_B], span_g2[place_B], draw_B, plan
-        ),
-    )
-    return _GroupNats(diffusion, reconstruction[:, :, 0], calls + more)
+    ends_gR = torch.full((len(ids_g), plan.replicates), plan.t_min, dtype=torch.float64)
+    decoded, more = _in_batches(draws_at(ends_gR), partial(_reconstruction_nats, model, plan))
+    return _GroupNats(diffusion, decoded.reshape(ends_gR.shape), calls + more)
 
 
 def _in_batches(
-    blocks_gL: Tensor,
-    ids_g: IntArray,
-    count: int,
-    plan: Plan,
-    nats: Callable[[Tensor, IntArray, IntArray], tuple[Tensor, int]],
+    batches: Sequence[_Draws], nats: Callable[[_Draws], tuple[Tensor, int]]
 ) -> tuple[FloatArray, int]:
-    """`count` draws of each block of a group, [g, count, C] nats, and the network calls made."""
-    place_M, draw_M = np.divmod(np.arange(len(ids_g) * count), count)
+    """The nats of all draws, [M, C], and the network calls made."""
     parts, calls = [], 0
-    for at in range(0, len(place_M), plan.batch_size):
-        batch = slice(at, at + plan.batch_size)
-        place_B = place_M[batch]
-        nats_BC, made = nats(blocks_gL[place_B], draw_M[batch], place_B)
+    for draws in batches:
+        nats_BC, made = nats(draws)
         parts.append(nats_BC.double().cpu().numpy())
         calls += made
         bad = np.flatnonzero(~np.isfinite(parts[-1]).all(axis=1))
         if len(bad):
             raise CheckpointError(
-                f"the bound of block {ids_g[place_B[bad[0]]]} is not finite: the checkpoint's "
+                f"the bound of block {draws.ids_B[bad[0]]} is not finite: the checkpoint's "
                 "weights are damaged or its training diverged; use another checkpoint"
             )
-    return np.concatenate(parts).reshape(len(ids_g), count, -1), calls
+    return np.concatenate(parts), calls
 
 
-def _diffusion_nats(
-    model: ScoreModel,
-    clean_BL: Tensor,
-    t_B: Tensor,
-    ids_B: IntArray,
-    span_B2: IntArray,
-    draw_B: IntArray,
-    plan: Plan,
-) -> tuple[Tensor, int]:
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, span_B2, draw_B, plan, "noise")
-    counted_BL = counted_positions(clean_BL, span_B2)
-    noise_B3 = model.objective.noise_columns(model.schedule, t_B, training=False)
-    shown = (clean_BL, noisy_BL, noise_B3, counted_BL)
+def _diffusion_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
+    noisy_BL, weight_B = _corrupted(model, plan, draws, "noise")
+    counted_BL = within_spans(draws.clean_BL, draws.span_B2)
+    noise_B3 = model.objective.noise_columns(model.schedule, draws.t_B, training=False)
+    shown = (draws.clean_BL, noisy_BL, noise_B3, counted_BL)
     if model.objective.cross_entropy:
         nats_BC = model.cross_entropy(*shown)[:, None]
     else:
         nats_BC = torch.stack(model.both_losses(*shown), dim=1)
         if model.graph.mask_id is None:
             nats_BC = nats_BC[:, :1]
-    return nats_BC.double().cpu() * weight_B[:, None], len(clean_BL)
+    return nats_BC.double().cpu() * weight_B[:, None], len(noisy_BL)
 
 
-def _reconstruction_nats(
-    model: ScoreModel,
-    clean_BL: Tensor,
-    ids_B: IntArray,
-    span_B2: IntArray,
-    draw_B: IntArray,
-    plan: Plan,
-) -> tuple[Tensor, int]:
+def _reconstruction_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
-    t_B = torch.full((len(clean_BL),), plan.t_min, dtype=torch.float64)
-    noisy_BL, weight_B = _corrupted(model, clean_BL, t_B, ids_B, span_B2, draw_B, plan, "decode")
+    clean_BL, t_B = draws.clean_BL, draws.t_B
+    noisy_BL, weight_B = _corrupted(model, plan, draws, "decode")
     graph = model.graph
     clean_R, noisy_R = (tensor.flatten().to(model.device) for tensor in (clean_BL, noisy_BL))
     if graph.mask_id is not None:
         rows_M = (noisy_R == graph.mask_id).nonzero().squeeze(1)
     else:
-        rows_M = (
-            counted_positions(clean_BL, span_B2).flatten().nonzero().squeeze(1).to(model.device)
-        )
+        counted_R = within_spans(clean_BL, draws.span_B2).flatten()
+        rows_M = counted_R.nonzero().squeeze(1).to(model.device)
     nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
     sigma_B = model.schedule.sigma(t_B)
     move = float(model.schedule.move_probability(t_B[:1]))
@@ -322,21 +304,13 @@ def _reconstruction_nats(
     return (nats_B * weight_B)[:, None], len(clean_BL) if len(rows_M) else 0
 
 
-def _corrupted(
-    model: ScoreModel,
-    clean_BL: Tensor,
-    t_B: Tensor,
-    ids_B: IntArray,
-    span_B2: IntArray,
-    draw_B: IntArray,
-    plan: Plan,
-    purpose: str,
-) -> tuple[Tensor, Tensor]:
+def _corrupted(model: ScoreModel, plan: Plan, draws: _Draws, purpose: str) -> tuple[Tensor, Tensor]:
     """Noisy tokens [B, L] and the weight of each draw [B], on the host."""
-    length, graph = clean_BL.shape[1], model.graph
-    sigma_B = model.schedule.sigma(t_B)
+    clean_BL, graph = draws.clean_BL, model.graph
+    length = clean_BL.shape[1]
+    sigma_B = model.schedule.sigma(draws.t_B)
     moves, tokens, weights = [], [], []
-    numbers = (ids_B.tolist(), span_B2.tolist(), draw_B.tolist(), sigma_B.tolist())
+    numbers = [part.tolist() for part in (draws.ids_B, draws.span_B2, draws.draw_B, sigma_B)]
     for block, (begin, end), draw, sigma in zip(*numbers, strict=True):
         move_L = plan.moves(purpose, length, block, draw)
         move_L[:begin] = move_L[end:] = 1.0  # what is given and padding never move
@@ -359,7 +333,7 @@ def _corrupted(
 
 
 def _combine(
-    model: ScoreModel, groups: Sequence[_GroupNats], span_n2: IntArray, plan: Plan, start: float
+    model: ScoreModel, groups: Sequence[_GroupNats], span_n2: IntArray, plan: Plan, began: float
 ) -> BoundResult:
     """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
     text_n = span_n2[:, 1] - span_n2[:, 0]
@@ -386,20 +360,16 @@ def _combine(
     if values_nRC.shape[2] == 2:
         second = estimate_from_replicates(values_nRC[:, :, 1], share_n)
         normalised = OtherNats(second.mean, second.stderr)
-    return BoundResult(
-        nats_per_token=estimate.mean,
-        stderr=estimate.stderr,
-        stderr_text=estimate.stderr_text,
-        ci95=estimate.ci95,
+    return BoundResult.of(
+        estimate,
+        text_n,
+        began,
         terms=terms,
         draws=plan.draws,
         replicates=plan.replicates,
-        blocks=num_blocks,
-        tokens=int(text_n.sum()),
         network_calls=sum(group.network_calls for group in groups),
         protocol=plan.protocol,
         t_min=plan.t_min,
-        seconds=time.perf_counter() - start,
         block_nats_n=values_nR.mean(axis=1) / share_n,
         normalised=normalised,
     )

@@ -23,9 +23,13 @@ from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.evaluation.finished_groups import FinishedGroups
-from sedd_scale.evaluation.result import ANY_ORDER, EXACT, NO_TERMS, BoundResult, OtherNats
+from sedd_scale.evaluation.result import ANY_ORDER, EXACT, BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
-from sedd_scale.evaluation.standard_error import estimate_from_replicates
+from sedd_scale.evaluation.standard_error import (
+    Estimate,
+    error_over_blocks,
+    estimate_from_replicates,
+)
 from sedd_scale.model.score_model import ScoreModel
 
 Progress = Callable[[int, int], None]
@@ -46,13 +50,13 @@ def evaluate_left_to_right(
     Arguments and what is raised are those of `evaluate_bound`, but for span_n2: where the counted
     text of each block begins and ends.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     groups = _slices(len(blocks_nL), batch_size)
     text_n = span_n2[:, 1] - span_n2[:, 0]
 
     def nats(which: int) -> tuple[FloatArray]:
         clean_BL = blocks_nL[groups[which]]
-        counted_BL = counted_positions(clean_BL, span_n2[groups[which]])
+        counted_BL = within_spans(clean_BL, span_n2[groups[which]])
         noise_B3 = _weight_one(len(clean_BL))
         nats_B = model.cross_entropy(
             clean_BL, shifted(clean_BL.long(), model.graph), noise_B3, counted_BL
@@ -61,24 +65,14 @@ def evaluate_left_to_right(
 
     found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
     nats_n = np.concatenate([part for (part,) in found])
-    tokens = int(text_n.sum())
-    mean = float(nats_n.sum() / tokens)
-    rest_n = (nats_n - mean * text_n) / text_n.mean()
-    text = float(rest_n.std(ddof=1)) / len(nats_n) ** 0.5 if len(nats_n) > 1 else None
-    return BoundResult(
-        nats_per_token=mean,
-        stderr=0.0,
-        stderr_text=text,
-        ci95=(mean, mean),
-        terms=dict(NO_TERMS),
-        draws=0,
-        replicates=0,
-        blocks=len(nats_n),
-        tokens=tokens,
+    mean = float(nats_n.sum() / text_n.sum())
+    error = error_over_blocks((nats_n - mean * text_n) / text_n.mean())
+    return BoundResult.of(
+        Estimate(mean, 0.0, error, (mean, mean)),
+        text_n,
+        began,
         network_calls=len(nats_n),
         protocol="chain-rule",
-        t_min=0.0,
-        seconds=time.perf_counter() - start,
         block_nats_n=nats_n / text_n,
         kind=EXACT,
     )
@@ -104,7 +98,7 @@ def evaluate_any_order(
     Raises:
         ConfigError: the model has no masks, or its outputs depend on time, or fewer than 2 orders.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     text_n = span_n2[:, 1] - span_n2[:, 0]
     mask_id = model.graph.mask_id
     if mask_id is None or model.time_conditioned:
@@ -150,27 +144,21 @@ def evaluate_any_order(
         float(likelihood_n.mean() / length),
         float(np.sqrt((relative_n**2).sum()) / len(relative_n) / length),
     )
-    return BoundResult(
-        nats_per_token=estimate.mean,
-        stderr=estimate.stderr,
-        stderr_text=estimate.stderr_text,
-        ci95=estimate.ci95,
-        terms=dict(NO_TERMS),
+    return BoundResult.of(
+        estimate,
+        text_n,
+        began,
         draws=orders,
         replicates=orders,
-        blocks=len(nats_nK),
-        tokens=int(text_n.sum()),
         network_calls=orders * int(text_n.sum()),
         protocol="any-order",
-        t_min=0.0,
-        seconds=time.perf_counter() - start,
         block_nats_n=nats_nK.mean(axis=1) / text_n,
         kind=ANY_ORDER,
         likelihood=likelihood,
     )
 
 
-def counted_positions(blocks_BL: Tensor, span_B2: IntArray) -> Tensor:
+def within_spans(blocks_BL: Tensor, span_B2: IntArray) -> Tensor:
     """Which positions lie between begin and end of their block's text, bool [B, L]."""
     begin_B1, end_B1 = torch.from_numpy(span_B2)[:, :, None].unbind(1)
     place_L = torch.arange(blocks_BL.shape[1])

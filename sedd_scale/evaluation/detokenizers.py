@@ -12,6 +12,7 @@ quote without its pair, of which WikiText has some, would turn round all that fo
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 Rule = tuple[str, str]
 
@@ -70,35 +71,19 @@ _LM1B = [
 ]
 
 
-def wikitext_detokenizer(text: str) -> str:
-    """WikiText-2 and -103: `@-@`, spaced punctuation and brackets, headings."""
-    return _apply(_WIKITEXT, text)
-
-
-def ptb_detokenizer(text: str) -> str:
-    """The Penn Treebank: contractions, `N` for numbers, `<unk>` for rare words."""
-    return _apply(_PTB, text)
-
-
-def lm1b_detokenizer(text: str) -> str:
-    """The One Billion Word benchmark: spaced punctuation, quotes, brackets and currency."""
-    return _apply(_LM1B, text)
-
-
-def lambada_detokenizer(text: str) -> str:
-    """LAMBADA: straight double quotes, and a line break before the passage."""
+def _lambada(text: str) -> str:
     return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
 
 
-def no_detokenizer(text: str) -> str:
-    """Text as it is: text8 and OpenWebText, or text of one's own."""
-    return text
-
-
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
-    "none": no_detokenizer,
-    "wikitext": wikitext_detokenizer,
-    "ptb": ptb_detokenizer,
-    "lm1b": lm1b_detokenizer,
-    "lambada": lambada_detokenizer,
+    # Text as it is: text8 and OpenWebText, or text of one's own.
+    "none": str,
+    # WikiText-2 and -103: `@-@`, spaced punctuation and brackets, headings.
+    "wikitext": partial(_apply, _WIKITEXT),
+    # The Penn Treebank: contractions, `N` for numbers, `<unk>` for rare words.
+    "ptb": partial(_apply, _PTB),
+    # The One Billion Word benchmark: spaced punctuation, quotes, brackets and currency.
+    "lm1b": partial(_apply, _LM1B),
+    # Straight double quotes, and a line break before the passage.
+    "lambada": _lambada,
 }

@@ -13,7 +13,7 @@ from sedd_scale.errors import DataError
 from sedd_scale.evaluation import PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.corpora import open_corpus
-from sedd_scale.evaluation.plan import DEFAULT_MAX_BLOCKS
+from sedd_scale.evaluation.draw_plan import DEFAULT_MAX_BLOCKS
 from sedd_scale.evaluation.result import BoundResult
 from sedd_scale.evaluation.text_blocks import cut_documents
 from sedd_scale.model.score_model import ScoreModel

@@ -1,11 +1,15 @@
 """What an evaluation finds, whatever the objective: nats per token with their error and parts."""
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from typing import Any
 
-from sedd_scale.arrays import FloatArray
+from sedd_scale.arrays import FloatArray, IntArray
+from sedd_scale.evaluation.standard_error import Estimate
 
 BOUND, EXACT, ANY_ORDER = "bound", "exact", "any-order"
+TERMS = ("diffusion", "prior", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,39 @@ class BoundResult:
     stderr: float
     stderr_text: float | None
     ci95: tuple[float, float]
-    terms: dict[str, float | None]
-    draws: int
-    replicates: int
     blocks: int
     tokens: int
     network_calls: int
     protocol: str
-    t_min: float
     seconds: float
     block_nats_n: FloatArray
+    terms: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(TERMS))
+    draws: int = 0
+    replicates: int = 0
+    t_min: float = 0.0
     kind: str = BOUND
     normalised: OtherNats | None = None
     likelihood: OtherNats | None = None
+
+    @classmethod
+    def of(cls, estimate: Estimate, text_n: IntArray, began: float, **others: Any) -> "BoundResult":
+        """The result that an estimate is.
+
+        Args:
+            text_n: tokens of each block that are counted.
+            began: when the evaluation began, by `time.perf_counter`.
+            others: the other attributes.
+        """
+        return cls(
+            nats_per_token=estimate.mean,
+            stderr=estimate.stderr,
+            stderr_text=estimate.stderr_text,
+            ci95=estimate.ci95,
+            blocks=len(text_n),
+            tokens=int(text_n.sum()),
+            seconds=time.perf_counter() - began,
+            **others,
+        )
 
     @property
     def bits_per_token(self) -> float:
@@ -72,6 +96,3 @@ class BoundResult:
     def perplexity(self) -> float:
         """exp(nats per token), infinite beyond what a float holds."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
-
-
-NO_TERMS: dict[str, float | None] = {"diffusion": None, "prior": None, "reconstruction": None}

@@ -4,7 +4,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from sedd_scale.arrays import FloatArray
 
 
 class Estimate(NamedTuple):
@@ -24,9 +25,7 @@ class Estimate(NamedTuple):
     ci95: tuple[float, float]
 
 
-def estimate_from_replicates(
-    values_nR: npt.NDArray[np.float64], share_n: npt.NDArray[np.float64] | None = None
-) -> Estimate:
+def estimate_from_replicates(values_nR: FloatArray, share_n: FloatArray | None = None) -> Estimate:
     """The mean of n blocks, each estimated R >= 2 times independently and without bias.
 
     The draws of different blocks are independent too, so the variances of their means add up. The
@@ -48,8 +47,12 @@ def estimate_from_replicates(
     freedom = total**2 / squares if squares > 0 else math.inf
     margin = student_quantile_95(freedom) * stderr
     rest_n = means_n if share_n is None else means_n - mean * share_n
-    text = float(rest_n.std(ddof=1)) / math.sqrt(blocks) if blocks > 1 else None
-    return Estimate(mean, stderr, text, (mean - margin, mean + margin))
+    return Estimate(mean, stderr, error_over_blocks(rest_n), (mean - margin, mean + margin))
+
+
+def error_over_blocks(rest_n: FloatArray) -> float | None:
+    """Standard error of a mean over blocks of which each has `rest_n` more than its share."""
+    return float(rest_n.std(ddof=1)) / math.sqrt(len(rest_n)) if len(rest_n) > 1 else None
 
 
 def student_quantile_95(freedom: float) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.config import config_from_dict
-from sedd_scale.evaluation.draws import weighted_times
+from sedd_scale.evaluation.importance import weighted_times
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
 from tests.diffusion.reference import incoming_rates

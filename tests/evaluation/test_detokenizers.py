@@ -2,13 +2,7 @@
 
 import pytest
 
-from sedd_scale.evaluation.detokenizers import (
-    DETOKENIZERS,
-    lambada_detokenizer,
-    lm1b_detokenizer,
-    ptb_detokenizer,
-    wikitext_detokenizer,
-)
+from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from tests.repository import DATA
 
 WIKITEXT = [
@@ -42,21 +36,21 @@ LM1B = [
 
 @pytest.mark.parametrize("text, expected", WIKITEXT)
 def test_wikitext(text: str, expected: str) -> None:
-    assert wikitext_detokenizer(text) == expected
+    assert DETOKENIZERS["wikitext"](text) == expected
 
 
 @pytest.mark.parametrize("text, expected", PTB)
 def test_ptb(text: str, expected: str) -> None:
-    assert ptb_detokenizer(text) == expected
+    assert DETOKENIZERS["ptb"](text) == expected
 
 
 @pytest.mark.parametrize("text, expected", LM1B)
 def test_lm1b(text: str, expected: str) -> None:
-    assert lm1b_detokenizer(text) == expected
+    assert DETOKENIZERS["lm1b"](text) == expected
 
 
 def test_lambada() -> None:
-    assert lambada_detokenizer(' “ I know , ” he said " ') == '\n" I know , " he said "'
+    assert DETOKENIZERS["lambada"](' “ I know , ” he said " ') == '\n" I know , " he said "'
 
 
 def test_none_changes_nothing() -> None:
@@ -68,7 +62,7 @@ def test_wikitext_itself() -> None:
     """No separator and no spaced comma is left, and no letter or digit is lost."""
     text = (DATA / "wikitext-2-excerpt.txt").read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
-    made = "".join(map(wikitext_detokenizer, lines))
+    made = "".join(map(DETOKENIZERS["wikitext"], lines))
     assert " @-@ " in text and " @-@ " not in made
     assert " @,@ " in text and " @,@ " not in made
     assert text.count(" , ") > 40 and " , " not in made

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.evaluation.draws import (
+from sedd_scale.evaluation.draw_plan import make_plan
+from sedd_scale.evaluation.importance import (
     masks_by_their_number,
     moves_with_an_event,
     uniform_times,
     weighted_times,
 )
-from sedd_scale.evaluation.plan import make_plan
 
 Draw = Callable[[np.ndarray, float, float], tuple[np.ndarray, float]]
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")

@@ -10,7 +10,7 @@ from sedd_scale.arrays import FloatArray
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import ConfigError
-from sedd_scale.evaluation.draws import uniform_times, weighted_times
+from sedd_scale.evaluation.importance import uniform_times, weighted_times
 from sedd_scale.model.score_model import ScoreModel
 
 DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000, "any-order": 8}
