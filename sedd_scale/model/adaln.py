@@ -4,6 +4,8 @@ L positions (this rank's share under sequence parallelism), B sequences, H hidde
 the conditioning vector.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -84,6 +86,23 @@ def sum_gradient_over_sequence(value: Tensor, layout: Layout) -> Tensor:
     Under sequence parallelism each tensor rank sees only its positions, so the gradient of anything
     replicated must be added up over the ranks; elsewhere this is the identity.
     """
-    if not layout.sequence_parallel:
-        return value
-    return copy_to_tensor_model_parallel_region(value, group=layout.tensor_group)
+    return sum_gradient(value, layout) if layout.sequence_parallel else value
+
+
+def sum_gradient(value: Tensor, layout: Layout) -> Tensor:
+    """The same value; its gradient is summed over tensor ranks, whatever its strides are."""
+    copied = copy_to_tensor_model_parallel_region(value, group=layout.tensor_group)
+    result: Tensor = _ContiguousGradient.apply(copied)
+    return result
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. Of a gradient with gaps Megatron-core sums a copy and returns the original."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()

@@ -31,8 +31,25 @@ def is_installed(package: str) -> bool:
 
 
 def flash_attention_available(device: torch.device) -> bool:
-    """Whether flash-attn is installed and the device can run it."""
-    return device.type == "cuda" and is_installed("flash_attn")
+    """Whether flash-attn is installed and the device can run it.
+
+    Raises:
+        ConfigError: it is installed and does not import, as when built for another torch.
+    """
+    return device.type == "cuda" and is_installed("flash_attn") and _flash_attn_imports()
+
+
+@functools.cache
+def _flash_attn_imports() -> bool:
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"flash-attn is installed but does not import with torch {torch.__version__} "
+            f"({str(error).splitlines()[0]}): build it for this torch, remove it, or set "
+            "model.attention=sdpa"
+        ) from error
+    return True
 
 
 @functools.cache

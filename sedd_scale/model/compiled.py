@@ -1,18 +1,17 @@
 """Passes over memory that a GPU runs as one compiled kernel, whatever shapes come."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from sedd_scale.files.compiler import compiles_kernels
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SWITCH = "SEDD_COMPILE"
-"""Environment variable: 0 runs the passes one operation at a time, for nodes without a compiler."""
 LIMIT = 64
 """Variants of one function before further ones run uncompiled; a few are made in practice."""
 
@@ -29,7 +28,7 @@ def compiled_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
         assert not kwargs
         first = args[0]
-        if not (isinstance(first, Tensor) and on_gpu(first) and _is_on()):
+        if not (isinstance(first, Tensor) and on_gpu(first) and compiles_kernels()):
             return function(*args, **kwargs)
         result: R = _compiled(function)(*(_in_one_form(argument) for argument in args))
         return result
@@ -40,11 +39,6 @@ def compiled_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
 def on_gpu(tensor: Tensor) -> bool:
     """Whether a tensor's passes are compiled."""
     return tensor.is_cuda
-
-
-@functools.cache
-def _is_on() -> bool:
-    return os.environ.get(SWITCH, "1") != "0"
 
 
 BACKEND = "inductor"

@@ -6,14 +6,13 @@ import math
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from sedd_scale.diffusion.graphs import Graph
-from sedd_scale.model.adaln import AdaptiveNorm, Modulation
+from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient
 from sedd_scale.model.block import Stream
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import (
@@ -103,7 +102,7 @@ class Head(nn.Module):
         normed, _ = self.norm(hidden_LBH, *self.modulation(cond_BC))
         if self.layout.sequence_parallel:
             return gather_from_sequence_parallel_region(normed, group=self.layout.tensor_group)
-        return copy_to_tensor_model_parallel_region(normed, group=self.layout.tensor_group)
+        return sum_gradient(normed, self.layout)
 
     def loss(self, stream: Stream, targets: ScoreTargets, *, per_sequence: bool) -> Tensor:
         """The objective's loss: mean nats per token, or nats of each sequence [B]."""

@@ -8,6 +8,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.compiler import compiler_fault, compiles_kernels
+
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,17 @@ def local_device() -> torch.device:
     """The GPU of this process's local rank, or the CPU where there is none.
 
     Raises:
-        ConfigError: more processes on this node than it has GPUs.
+        ConfigError: more processes on this node than it has GPUs; GPUs that torch cannot use; no
+            compiler for the kernels.
     """
     if not torch.cuda.is_available():
+        fault = _why_gpus_are_not_used()
+        if fault is not None:
+            raise ConfigError(f"this node has a GPU that torch cannot use: {fault}")
         return torch.device("cpu")
+    fault = compiler_fault() if compiles_kernels() else None
+    if fault is not None:
+        raise ConfigError(f"kernels cannot be compiled here: {fault}")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -82,15 +93,32 @@ def local_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _why_gpus_are_not_used() -> str | None:
+    """What torch says, such as that the driver is too old; None: there are no GPUs for it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or not list(DEVICES.glob("nvidia[0-9]*")):
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "it finds none"
+
+
 def initialize_layout(
     *,
     tensor: int = 1,
     pipeline: int = 1,
     sequence_parallel: bool = False,
+    timeout_seconds: float = 2400.0,
 ) -> Layout:
     """Start the process group and Megatron-core's groups; every process calls this once.
 
     Without a launcher's environment a group of one process is made, with no port opened.
+
+    Args:
+        timeout_seconds: a collective that takes longer ends the process. With NCCL that is an
+            abort without a word of ours: give more than a watchdog of one's own waits.
 
     Raises:
         ConfigError: the number of processes is not a multiple of tensor x pipeline, or one of
@@ -98,7 +126,9 @@ def initialize_layout(
     """
     for name, size in (("tensor", tensor), ("pipeline", pipeline)):
         if size < 1:
-            raise ConfigError(f"parallel.{name}={size} processes cannot share a model: give at least 1")
+            raise ConfigError(
+                f"parallel.{name}={size} processes cannot share a model: give at least 1"
+            )
     device = local_device()
     world_size = launched_world_size()
     if world_size % (tensor * pipeline):
@@ -108,25 +138,31 @@ def initialize_layout(
         )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=30)
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        # With its device known NCCL connects at once and splits its groups off this one.
+        device_id = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            device_id = device
         if "WORLD_SIZE" in os.environ:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             # torchrun keeps its store when it restarts the ranks, with the addresses of the former.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(f"attempt-{attempt}", store)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
-            )
         else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            store, rank, size = dist.HashStore(), 0, 1
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device_id,
+        )
     if device.type == "cpu":
         _answer_current_device_with_cpu()
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(tensor, pipeline)
+        parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
     return Layout(
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),

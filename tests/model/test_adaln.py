@@ -11,6 +11,7 @@ from sedd_scale.model.adaln import (
     AdaptiveNorm,
     Modulation,
     SigmaEmbedding,
+    sum_gradient,
     sum_gradient_over_sequence,
 )
 from sedd_scale.parallel.layout import Layout, initialize_layout
@@ -113,3 +114,15 @@ def test_modulation_gives_its_vectors_in_order(layout: Layout) -> None:
 def test_without_sequence_parallelism_nothing_is_summed(layout: Layout) -> None:
     value = normal(3)
     assert sum_gradient_over_sequence(value, layout) is value
+
+
+def test_a_gradient_with_gaps_is_summed_as_any_other(layout: Layout) -> None:
+    """It reaches Megatron-core's sum side by side in memory, where it would not be summed else."""
+    value = torch.zeros(3, 4, requires_grad=True)
+    seen: list[bool] = []
+    copied = sum_gradient(value * 1, layout)
+    copied.grad_fn.next_functions[0][0].register_prehook(  # type: ignore[union-attr]
+        lambda grads: seen.append(grads[0].is_contiguous())
+    )
+    copied.sum().backward()  # one number, expanded
+    assert seen == [True] and torch.equal(value.grad, torch.ones(3, 4))

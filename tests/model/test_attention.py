@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,16 +191,29 @@ def test_the_backend_follows_device_and_documents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "is_installed", lambda package: installed)
+    monkeypatch.setattr(module, "_flash_attn_imports", lambda: True)
     monkeypatch.setattr(module, "_major_capability", lambda device: capability)
     found = module.choose_backend(dtype, torch.device(device), with_documents=documents)
     assert found == chosen
+
+
+def test_flash_attn_for_another_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in (module.is_installed, module._flash_attn_imports):
+        function.cache_clear()
+    with pytest.raises(ConfigError, match=r"undefined symbol: _ZN3c10.*model\.attention=sdpa"):
+        module.choose_backend(torch.bfloat16, torch.device("cuda"), with_documents=True)
+    module.is_installed.cache_clear()
 
 
 def test_packages_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a network's file system a look takes milliseconds, and every layer asks."""
     module.is_installed.cache_clear()
     looks: list[str] = []
-    monkeypatch.setattr("importlib.util.find_spec", looks.append)
+    monkeypatch.setattr("importlib.util.find_spec", looks.append)  # finds nothing
     for _ in range(3):
         module.flash_attention_available(torch.device("cuda"))
     assert looks == ["flash_attn"]

@@ -1,5 +1,6 @@
 """Coordinates of a process, and groups that Megatron-core and DeepSpeed see alike."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.files import compiler
+from sedd_scale.parallel import layout as layout_module
 from sedd_scale.parallel.layout import (
     Layout,
     ModelParallelUnit,
@@ -111,3 +114,61 @@ def assert_as_deepspeed(
         assert place["last"] == (at.pipe == pipeline - 1)
         assert place["tensor_ranks"] == topology.filter_match(pipe=at.pipe, data=at.data)
         assert place["data_ranks"] == topology.filter_match(pipe=at.pipe, model=at.model)
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    compiler.compiles_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_a_node_without_a_compiler_is_refused_unless_it_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no C compiler .*install gcc.*SEDD_COMPILE=0"):
+        local_device()
+    monkeypatch.setenv("SEDD_COMPILE", "0")
+    compiler.compiles_kernels.cache_clear()
+    assert local_device() == torch.device("cuda", 0)
+    compiler.compiles_kernels.cache_clear()
+
+
+def test_missing_headers_of_python_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gcc", "cc"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    fault = compiler.compiler_fault()
+    assert fault is not None and "Python.h" in fault and "python3-dev" in fault
+    (tmp_path / "Python.h").touch()
+    assert compiler.compiler_fault() is None
+    monkeypatch.setenv("CC", "icc")
+    assert "icc" in (compiler.compiler_fault() or "")
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word a run would train on the CPU."""
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(layout_module, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_device() == torch.device("cpu")
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(ConfigError, match=r"cannot use: The NVIDIA driver .* is too old"):
+        local_device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_device() == torch.device("cpu")
