@@ -114,6 +114,19 @@ sedd_environment() {
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SEDD_CACHE/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SEDD_CACHE/inductor}
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$SEDD_CACHE/extensions}
+  # Megatron-core overlaps its collectives with products only where both share one queue.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  # Sizes change with the number of masked tokens: segments that grow do not fragment. (torch before
+  # 2.9 knows the second name.)
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-$PYTORCH_ALLOC_CONF}
+  # A rank's own compilations: its share of the node's cores, not all of them.
+  export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
+  # No reduction whose shape is chosen by timing: ranks that share a tensor would part by a bit.
+  export TORCHINDUCTOR_DETERMINISTIC=${TORCHINDUCTOR_DETERMINISTIC:-1}
+  # What NCCL was doing, where a collective runs out of time.
+  export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+  export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
   export PYTHONUNBUFFERED=1 PYTHONPATH=$SEDD_HOME${PYTHONPATH:+:$PYTHONPATH}
   sedd_say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on ${nodes[*]}"
   if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
