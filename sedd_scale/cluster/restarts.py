@@ -21,6 +21,7 @@ from typing import Any
 
 from sedd_scale.cli import EXIT_USER_ERROR, given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.version import now
 
 EXIT_BAD_NODES = 3
@@ -56,16 +57,8 @@ def progress_of(path: Path) -> int:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ledger; none where there is no file. A line cut short is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """The lines of a ledger; none where there is no file."""
+    return list(read_json_lines(path))
 
 
 def count_stalled(ledger: Sequence[dict[str, Any]], progress: int) -> int:

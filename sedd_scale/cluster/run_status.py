@@ -1,6 +1,5 @@
 """How a run on a cluster stands: its job, how far it is, what it measured last, what is left."""
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from sedd_scale.cluster.restarts import job_fields, progress_of, read_ledger
 from sedd_scale.cluster.submission import submitted_jobs
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.json_lines import read_json_lines
 
 
 def newest_job(run_dir: Path) -> str | None:
@@ -68,16 +68,11 @@ def state_of(asked: dict[str, str], last: dict[str, Any]) -> str:
 def last_metrics(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The last lines of training and of validation."""
     training = validation = None
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # being written
-                continue
-            if "loss" in line:
-                training = line
-            elif "valid_nats_per_token" in line:
-                validation = line
+    for line in read_json_lines(path):
+        if "loss" in line:
+            training = line
+        elif "valid_nats_per_token" in line:
+            validation = line
     return training, validation
 
 

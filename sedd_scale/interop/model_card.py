@@ -15,6 +15,7 @@ from typing import Any
 from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
+from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.interop.source import Described, model_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_FILE
 from sedd_scale.version import __version__
@@ -42,15 +43,8 @@ class Measured:
 
 def last_validation(run_dir: Path, step: int) -> Measured | None:
     """The last validation of a run at or before `step`, or None."""
-    path = run_dir / "metrics.jsonl"
     found: Measured | None = None
-    if not path.is_file():
-        return None
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line being written
+    for record in read_json_lines(run_dir / "metrics.jsonl"):
         nats = record.get("valid_nats_per_token")
         if nats is not None and record["step"] <= step:
             what = f"validation split, in training at step {record['step']}"

@@ -7,7 +7,6 @@ bit for bit. Nothing is written into the run directory.
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.engine.engine import Engine, MicroBatch
 from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
+from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.training.bad_steps import FILE_NAME, batch_fingerprint
 from sedd_scale.training.batches import TrainBatches
@@ -120,14 +120,9 @@ def recorded(run_dir: Path, step: int) -> dict[str, Any]:
         ConfigError: there is none.
     """
     path = run_dir / FILE_NAME
-    records: dict[int, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut short by a crash
-                continue
-            records[record["step"]] = record
+    records: dict[int, dict[str, Any]] = {
+        record["step"]: record for record in read_json_lines(path)
+    }
     if step not in records:
         there = ", ".join(map(str, sorted(records)[-10:])) or "none"
         raise ConfigError(f"--replay {step}: {path} records no such step; recorded are: {there}")
