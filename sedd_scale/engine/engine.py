@@ -29,9 +29,7 @@ from sedd_scale.model.network import LayerBuilder, ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
 from sedd_scale.parallel.vocab import ScoreTargets
-
-REDUCE_BUCKET = 50_000_000
-"""Gradients, in numbers, that travel between data-parallel ranks at once."""
+from sedd_scale.planning.model_states import REDUCE_BUCKET
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.planning.activations import GPU_CHUNK_BYTES, MIN_CHUNK_ROWS
 
 # For one chunk of logits. On a GPU larger products pay, and so does passing less often over the
 # weight's gradient.
-CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": GPU_CHUNK_BYTES}
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class VocabShard:
     def chunk_rows(self, num_columns: int, device_type: str = "cpu") -> int:
         """Rows whose float32 logits over `num_columns` fit in the memory for a chunk.
 
-        Given the padded number of columns, which all tensor ranks share: they must cut the rows
-        alike to meet in each reduction, though `length` differs from rank to rank.
+        Takes the padded number of columns, equal on all tensor ranks, so that all cut the rows into
+        the same chunks and their reductions match.
         """
         budget = self.chunk_bytes or CHUNK_BYTES[device_type]
         copies = 2 if self.mean and not self.cross_entropy else 1
-        return max(16, budget // (4 * copies * num_columns))
+        return max(MIN_CHUNK_ROWS, budget // (4 * copies * num_columns))
 
     def reduce(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce over the tensor-parallel ranks, in place."""

@@ -15,9 +15,9 @@ from sedd_scale.config import Config
 from sedd_scale.planning.model_states import BYTES, FLOAT32
 from sedd_scale.planning.parameters import num_states
 
-# Of parallel/vocab.py on a GPU: the memory that says how many rows of logits, counted in float32,
-# make a chunk, and the fewest.
-CHUNK_BYTES = 512 * 2**20
+# Of the loss on a GPU: the memory that says how many rows of logits, counted in float32, make a
+# chunk, and the fewest.
+GPU_CHUNK_BYTES = 512 * 2**20
 MIN_CHUNK_ROWS = 16
 
 
@@ -131,7 +131,7 @@ def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:
         rows: rows of the head's weight on this rank.
     """
     width, weight_bytes = config.model.hidden_size, BYTES[config.training.precision]
-    chunk_rows = min(tokens, max(MIN_CHUNK_ROWS, CHUNK_BYTES // (FLOAT32 * rows)))
+    chunk_rows = min(tokens, max(MIN_CHUNK_ROWS, GPU_CHUNK_BYTES // (FLOAT32 * rows)))
     hidden, weight = weight_bytes * tokens * width, weight_bytes * rows * width
     # The weight's gradient adds up in float32; beside it a chunk's part, or its copy at the end.
     peak = hidden + FLOAT32 * rows * width + weight + weight_bytes * chunk_rows * rows

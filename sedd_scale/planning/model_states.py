@@ -17,7 +17,8 @@ Source: deepspeed 0.19: BF16_Optimizer, DeepSpeedZeroOptimizer and DeepSpeedZero
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# What the engine asks DeepSpeed for, or its defaults, in numbers (not bytes).
+# What the engine asks DeepSpeed for, or its defaults, in numbers (not bytes). The first is how many
+# gradients travel between data-parallel ranks at once.
 REDUCE_BUCKET = 50_000_000
 PERSISTENT_PARAMETER = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000

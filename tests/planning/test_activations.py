@@ -10,8 +10,6 @@ from sedd_scale.config import Config, load_config
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.parallel.layout import initialize_layout
-from sedd_scale.parallel.vocab_shard import VocabShard
-from sedd_scale.planning import activations
 from sedd_scale.planning.activations import stage_activations
 from tests.model.small_network import noisy_batch
 from tests.repository import ROOT
@@ -112,10 +110,3 @@ def test_sequence_parallelism_splits_all_but_the_heads_input() -> None:
     assert predicted(split, layers=blocks) == alone / 2 < tensor < alone
     head = predicted(split, layers=range(5, 6))
     assert head == BATCH * LENGTH * 128 * (4 / 2 + 4)
-
-
-def test_chunks_of_the_loss_are_those_of_the_loss() -> None:
-    shard = VocabShard(graph=make_graph("absorb", 10), scaled=True, start=0, length=10, group=None)
-    for rows in (11, 50_258, 10**8):
-        chunk = activations.CHUNK_BYTES // (4 * rows)
-        assert shard.chunk_rows(rows, "cuda") == max(activations.MIN_CHUNK_ROWS, chunk)
