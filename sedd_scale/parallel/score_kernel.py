@@ -7,17 +7,12 @@ the statistics, then read and write them once for the gradient.
 m rows of a chunk, W columns of this rank's vocabulary shard.
 """
 
-from __future__ import annotations  # those of the kernels, for where Triton is not installed
-
 import functools
 import importlib.util
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 # Columns that one program of a kernel works on at once.
 _BLOCK = 4096
@@ -86,6 +81,13 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _kernels() -> Any:
+    """The module of the kernels, which needs Triton."""
+    from sedd_scale.parallel import score_kernel_triton
+
+    return score_kernel_triton
+
+
 def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics:
     table_mW = logits_mW if logits_mW.dtype == torch.float64 else logits_mW.float()
     if not table_mW.shape[1]:  # a rank of padding only
@@ -136,7 +138,7 @@ def _kernel_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistic
     max_m, sum_exp_m, target_m, total_m = torch.empty(
         4, num_rows, dtype=torch.float32, device=logits_mW.device
     )
-    _compiled().statistics[(num_rows,)](
+    _kernels().statistics_kernel[(num_rows,)](
         logits_mW,
         logits_mW.stride(0),
         num_columns,
@@ -161,7 +163,7 @@ def _kernel_gradient(
 ) -> Tensor:
     table_mW = statistics.table
     num_rows, num_columns = table_mW.shape
-    _compiled().gradient[(num_rows, -(-num_columns // _BLOCK))](
+    _kernels().gradient_kernel[(num_rows, -(-num_columns // _BLOCK))](
         table_mW,
         table_mW.stride(0),
         num_columns,
@@ -174,88 +176,3 @@ def _kernel_gradient(
         num_warps=8,
     )
     return table_mW
-
-
-class _Kernels(NamedTuple):
-    statistics: Any
-    gradient: Any
-
-
-@functools.cache
-def _compiled() -> _Kernels:
-    """The kernels below, compiled where they first run; only here is Triton needed."""
-    import triton
-    import triton.language
-
-    # Triton looks up what a kernel names among the globals of its module.
-    globals()["tl"] = triton.language
-    return _Kernels(triton.jit(_statistics_kernel), triton.jit(_gradient_kernel))
-
-
-def _statistics_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    row_stride,
-    num_columns,
-    target,
-    own,
-    max_out,
-    sum_exp_out,
-    target_out,
-    total_out,
-    LOWEST: tl.constexpr,
-    HAS_OWN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a row: a running maximum, with the sum of exponentials rescaled as it grows."""
-    row = tl.program_id(0).to(tl.int64)
-    row_logits = logits + row * row_stride
-    own_column = tl.load(own + row) if HAS_OWN else -1
-    top = tl.full([], LOWEST, tl.float32)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    totals = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        counted = (column < num_columns) & (column != own_column)
-        z = tl.load(row_logits + column, mask=counted, other=float("-inf")).to(tl.float32)
-        if HAS_OWN:
-            totals += tl.where(counted, z, 0.0)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        sums = sums * tl.exp(top - new_top) + tl.exp(z - new_top)
-        top = new_top
-    target_column = tl.load(target + row)
-    held = target_column >= 0
-    target_logit = tl.load(row_logits + target_column, mask=held, other=0.0)
-    tl.store(max_out + row, top)
-    tl.store(sum_exp_out + row, tl.sum(sums, 0))
-    tl.store(target_out + row, target_logit.to(tl.float32))
-    if HAS_OWN:
-        tl.store(total_out + row, tl.sum(totals, 0))
-
-
-def _gradient_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    row_stride,
-    num_columns,
-    target,
-    own,
-    row_max,
-    exp_coefficient,
-    rest_coefficient,
-    target_coefficient,
-    HAS_OWN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a block of a row's columns: logits in, their gradient out."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < num_columns
-    place = logits + row * row_stride + column
-    z = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
-    gradient = tl.exp(z - tl.load(row_max + row)) * tl.load(exp_coefficient + row)
-    at_target = column == tl.load(target + row)
-    if HAS_OWN:
-        gradient += tl.load(rest_coefficient + row)
-    gradient += tl.where(at_target, tl.load(target_coefficient + row), 0.0)
-    if HAS_OWN:
-        gradient = tl.where(column == tl.load(own + row), 0.0, gradient)
-    tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)

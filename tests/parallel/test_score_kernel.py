@@ -177,7 +177,8 @@ def test_the_kernels_compile_for_a_gpu(
     }
     types = {"logits": logits, "target": "*i64", "own": "*i64"}
     types.update(row_stride="i32", num_columns="i32")
-    for kernel in score_kernel._compiled():
+    kernels = score_kernel._kernels()
+    for kernel in (kernels.statistics_kernel, kernels.gradient_kernel):
         names = [name for name in kernel.arg_names]
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
