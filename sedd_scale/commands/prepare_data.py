@@ -9,21 +9,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from sedd_scale.cli import Command, at_least, given_path, make_parser
 from sedd_scale.preparation.inspection import inspect_dataset
 from sedd_scale.preparation.packing import PACKINGS
-from sedd_scale.preparation.prepare import (
+from sedd_scale.preparation.prepare import Progress, prepare
+from sedd_scale.preparation.report import format_report
+from sedd_scale.preparation.settings import (
     DEFAULT_BLOCKS_PER_SHARD,
     DEFAULT_SENTENCEPIECE_VOCABULARY,
     DEFAULT_TOKENIZER_SAMPLE,
     DEFAULT_VALID_FRACTION,
-    Progress,
-    prepare,
+    Preparation,
 )
-from sedd_scale.preparation.report import format_report
 from sedd_scale.tokenizers.opening import KINDS
+
+CHOICES = [field for field in fields(Preparation) if field.name != "inputs"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,22 +192,13 @@ def prepare_command(arguments: argparse.Namespace) -> None:
     """Prepare the dataset and print its report, the output's path last."""
     start = time.perf_counter()
     with progress_bar() as show:
+        chosen = {field.name: getattr(arguments, field.name) for field in CHOICES}
         index = prepare(
             arguments.input,
             output=arguments.output,
-            block_length=arguments.block_length,
-            tokenizer=arguments.tokenizer,
-            tokenizer_path=arguments.tokenizer_path,
-            vocab_size=arguments.vocab_size,
-            tokenizer_sample=arguments.tokenizer_sample,
-            field=arguments.field,
-            valid_fraction=arguments.valid_fraction,
-            test_fraction=arguments.test_fraction,
-            blocks_per_shard=arguments.blocks_per_shard,
-            packing=arguments.packing,
-            dedupe=arguments.dedupe,
             processes=arguments.processes,
             on_progress=show,
+            **chosen,
         )
     seconds = time.perf_counter() - start
     tokens = sum(split["tokens"] for split in index["splits"].values())

@@ -20,6 +20,9 @@ class OpenFiles:
         self._streams: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     def __getitem__(self, number: int) -> BinaryIO:
         with self._lock:
             if number not in self._streams:

@@ -2,11 +2,10 @@
 
 Documents are streamed: a first pass reads as many as it takes to know that no split is empty, a
 second one samples text where a tokenizer is to be trained, and the last one encodes, in several
-processes where the input is large. A journal (see journal) lets a killed preparation go on.
+processes where the input is large. A journal (see journal) lets a killed preparation be continued.
 """
 
 import heapq
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd_scale.data.shards import write_index
-from sedd_scale.errors import DataError, SeddScaleError
+from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.processors import available_cores
 from sedd_scale.preparation import journal
 from sedd_scale.preparation.documents import START, Document, DocumentStream, Place
 from sedd_scale.preparation.encoding import Encoded, Encoder
+from sedd_scale.preparation.output_folder import check_output, remove_preparation
 from sedd_scale.preparation.packing import SplitPacker
-from sedd_scale.preparation.prepare_checks import check_arguments, check_output, remove_preparation
 from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
+from sedd_scale.preparation.settings import DEFAULT_SENTENCEPIECE_VOCABULARY, Preparation
 from sedd_scale.preparation.shard_writer import ShardWriter
 from sedd_scale.preparation.splits import SplitRule, document_hash, is_empty
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
@@ -32,10 +32,6 @@ from sedd_scale.tokenizers.gpt2 import open_gpt2
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
 
-DEFAULT_SENTENCEPIECE_VOCABULARY = 8192
-DEFAULT_VALID_FRACTION = 0.02
-DEFAULT_BLOCKS_PER_SHARD = 16_384
-DEFAULT_TOKENIZER_SAMPLE = 10_000_000
 # A batch is what one process encodes at a time.
 BATCH_CHARACTERS = 1_000_000
 BATCH_DOCUMENTS = 1_024
@@ -58,107 +54,70 @@ def prepare(
     inputs: Sequence[str],
     *,
     output: Path,
-    block_length: int,
-    tokenizer: str,
-    tokenizer_path: Path | None = None,
-    vocab_size: int | None = None,
-    tokenizer_sample: int = DEFAULT_TOKENIZER_SAMPLE,
-    field: str = "text",
-    valid_fraction: float = DEFAULT_VALID_FRACTION,
-    test_fraction: float = 0.0,
-    blocks_per_shard: int = DEFAULT_BLOCKS_PER_SHARD,
-    packing: str = "continuous",
-    dedupe: bool = False,
     processes: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    **choices: Any,
 ) -> dict[str, Any]:
     """Write the dataset of `inputs` into `output`; returns its index.
 
-    Equal inputs and arguments give equal bytes, on any number of processes, in one go or in
-    several. Where the input or the arguments are at fault the files written so far are removed;
-    after any other end, a kill among them, the same call goes on where the last one was.
+    Equal inputs and choices give equal bytes, on any number of processes, in one call or in
+    several. Where the input or the choices are at fault the files written so far are removed; after
+    any other end, a kill among them, the same call continues where the last one ended.
 
     Args:
         inputs: globs of files, or `builtin:python` (see documents).
         output: a directory that does not exist yet, is empty, or holds an unfinished preparation
-            by the same arguments.
-        block_length: L, tokens per block.
-        tokenizer: sentencepiece, gpt2, bytes or text8.
-        tokenizer_path: the model or vocabulary to load; without it sentencepiece is trained.
-        vocab_size: N of the sentencepiece model to train; else, if given, must be the tokenizer's
-            N.
-        tokenizer_sample: characters of training documents that sentencepiece is trained on.
-        field: the field of a .jsonl line or the column of a .parquet that holds the text.
-        valid_fraction: share of documents that validate; 0: no validation split.
-        test_fraction: share of documents that test; 0: no test split.
-        blocks_per_shard: blocks in every shard but a split's last.
-        packing: how documents fill blocks, "continuous" or "documents" (see packing).
-        dedupe: keep only the first of documents with exactly equal text.
+            with the same choices.
         processes: that encode; None: one for each core, or one for a small input.
         on_progress: called after every batch of documents.
+        choices: the other attributes of `Preparation`.
 
     Raises:
-        ConfigError: arguments that do not go together.
+        ConfigError: choices that do not go together, or not those of the unfinished preparation.
         DataError: an input, the tokenizer or the output directory cannot be used, or a split has
             less than one block.
     """
-    check_arguments(
-        block_length=block_length,
-        tokenizer=tokenizer,
-        tokenizer_path=tokenizer_path,
-        valid_fraction=valid_fraction,
-        test_fraction=test_fraction,
-        blocks_per_shard=blocks_per_shard,
-        tokenizer_sample=tokenizer_sample,
-        packing=packing,
-        processes=processes,
-    )
+    chosen = Preparation(inputs, **choices)
+    chosen.check()
+    most = max(64, 4 * available_cores())
+    if processes is not None and not 1 <= processes <= most:
+        raise ConfigError(f"--processes {processes} is too many here: give 1 to {most}")
     check_output(output)
-    documents = DocumentStream(inputs, field=field)
+    documents = DocumentStream(inputs, field=chosen.field)
     codec: Tokenizer | None = None
-    if tokenizer != "sentencepiece" or tokenizer_path is not None:
-        codec = _open_tokenizer(tokenizer, tokenizer_path, vocab_size)
-    command = {
-        "--input": documents.identity() + [[platform.python_version()]] * documents.builtin,
-        "--field": field,
-        "--tokenizer": [tokenizer, codec.fingerprint if codec else None],
-        "--vocab-size": vocab_size,
-        "--tokenizer-sample": tokenizer_sample,
-        "--block-length": block_length,
-        "--valid-fraction": valid_fraction,
-        "--test-fraction": test_fraction,
-        "--blocks-per-shard": blocks_per_shard,
-        "--packing": packing,
-        "--dedupe": dedupe,
-    }
+    if chosen.tokenizer != "sentencepiece" or chosen.tokenizer_path is not None:
+        codec = _open_tokenizer(chosen)
+    identity = chosen.identity(documents, codec)
     existed = output.exists()
     with lock_folder(output, option="--output", name=journal.LOCK_FILE, patience=0.0):
         check_output(output)  # another may have finished it meanwhile
-        state = journal.read_journal(output, command)
+        state = journal.read_journal(output, identity)
         try:
-            rule = SplitRule(valid_fraction, test_fraction)
+            rule = SplitRule(chosen.valid_fraction, chosen.test_fraction)
             rule.fit(documents)
             if processes is None:
                 processes = available_cores() if documents.total_bytes > SMALL_INPUT_BYTES else 1
             if not state:
                 remove_preparation(output)
-                journal.write_journal(output, command=command, state={})
+                journal.write_journal(output, command=identity, state={})
                 if codec is None:
-                    sample = _tokenizer_sample(documents, rule, tokenizer_sample, on_progress)
-                    pieces = DEFAULT_SENTENCEPIECE_VOCABULARY if vocab_size is None else vocab_size
+                    wanted = chosen.tokenizer_sample
+                    sample = _tokenizer_sample(documents, rule, wanted, on_progress)
+                    pieces = chosen.vocab_size
+                    if pieces is None:
+                        pieces = DEFAULT_SENTENCEPIECE_VOCABULARY
                     codec = train_sentencepiece(sample, pieces)
                 codec.save(output / TOKENIZER_DIRECTORY)
             else:
                 codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
             with (
                 Encoder[Place](codec, processes=processes) as encoder,
-                _Run(output, command, state or {}, codec, rule.names) as run,
+                _Run(output, chosen, identity, state or {}, codec, rule.names) as run,
             ):
                 for batch, place in encoder.run(_batches(documents.documents_after(run.place))):
                     run.add(batch, rule, place)
                     on_progress(run.progress(documents))
-                fractions = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
-                return run.finish(fractions)
+                return run.finish()
         except SeddScaleError:
             remove_preparation(output)
             journal.remove_journal(output)
@@ -168,43 +127,44 @@ def prepare(
 
 
 class _Run:
-    """The part of a preparation that encodes and writes, and what it needs to go on later."""
+    """The part of a preparation that encodes and writes, and what continuing it later needs."""
 
     def __init__(
         self,
         output: Path,
-        command: dict[str, Any],
+        chosen: Preparation,
+        identity: dict[str, Any],
         state: dict[str, Any],
         codec: Tokenizer,
         names: Sequence[str],
     ) -> None:
         self.place = Place(*state.get("place", START))
         self.packers: dict[str, SplitPacker] = {}
-        self._output, self._command, self._codec = output, command, codec
+        self._output, self._chosen, self._identity, self._codec = output, chosen, identity, codec
         self._passed: int = state.get("passed", 0)
         self._duplicates: int = state.get("duplicates", 0)
         self._writers: list[ShardWriter] = []
         self._saved_shards = -1
         self._saved_at = time.monotonic()
         self._seen: journal.SeenDocuments | None = None
-        if command["--dedupe"]:
+        if chosen.dedupe:
             self._seen = journal.SeenDocuments(output, documents=self._passed)
         for name in names:
             split_state = state.get("splits", {}).get(name)
             writer = ShardWriter(
                 output,
                 name,
-                block_length=command["--block-length"],
+                block_length=chosen.block_length,
                 vocab_size=codec.vocab_size,
-                blocks_per_shard=command["--blocks-per-shard"],
+                blocks_per_shard=chosen.blocks_per_shard,
                 state=None if split_state is None else split_state["writer"],
             )
             self._writers.append(writer)
             self.packers[name] = SplitPacker(
                 codec,
                 writer,
-                command["--block-length"],
-                packing=command["--packing"],
+                chosen.block_length,
+                packing=chosen.packing,
                 state=split_state,
             )
 
@@ -246,21 +206,22 @@ class _Run:
         }
         if self._seen is not None:
             self._seen.commit()
-        journal.write_journal(self._output, command=self._command, state=state)
+        journal.write_journal(self._output, command=self._identity, state=state)
 
-    def finish(self, more: dict[str, Any]) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Complete the splits and write the index, which it returns."""
         entries = {name: packer.finish(name) for name, packer in self.packers.items()}
         index = write_index(
             self._output,
             {
-                "block_length": self._command["--block-length"],
+                "block_length": self._chosen.block_length,
                 "vocab_size": self._codec.vocab_size,
                 "eos_id": self._codec.eos_id,
                 "tokenizer": {"kind": self._codec.kind, "fingerprint": self._codec.fingerprint},
-                "packing": self._command["--packing"],
-                "duplicates_dropped": self._duplicates if self._command["--dedupe"] else None,
-                **more,
+                "packing": self._chosen.packing,
+                "duplicates_dropped": self._duplicates if self._chosen.dedupe else None,
+                "valid_fraction": self._chosen.valid_fraction,
+                "test_fraction": self._chosen.test_fraction,
                 "splits": entries,
             },
         )
@@ -277,19 +238,17 @@ class _Run:
             writer.release()
 
 
-def _open_tokenizer(kind: str, path: Path | None, vocab_size: int | None) -> Tokenizer:
+def _open_tokenizer(chosen: Preparation) -> Tokenizer:
     codec: Tokenizer
-    if kind == "sentencepiece":
-        assert path is not None
-        codec = open_sentencepiece(path)
-    elif kind == "gpt2":
-        assert path is not None
-        codec = open_gpt2(path)
+    if chosen.tokenizer in ("bytes", "text8"):
+        codec = BytesTokenizer() if chosen.tokenizer == "bytes" else Text8Tokenizer()
     else:
-        codec = BytesTokenizer() if kind == "bytes" else Text8Tokenizer()
-    if vocab_size is not None and vocab_size != codec.vocab_size:
+        assert chosen.tokenizer_path is not None
+        opened = open_gpt2 if chosen.tokenizer == "gpt2" else open_sentencepiece
+        codec = opened(chosen.tokenizer_path)
+    if chosen.vocab_size is not None and chosen.vocab_size != codec.vocab_size:
         raise DataError(
-            f"--vocab-size {vocab_size} does not fit the {kind} tokenizer, which has "
+            f"--vocab-size {chosen.vocab_size} does not fit the {codec.kind} tokenizer, which has "
             f"{codec.vocab_size} tokens: leave --vocab-size out"
         )
     return codec
