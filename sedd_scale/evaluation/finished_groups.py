@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from sedd_scale.errors import DataError
 from sedd_scale.files.identity import claim
+from sedd_scale.parallel.agreement import from_first
 
 IDENTITY_FILE = "evaluation.json"
 
@@ -40,11 +40,9 @@ class FinishedGroups:
     def __init__(
         self, directory: Path, identity: Mapping[str, Any], *, rank: int = 0, writes: bool = True
     ) -> None:
-        self.found: dict[int, tuple[Any, ...]] = {}
         self._path = directory / f"groups-{rank}.jsonl" if writes else None
-        shared: list[Any] = [None]
-        if rank == 0:
-            # An error here ends this process, and its launcher the others.
+
+        def read() -> dict[int, tuple[Any, ...]]:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -57,10 +55,9 @@ class FinishedGroups:
                 holds=f"--resume {directory} holds an evaluation",
                 remedy="give the same command to continue it, or another directory",
             )
-            shared = [_read_all(directory)]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(shared, src=0)
-        self.found = shared[0]
+            return _read_all(directory)
+
+        self.found = from_first(read)
 
     def add(self, number: int, parts: Sequence[Any]) -> None:
         """Keep a group's arrays and numbers."""

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from sedd_scale.evaluation.finished_groups import FinishedGroups
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 
 
@@ -32,10 +31,7 @@ def over_ranks(
         if finished is not None:
             finished.add(which, results[which])
         on_progress(done, len(own))
-    of_ranks: list[Any] = [results]
-    if layout.data > 1:
-        of_ranks = [None] * layout.data
-        dist.all_gather_object(of_ranks, results, group=layout.data_group)
+    of_ranks = gathered(results, layout.data_group)
     merged = {which: result for part in of_ranks for which, result in part.items()}
     merged.update(before)
     return [merged[which] for which in range(count)]

@@ -9,12 +9,10 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
-
-import torch.distributed as dist
+from typing import Any, NamedTuple, TextIO
 
 from sedd_scale.checkpoint.directory import find_checkpoint
-from sedd_scale.errors import ConfigError, SeddScaleError
+from sedd_scale.errors import ConfigError
 from sedd_scale.generation.batch import (
     Request,
     batch_cost,
@@ -31,13 +29,12 @@ from sedd_scale.generation.progress import Done, ProgressLine
 from sedd_scale.generation.quality import QualityReport
 from sedd_scale.generation.work_queue import WorkQueue
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.parallel.agreement import from_first, gathered
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.tokenizers.base import Tokenizer
 
 FORMAT_VERSION = 1
 _DIGEST_BYTES = 2**16
-
-T = TypeVar("T")
 
 
 class Generated(NamedTuple):
@@ -158,12 +155,8 @@ def _open(shards: ShardDirectory, run: Mapping[str, Any], layout: Layout) -> tup
         shards.open(run, nonce)
         return nonce, shards.recover(), shards.next_number()
 
-    of_first, finished, number = on_first_process(layout, recover)
-    sees = [shards.sees(of_first)]
-    if layout.world_size > 1:
-        of_all: list[Any] = [None] * layout.world_size
-        dist.all_gather_object(of_all, sees[0])
-        sees = of_all
+    of_first, finished, number = from_first(recover)
+    sees = gathered(shards.sees(of_first))
     if not all(sees):
         raise ConfigError(
             f"process {sees.index(False)} does not see {shards.path}, which the first one made: "
@@ -220,19 +213,3 @@ def checkpoint_digest(path: Path) -> str:
                 stream.seek(max(0, size - _DIGEST_BYTES))
                 digest.update(stream.read(_DIGEST_BYTES))
     return digest.hexdigest()
-
-
-def on_first_process(layout: Layout, action: Callable[[], T]) -> T:
-    """What `action` gives on the first process, everywhere; its user error too."""
-    outcome: list[Any] = [None, None]
-    if layout.rank == 0:
-        try:
-            outcome[0] = action()
-        except (SeddScaleError, OSError) as error:
-            outcome[1] = error
-    if layout.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
 from sedd_scale.generation.judge import Judge, perplexities
 from sedd_scale.generation.quality import QualityReport
+from sedd_scale.parallel.agreement import gathered
 
 Record = dict[str, Any]
 _TEXTS_AT_A_TIME = 64
@@ -90,11 +90,7 @@ def judge_file(
         if len(texts) == _TEXTS_AT_A_TIME:
             flush()
     flush()
-    of_all: list[Any] = [own]
-    if world_size > 1:
-        of_all = [None] * world_size
-        dist.all_gather_object(of_all, own)
-    merged = {number: score for part in of_all for number, score in part.items()}
+    merged = {number: score for part in gathered(own) for number, score in part.items()}
     scores = [merged[number] for number in range(len(merged))]
     return {"judge": judge, "context": model.context, **perplexities(scores)}
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sedd_scale.errors import TrainingError
+from sedd_scale.parallel.agreement import from_first
 from sedd_scale.parallel.layout import Layout
 
 _POLL_SECONDS = 0.05
@@ -30,22 +31,19 @@ class WorkQueue:
     def __init__(self, layout: Layout, items: Sequence[int], counters: Sequence[str] = ()) -> None:
         self._layout = layout
         self.counters = tuple(counters)
-        shared: list[object] = [list(items), None]
-        if layout.world_size == 1:
-            self._store: dist.Store = dist.HashStore()
-        else:
+        self._store: dist.Store = dist.HashStore()
+        self._items = list(items)
+        if layout.world_size > 1:
             host = os.environ.get("MASTER_ADDR", "localhost")
-            if layout.rank == 0:
-                self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-                shared[1] = self._store.port
-            dist.broadcast_object_list(shared, src=0)
+
+            def serve() -> tuple[list[int], int]:
+                store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+                self._store = store
+                return self._items, store.port
+
+            self._items, port = from_first(serve)
             if layout.rank != 0:
-                port = shared[1]
-                assert isinstance(port, int)
                 self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        dealt = shared[0]
-        assert isinstance(dealt, list)
-        self._items: list[int] = dealt
 
     def claim(self) -> int | None:
         """The next item, or None when all are dealt; tensor-parallel ranks call it together."""

@@ -1,14 +1,43 @@
-"""What the ranks tell each other: errors, and which shards of the data they found damaged."""
+"""What the ranks tell each other: values, errors, and the shards that they found damaged."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sedd_scale.data.joint_reader import Shard
+from sedd_scale.errors import SeddScaleError
 from sedd_scale.parallel.layout import Layout
+
+T = TypeVar("T")
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The value of every process of the group, by rank, on each of them; collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What `action` gives on the first process, on every one; its user error too. Collective."""
+    if not dist.is_initialized():
+        return action()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (SeddScaleError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
@@ -16,11 +45,9 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
 
     Collective over all processes.
     """
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=group)
-    for error in errors:
-        if error is not None:
-            raise error
+    for found in gathered(error, group):
+        if found is not None:
+            raise found
 
 
 @contextlib.contextmanager
@@ -48,7 +75,6 @@ class Agreement:
     """
 
     def __init__(self, layout: Layout, policy: str) -> None:
-        self._world_size = layout.world_size
         self._group: dist.ProcessGroup | None = None
         if policy == "skip" and layout.world_size > 1:
             self._group = dist.new_group(backend="gloo")
@@ -61,6 +87,4 @@ class Agreement:
         dist.all_reduce(found, group=self._group)
         if not found.item():
             return set()
-        parts: list[set[Shard]] = [set() for _ in range(self._world_size)]
-        dist.all_gather_object(parts, shards, group=self._group)
-        return set().union(*parts)
+        return set().union(*gathered(shards, self._group))
