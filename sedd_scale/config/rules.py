@@ -41,13 +41,17 @@ def check_combinations(config: ConfigTree) -> None:
     check_data(config.data)
 
 
+def _check_multiple(config: ConfigTree, key: str, of: str, fix: str) -> None:
+    """Refuse a key whose value is not a multiple of another's."""
+    values = config.to_dict()
+    number, divisor = (values[name.partition(".")[0]][name.partition(".")[2]] for name in (key, of))
+    if number % divisor:
+        raise ConfigError(f"{key}={number} is not a multiple of {of}={divisor}: {fix}")
+
+
 def _check_model(config: ConfigTree) -> None:
     model, precision = config.model, config.training.precision
-    if model.hidden_size % model.num_heads:
-        raise ConfigError(
-            f"model.hidden_size={model.hidden_size} is not a multiple of "
-            f"model.num_heads={model.num_heads}: change one of them"
-        )
+    _check_multiple(config, "model.hidden_size", "model.num_heads", "change one of them")
     if config.head_dim % 2:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size} over model.num_heads={model.num_heads} "
@@ -61,7 +65,7 @@ def _check_model(config: ConfigTree) -> None:
         )
     if model.parametrisation == "mean" and config.graph.name != "uniform":
         raise ConfigError(
-            f"model.parametrisation=mean is of the uniform graph, not graph.name="
+            f"model.parametrisation=mean belongs to graph.name=uniform, not graph.name="
             f"{config.graph.name}, where model.scale_by_sigma=true does the same: set "
             "model.parametrisation=score"
         )
@@ -99,7 +103,7 @@ def _check_model(config: ConfigTree) -> None:
     if model.init_from is not None and config.training.resume not in ("auto", "never"):
         raise ConfigError(
             f"model.init_from={model.init_from} starts a new run and "
-            f"training.resume={config.training.resume} goes on with another: set one of them to "
+            f"training.resume={config.training.resume} continues another: set one of them to "
             "its default"
         )
 
@@ -137,11 +141,8 @@ def _check_objective(config: ConfigTree) -> None:
 
 def _check_parallel(config: ConfigTree) -> None:
     model, parallel = config.model, config.parallel
-    if model.num_heads % parallel.tensor:
-        raise ConfigError(
-            f"model.num_heads={model.num_heads} is not a multiple of "
-            f"parallel.tensor={parallel.tensor}: set parallel.tensor to a divisor of it"
-        )
+    fix = "set parallel.tensor to a divisor of it"
+    _check_multiple(config, "model.num_heads", "parallel.tensor", fix)
     if parallel.pipeline > model.num_layers:
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline} is more stages than "
@@ -158,13 +159,9 @@ def _check_parallel(config: ConfigTree) -> None:
             "parallel.sequence_parallel=true needs parallel.tensor>1, but parallel.tensor=1: "
             "set parallel.sequence_parallel=false or raise parallel.tensor"
         )
-    block_length = config.data.block_length
-    if parallel.sequence_parallel and block_length and block_length % parallel.tensor:
-        raise ConfigError(
-            f"data.block_length={block_length} is not a multiple of "
-            f"parallel.tensor={parallel.tensor}, which parallel.sequence_parallel=true needs: "
-            "change one of them or set parallel.sequence_parallel=false"
-        )
+    if parallel.sequence_parallel and config.data.block_length:
+        fix = "change one of them or set parallel.sequence_parallel=false"
+        _check_multiple(config, "data.block_length", "parallel.tensor", fix)
     if parallel.recompute_every > model.num_layers:
         raise ConfigError(
             f"parallel.recompute_every={parallel.recompute_every} is more than "
@@ -218,12 +215,8 @@ def _check_optimizer(config: ConfigTree) -> None:
 
 
 def _check_batch(config: ConfigTree) -> None:
-    global_batch, micro_batch = config.training.global_batch, config.training.micro_batch
-    if global_batch % micro_batch:
-        raise ConfigError(
-            f"training.global_batch={global_batch} is not a multiple of "
-            f"training.micro_batch={micro_batch}: change one of them"
-        )
+    fix = "change one of them"
+    _check_multiple(config, "training.global_batch", "training.micro_batch", fix)
     if config.checkpoint.keep_every and not config.checkpoint.keep:
         raise ConfigError(
             f"checkpoint.keep_every={config.checkpoint.keep_every} has no effect with "

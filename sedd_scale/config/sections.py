@@ -24,7 +24,7 @@ class ModelConfig:
     )
     time_conditioning: bool = _key(
         True,
-        "Condition the network on sigma; false (scaled absorb only): on a constant.",
+        "Condition on sigma; false needs scaled absorb, or uniform with parametrisation=mean.",
     )
     mlp_ratio: int = _key(4, "Inner width of the MLP in multiples of hidden_size.", at_least=1)
     dropout: float = _key(
@@ -202,7 +202,7 @@ class TrainingConfig:
     )
     resume: str = _key(
         "auto",
-        "auto: go on from the run directory's last checkpoint; never; or a checkpoint's path.",
+        "auto: resume from the run directory's last checkpoint; never; or a checkpoint's path.",
     )
     valid_every: int = _key(
         1000, "Steps between validations of the averaged weights; 0: never.", at_least=0
@@ -210,7 +210,7 @@ class TrainingConfig:
     valid_blocks: int = _key(256, "Validation sequences in one validation.", at_least=1)
     on_nonfinite: str = _key(
         "stop",
-        "At a loss or gradient norm that is not finite; skip: go on without that update.",
+        "At a loss or gradient norm that is not finite; skip: continue without that update.",
         choices=("stop", "skip"),
     )
     skip_steps: list[Any] | None = _key(
@@ -226,7 +226,7 @@ class TrainingConfig:
         None, "Leave out the updates of steps with a greater z-score; null: of none.", above=0
     )
     stop_after_skips: int = _key(
-        10, "Stop when so many updates in a row were left out by a guard.", at_least=1
+        10, "Stop when guards have skipped this many updates in a row.", at_least=1
     )
     check_replicas_every: int = _key(
         1000,
@@ -271,10 +271,10 @@ class CheckpointConfig:
     )
     verify: bool = _key(True, "Check the hash of every file of a checkpoint before loading it.")
     async_save: bool = _key(
-        True, "Write in the background, from a copy in host memory, while training goes on."
+        True, "Write in the background, from a copy in host memory, while training continues."
     )
     on_failure: str = _key(
         "stop",
-        "After a save that failed; continue: go on with the last good checkpoint and try later.",
+        "After a save that failed; continue: keep the last good checkpoint and try again later.",
         choices=("stop", "continue"),
     )
