@@ -56,16 +56,7 @@ class SyntheticRun:
         self.graph = make_graph(config.graph.name, config.model.vocab_size)
         self.schedule = schedule_of(config)
         self.objective = make_objective(config)
-        self.builders: list[Any] = layer_builders(
-            config.model,
-            self.graph,
-            layout,
-            scaled=config.resolved_scale_by_sigma,
-            objective=self.objective,
-            seed=config.training.seed,
-            recompute_every=config.parallel.recompute_every,
-            recompute_mode=config.parallel.recompute_mode,
-        )
+        self.builders: list[Any] = layer_builders(config, self.graph, layout)
 
     def engine(self) -> Engine:
         """The engine that training uses, with its optimizer."""

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sedd_scale.config import ModelConfig
+from sedd_scale.config import Config, ModelConfig
 from sedd_scale.diffusion.graphs import Graph
-from sedd_scale.diffusion.objectives import Objective, ScoreEntropy
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.model.attention import CoreAttention, KeyValueCache
 from sedd_scale.model.block import Block
 from sedd_scale.model.embedding import Embedding
@@ -32,31 +32,68 @@ from sedd_scale.parallel.vocab import ScoreTargets
 LayerBuilder = Callable[[], nn.Module]
 
 
-def layer_builders(
-    model: ModelConfig,
-    graph: Graph,
-    layout: Layout,
-    *,
-    scaled: bool,
-    objective: Objective | None = None,
-    seed: int = 0,
-    recompute_every: int = 0,
-    recompute_mode: str = "full",
-) -> list[LayerBuilder]:
+def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBuilder]:
     """One builder a layer; calling it makes the layer with its initial weights (on the CPU).
 
     The weights are float32 and the same under every layout; an engine casts them.
-
-    Args:
-        scaled: whether the head's outputs are log-scores up to the known shift of sigma.
-        objective: what the network is trained for (score entropy by default), which decides its
-            attention and its loss.
-        seed: keys the initial weights.
-        recompute_every: 0, or k to recompute every k-th block's activations in the backward pass.
-        recompute_mode: "full", or "selective" to keep matrix products and attention.
     """
-    objective = objective or ScoreEntropy()
-    mlp_config = TransformerConfig(
+    model, parallel, objective = config.model, config.parallel, make_objective(config)
+    mlp_config = _transformer_config(model, layout)
+    attention_config = dataclasses.replace(mlp_config, add_bias_linear=False)
+    padded_states = -(-graph.num_states // layout.tensor) * layout.tensor
+    residual_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.residual_dtype]
+
+    def embedding() -> nn.Module:
+        return Embedding(
+            graph.num_states,
+            padded_states,
+            model.cond_dim,
+            mlp_config,
+            layout,
+            residual_dtype,
+            time_conditioning=model.time_conditioning and not objective.causal,
+        )
+
+    def block(index: int) -> nn.Module:
+        every = parallel.recompute_every
+        return Block(
+            index,
+            model,
+            attention_config,
+            mlp_config,
+            layout,
+            recompute=parallel.recompute_mode if every > 0 and index % every == 0 else None,
+            causal=objective.causal,
+        )
+
+    def head() -> nn.Module:
+        return Head(
+            graph,
+            config.resolved_scale_by_sigma,
+            padded_states,
+            model.cond_dim,
+            mlp_config,
+            layout,
+            cross_entropy=objective.cross_entropy,
+            mean=model.parametrisation == "mean",
+        )
+
+    def initialized(build: LayerBuilder) -> nn.Module:
+        layer = build()
+        _mark_split_parameters(layer)
+        seed, zero_init = config.training.seed, model.zero_init
+        initialize_parameters(layer, layout, seed=seed, zero_init=zero_init)
+        return layer
+
+    builders: list[LayerBuilder] = [embedding]
+    builders += [functools.partial(block, index) for index in range(model.num_layers)]
+    builders += [head]
+    return [functools.partial(initialized, build) for build in builders]
+
+
+def _transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
+    """What Megatron-core's layers are told; with biases, as in the feed-forward layers."""
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -76,56 +113,6 @@ def layer_builders(
         apply_rope_fusion=False,
         params_dtype=torch.float32,
     )
-    attention_config = dataclasses.replace(mlp_config, add_bias_linear=False)
-    padded_states = -(-graph.num_states // layout.tensor) * layout.tensor
-    residual_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.residual_dtype]
-
-    def embedding() -> nn.Module:
-        return Embedding(
-            graph.num_states,
-            padded_states,
-            model.cond_dim,
-            mlp_config,
-            layout,
-            residual_dtype,
-            time_conditioning=model.time_conditioning and not objective.causal,
-        )
-
-    def block(index: int) -> nn.Module:
-        chosen = recompute_every > 0 and index % recompute_every == 0
-        recompute = recompute_mode if chosen else None
-        return Block(
-            index,
-            model,
-            attention_config,
-            mlp_config,
-            layout,
-            recompute=recompute,
-            causal=objective.causal,
-        )
-
-    def head() -> nn.Module:
-        return Head(
-            graph,
-            scaled,
-            padded_states,
-            model.cond_dim,
-            mlp_config,
-            layout,
-            cross_entropy=objective.cross_entropy,
-            mean=model.parametrisation == "mean",
-        )
-
-    def initialized(build: LayerBuilder) -> nn.Module:
-        layer = build()
-        _mark_split_parameters(layer)
-        initialize_parameters(layer, layout, seed=seed, zero_init=model.zero_init)
-        return layer
-
-    builders: list[LayerBuilder] = [embedding]
-    builders += [functools.partial(block, index) for index in range(model.num_layers)]
-    builders += [head]
-    return [functools.partial(initialized, build) for build in builders]
 
 
 def context_of(keys_B: Tensor, ends_BE: Tensor | None) -> Tensor:

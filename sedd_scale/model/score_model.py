@@ -58,16 +58,7 @@ class ScoreModel(nn.Module):
         self.mean = config.model.parametrisation == "mean"
         self.block_length = block_length
         self.tokenizer = tokenizer
-        self.network = ScoreNetwork(
-            layer_builders(
-                config.model,
-                self.graph,
-                layout,
-                scaled=self.scaled,
-                objective=self.objective,
-                seed=config.training.seed,
-            )
-        )
+        self.network = ScoreNetwork(layer_builders(config, self.graph, layout))
         self.eval()
 
     @property

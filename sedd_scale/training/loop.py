@@ -21,7 +21,6 @@ from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import Graph, make_graph
-from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.engine.engine import Engine, make_engine
 from sedd_scale.errors import ConfigError, TrainingError
@@ -228,16 +227,7 @@ def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
         timeout_seconds=config.training.hang_slow + 600,
     )
     graph = make_graph(config.graph.name, corpus.vocab_size)
-    builders = layer_builders(
-        config.model,
-        graph,
-        layout,
-        scaled=config.resolved_scale_by_sigma,
-        objective=make_objective(config),
-        seed=config.training.seed,
-        recompute_every=parallel.recompute_every,
-        recompute_mode=parallel.recompute_mode,
-    )
+    builders = layer_builders(config, graph, layout)
     engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
     return engine, graph, schedule_of(config)
 

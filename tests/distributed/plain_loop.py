@@ -46,7 +46,7 @@ def plain_training(config: Config, dtype: torch.dtype = torch.float32) -> PlainR
         mlp_ratio=model.mlp_ratio,
     ).to(dtype)
     layout = initialize_layout()
-    start = ScoreNetwork(layer_builders(model, graph, layout, scaled=scaled, seed=training.seed))
+    start = ScoreNetwork(layer_builders(config, graph, layout))
     initial = {
         logical.name: logical.parameter.detach() for logical in logical_parameters(start, layout)
     }

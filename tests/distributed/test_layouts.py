@@ -124,9 +124,7 @@ def weights(run: Run, key: str = "master") -> dict[str, torch.Tensor]:
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     vocab_size = Dataset(str(config.data.path)).vocab_size
     graph = make_graph(config.graph.name, vocab_size)
-    network = ScoreNetwork(
-        layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma)
-    )
+    network = ScoreNetwork(layer_builders(config, graph, layout))
     parameters = list(logical_parameters(network, layout))
     load_weights(find_checkpoint(run.run_dir), parameters, layout, weights=key)
     return {logical.name: logical.parameter.detach() for logical in parameters}

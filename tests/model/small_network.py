@@ -1,9 +1,12 @@
 """Small score networks and noisy batches, the same in every process that asks for them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from sedd_scale.config import ModelConfig
+from sedd_scale.config import Config, ModelConfig
+from sedd_scale.config.sections import GraphConfig, ParallelConfig, TrainingConfig
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.model.network import ScoreNetwork, layer_builders
@@ -15,34 +18,34 @@ from tests.diffusion.reference import noise_columns
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def small_model(**changes: object) -> ModelConfig:
-    """Two blocks of width 32 with a head that is not zero, no dropout unless asked."""
-    sizes: dict[str, object] = dict(
-        hidden_size=32, num_layers=2, num_heads=4, cond_dim=24, dropout=0.0, zero_init=False
-    )
-    return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
-
-
-def small_network(
+def small_config(
     graph: Graph,
-    layout: Layout,
     *,
     scaled: bool,
     seed: int = 3,
     recompute_every: int = 0,
     recompute_mode: str = "full",
-    **changes: object,
-) -> ScoreNetwork:
-    """A network with random weights on `small_model`; norm weights too are moved off one."""
-    builders = layer_builders(
-        small_model(**changes),
-        graph,
-        layout,
-        scaled=scaled,
-        seed=seed,
-        recompute_every=recompute_every,
-        recompute_mode=recompute_mode,
+    **changes: Any,
+) -> Config:
+    """Two blocks of width 32 with a head that is not zero, no dropout unless asked.
+
+    Args:
+        changes: of the section `model`.
+    """
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, num_layers=2, num_heads=4, cond_dim=24, dropout=0.0, zero_init=False
     )
+    return Config(
+        model=ModelConfig(**{**sizes, "scale_by_sigma": scaled, **changes}),
+        graph=GraphConfig(name=graph.name),
+        parallel=ParallelConfig(recompute_every=recompute_every, recompute_mode=recompute_mode),
+        training=TrainingConfig(seed=seed),
+    )
+
+
+def small_network(graph: Graph, layout: Layout, *, scaled: bool, **changes: Any) -> ScoreNetwork:
+    """A network with random weights of a `small_config`; norm weights too are moved off one."""
+    builders = layer_builders(small_config(graph, scaled=scaled, **changes), graph, layout)
     network = ScoreNetwork(builders)
     with torch.no_grad():
         for logical in logical_parameters(network, layout):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from sedd_scale.config import ModelConfig
+from sedd_scale.config import Config, ModelConfig
 from sedd_scale.diffusion.graphs import Absorb
 from sedd_scale.interop.published import published_names
 from sedd_scale.model import network as network_module
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import LogicalParameter, logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from tests.model.small_network import small_model
+from tests.model.small_network import small_config
 from tests.parallel.vocab_worker import (
     NETWORK_CASES,
     NetworkCase,
@@ -74,12 +74,10 @@ def test_names_shapes_and_initial_values_know_no_tensor_parallelism(
 
 def test_a_layer_built_alone_starts_as_in_the_whole_network(layout: Layout) -> None:
     """As a pipeline stage builds it, in whatever order and after whatever other draws."""
-    arguments: dict[str, Any] = dict(scaled=True, seed=11)
-    whole = weights_of(
-        ScoreNetwork(layer_builders(small_model(), GRAPH, layout, **arguments)), layout
-    )
+    config = small_config(GRAPH, scaled=True, seed=11)
+    whole = weights_of(ScoreNetwork(layer_builders(config, GRAPH, layout)), layout)
     seen = set()
-    builders = layer_builders(small_model(), GRAPH, layout, **arguments)
+    builders = layer_builders(config, GRAPH, layout)
     assert len(builders) == 4
     for builder in reversed(builders):
         torch.rand(7)
@@ -91,10 +89,8 @@ def test_a_layer_built_alone_starts_as_in_the_whole_network(layout: Layout) -> N
 
 def test_initial_values_have_their_law_and_their_seed(layout: Layout) -> None:
     def built(seed: int, **changes: object) -> dict[str, torch.Tensor]:
-        model = small_model(**changes)
-        return weights_of(
-            ScoreNetwork(layer_builders(model, GRAPH, layout, scaled=True, seed=seed)), layout
-        )
+        config = small_config(GRAPH, scaled=True, seed=seed, **changes)
+        return weights_of(ScoreNetwork(layer_builders(config, GRAPH, layout)), layout)
 
     first, other, zero = built(0), built(1), built(0, zero_init=True)
     drawn = {name: value for name, value in first.items() if ".norm" not in name}
@@ -161,9 +157,8 @@ def test_published_sizes_have_their_number_of_parameters(
     """Shapes alone: nothing is allocated or drawn. (The published files hold a buffer besides.)"""
     monkeypatch.setattr(network_module, "initialize_parameters", lambda *_, **__: None)
     with torch.device("meta"):
-        network = ScoreNetwork(
-            layer_builders(ModelConfig(**sizes), Absorb(50_257), layout, scaled=True)  # type: ignore
-        )
+        config = Config(model=ModelConfig(**sizes))  # type: ignore[arg-type]
+        network = ScoreNetwork(layer_builders(config, Absorb(50_257), layout))
     parameters = list(logical_parameters(network, layout))
     assert all(p.parameter.is_meta for p in parameters)
     assert len(parameters) == num_tensors

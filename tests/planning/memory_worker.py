@@ -135,7 +135,7 @@ def measure(config: Config, layout: Layout) -> dict[str, int]:
     gc.collect()
     earlier = storages(gc.get_objects())
     engine = make_engine(
-        layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma),
+        layer_builders(config, graph, layout),
         layout,
         config,
         lambda parameters: make_optimizer(parameters, config),

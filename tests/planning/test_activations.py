@@ -66,14 +66,7 @@ def predicted(config: Config, *, layers: range, in_flight: int = 1) -> int:
 def test_kept_bytes_are_what_autograd_saves(overrides: tuple[str, ...]) -> None:
     config = config_of(*overrides)
     graph = make_graph("absorb", VOCAB_SIZE)
-    builders = layer_builders(
-        config.model,
-        graph,
-        initialize_layout(),
-        scaled=True,
-        recompute_every=config.parallel.recompute_every,
-        recompute_mode=config.parallel.recompute_mode,
-    )
+    builders = layer_builders(config, graph, initialize_layout())
     network = ScoreNetwork(builders).train()
     if config.training.precision == "bf16":
         network.bfloat16()

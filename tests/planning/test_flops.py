@@ -41,14 +41,7 @@ def test_counts_are_torchs_on_the_real_network(
         ],
     )
     graph = make_graph(graph_name, vocab_size)
-    builders = layer_builders(
-        config.model,
-        graph,
-        initialize_layout(),
-        scaled=config.resolved_scale_by_sigma,
-        recompute_every=recompute_every,
-        recompute_mode=recompute_mode,
-    )
+    builders = layer_builders(config, graph, initialize_layout())
     network = ScoreNetwork(builders).train()
     inputs, targets, _ = noisy_batch(graph, batch=batch, length=length)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops})

@@ -27,7 +27,7 @@ def test_shapes_are_those_of_the_real_network_in_its_order(name: str, vocab_size
     config = load_config(ROOT / "configs/runs/tiny.yaml", MODELS[name])
     layout = initialize_layout()
     graph = make_graph(config.graph.name, vocab_size)
-    builders = layer_builders(config.model, graph, layout, scaled=config.resolved_scale_by_sigma)
+    builders = layer_builders(config, graph, layout)
     layers = layer_shapes(config, vocab_size)
     for builder, shapes in zip(builders, layers, strict=True):
         assert [(shape.name, shape.shape, shape.split_dim) for shape in shapes] == [
