@@ -12,7 +12,7 @@ from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 
 if TYPE_CHECKING:
-    from sedd_scale.evaluation.corpora import Corpus
+    from sedd_scale.evaluation.corpora import EvaluationText
     from sedd_scale.evaluation.finished_groups import FinishedGroups
     from sedd_scale.evaluation.text_blocks import TextSettings
     from sedd_scale.model.score_model import ScoreModel
@@ -195,7 +195,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def finished_groups(
-    arguments: argparse.Namespace, model: "ScoreModel", corpus: "Corpus", fingerprint: str
+    arguments: argparse.Namespace, model: "ScoreModel", corpus: "EvaluationText", fingerprint: str
 ) -> "FinishedGroups | None":
     """What --resume names, for this very evaluation."""
     if arguments.resume is None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sedd_scale.cli import Command, given_path, make_parser
-from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.errors import ConfigError
 
 PORT = 8765
 
@@ -59,7 +59,12 @@ def plot_command(arguments: argparse.Namespace) -> None:
     is_page = output is None or output.suffix == ".html"
     if arguments.samples is not None and not is_page:
         raise ConfigError("--samples is for a page: give --output FILE.html or --watch")
-    traces = None if arguments.samples is None else _traces(arguments.samples)
+    traces = None
+    if arguments.samples is not None:
+        from sedd_scale.generation.samples_file import traced_samples
+        from sedd_scale.generation.trace_page import trace_page
+
+        traces = trace_page(traced_samples(arguments.samples))
 
     def read() -> list[RunMetrics]:
         return [read_run(path, name=str(path)) for path in arguments.runs]
@@ -87,17 +92,6 @@ def plot_command(arguments: argparse.Namespace) -> None:
     else:
         plot_runs(runs, output)
     print(output)
-
-
-def _traces(path: Path) -> str:
-    """The page of the trajectories in a file of samples."""
-    from sedd_scale.generation.samples_file import read_samples
-    from sedd_scale.generation.trace_page import trace_page
-
-    traced = [record for record in read_samples(path) if "trace" in record]
-    if not traced:
-        raise DataError(f"{path} holds no traced sample: generate with --trace")
-    return trace_page(traced)
 
 
 COMMANDS = {"": Command(build_parser, plot_command)}

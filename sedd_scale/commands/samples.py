@@ -106,14 +106,11 @@ def show_trace(arguments: argparse.Namespace) -> None:
 def write_page(arguments: argparse.Namespace) -> None:
     """Write the page of all traced samples."""
     from sedd_scale.generation.output_shards import refuse_existing_output
-    from sedd_scale.generation.samples_file import read_samples
+    from sedd_scale.generation.samples_file import traced_samples
     from sedd_scale.generation.trace_page import write_trace_page
 
     refuse_existing_output(arguments.trace, "--trace")
-    records = [record for record in read_samples(arguments.samples) if "trace" in record]
-    if not records:
-        raise DataError(f"{arguments.samples} holds no traced sample: generate with --trace")
-    write_trace_page(arguments.trace, records)
+    write_trace_page(arguments.trace, traced_samples(arguments.samples))
     print(arguments.trace)
 
 

@@ -25,7 +25,7 @@ from sedd_scale.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class Corpus:
+class EvaluationText:
     """Blocks to evaluate.
 
     Attributes:
@@ -84,7 +84,7 @@ def open_corpus(
     max_blocks: int | None = None,
     cache_dir: Path | None = None,
     name: str | None = None,
-) -> Corpus:
+) -> EvaluationText:
     """Blocks of a prepared dataset, or of a file: text or .jsonl, plain, .gz or .xz, or .parquet.
 
     Args:
@@ -152,7 +152,7 @@ def _prepared(
     block_length: int | None,
     split: str | None,
     max_blocks: int | None,
-) -> Corpus:
+) -> EvaluationText:
     if block_length not in (None, dataset.block_length):
         raise ConfigError(
             f"{dataset.location} has blocks of {dataset.block_length} tokens, not {block_length}: "
@@ -179,7 +179,7 @@ def _prepared(
     padded = dataset.index["packing"] == "documents"
     if padded:
         text_n = counted_positions(blocks_nL, dataset.eos_id).sum(axis=1)
-    return Corpus(
+    return EvaluationText(
         name=f"{dataset.location} ({split})",
         blocks_nL=blocks_nL,
         text_n=text_n,
@@ -202,11 +202,11 @@ def _from_file(
     block_length: int,
     text: TextSettings,
     max_blocks: int | None,
-) -> Corpus:
+) -> EvaluationText:
     found = read_blocks(path, tokenizer, block_length, text)
     documents, remainder = text.resolved(path)
     ids_n = spread_blocks(len(found.blocks_nL), max_blocks or len(found.blocks_nL))
-    return Corpus(
+    return EvaluationText(
         name=str(path),
         blocks_nL=found.blocks_nL[ids_n],
         text_n=found.text_n[ids_n],

@@ -5,14 +5,14 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from sedd_scale.evaluation.corpora import Corpus
+from sedd_scale.evaluation.corpora import EvaluationText
 from sedd_scale.evaluation.result import BoundResult
 from sedd_scale.quantities import format_duration
 
 
 def report_of(
     result: BoundResult,
-    corpus: Corpus,
+    corpus: EvaluationText,
     *,
     objective: str,
     seed: int,

@@ -127,9 +127,9 @@ class ShardDirectory:
         numbers = [int(path.stem.rpartition("-")[2]) for path in self._files()]
         return max(numbers, default=-1) + 1
 
-    def writer(self, number: int) -> "ShardWriter":
+    def writer(self, number: int) -> "PartWriter":
         """A new file of that number."""
-        return ShardWriter(self.path / f"part-{number:05d}.jsonl")
+        return PartWriter(self.path / f"part-{number:05d}.jsonl")
 
     def merge(self, on_record: Callable[[Record], None] = lambda record: None) -> None:
         """Write all samples in order into the output; the directory stays.
@@ -218,7 +218,7 @@ class ShardDirectory:
                 pending = []
 
 
-class ShardWriter:
+class PartWriter:
     """Appends finished batches to one new file and makes each durable.
 
     Raises:

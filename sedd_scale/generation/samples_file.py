@@ -47,6 +47,18 @@ def read_samples(path: Path) -> Iterator[Record]:
         raise DataError(f"samples file {path} is empty: it holds no samples to report on")
 
 
+def traced_samples(path: Path) -> list[Record]:
+    """The records of a file that have a trace.
+
+    Raises:
+        DataError: none has, or the file cannot be read.
+    """
+    traced = [record for record in read_samples(path) if "trace" in record]
+    if not traced:
+        raise DataError(f"{path} holds no traced sample: generate with --trace")
+    return traced
+
+
 def quality_of_file(path: Path) -> dict[str, Any]:
     """The quality report of a file of samples (see `QualityReport.result`)."""
     quality = QualityReport()

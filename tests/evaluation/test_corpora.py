@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.evaluation.corpora import Corpus, open_corpus
+from sedd_scale.evaluation.corpora import EvaluationText, open_corpus
 from sedd_scale.evaluation.text_blocks import TextSettings
 from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
@@ -21,7 +21,7 @@ from tests.data.file_server import serving
 BYTES = BytesTokenizer()
 
 
-def open_with(path: Path, tokenizer: Tokenizer | None = BYTES, **options: object) -> Corpus:
+def open_with(path: Path, tokenizer: Tokenizer | None = BYTES, **options: object) -> EvaluationText:
     settings = {"num_tokens": 257, "default_length": 16, **options}
     return open_corpus(path, tokenizer=tokenizer, **settings)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ def test_lines_of_jsonl_are_documents_with_eos_after_each(tmp_path: Path) -> Non
         open_with(path)
 
 
-def spelled(corpus: Corpus) -> list[str]:
+def spelled(corpus: EvaluationText) -> list[str]:
     """What the text of each block spells, EOS as |."""
     blocks = zip(corpus.blocks_nL.tolist(), corpus.text_n.tolist(), strict=True)
     return ["".join("|" if i == 256 else chr(i) for i in block[:n]) for block, n in blocks]
