@@ -106,7 +106,7 @@ class SyntheticRun:
         pin = self.layout.device.type == "cuda"
         return [
             micro_batch_of(
-                NoisyBatch(*(part[start : start + size] for part in noisy)),
+                noisy.part(slice(start, start + size)),
                 self.graph,
                 document_end=None,
                 pin=pin,

@@ -58,6 +58,10 @@ class NoisyBatch(NamedTuple):
         """rate / (e^sigma - 1)."""
         return self.noise_B3[:, 2]
 
+    def part(self, samples: slice) -> "NoisyBatch":
+        """Some of its samples."""
+        return NoisyBatch(*(values[samples] for values in self))
+
 
 def keyed_words(
     count: int, *, seed: int, stream: str, step: int, sample: int | None = None

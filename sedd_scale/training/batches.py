@@ -5,8 +5,8 @@ same global batch, whatever their number.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from sedd_scale.parallel.agreement import Agreement
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
 from sedd_scale.tracking.metrics import TIME_KEYS
+
+T = TypeVar("T")
 
 # Sequences that are corrupted together, and validation blocks whose text is counted together.
 CORRUPTED_TOGETHER = 64
@@ -83,7 +85,63 @@ def micro_batch_of(
     return batch.pin_memory() if pin else batch
 
 
-class TrainBatches:
+class _Batches:
+    """What training and validation make their micro-batches with."""
+
+    def __init__(
+        self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
+    ) -> None:
+        self.corpus, self.config = corpus, config
+        self.graph, self.schedule, self.layout = graph, schedule, layout
+        self.objective = make_objective(config)
+        self.t_min = config.noise.t_min
+        self.document_end = corpus.eos_id if config.model.document_attention else None
+        self._agreement = Agreement(layout, config.data.on_bad_shard)
+
+    def _read_together(
+        self,
+        read: Callable[[], T],
+        *,
+        shard_of_error: Callable[[BadShardError], Shard],
+        skip: Callable[[set[Shard]], None],
+        note: str,
+    ) -> T:
+        """What `read` gives once it meets no damaged shard, on any rank; all skip those met.
+
+        Args:
+            note: what is said of a damaged one.
+        """
+        while True:
+            bad: set[Shard] = set()
+            found = None
+            try:
+                found = read()
+            except BadShardError as error:
+                if self.config.data.on_bad_shard == "stop":
+                    raise
+                bad.add(shard_of_error(error))
+                print(f"rank {self.layout.rank}: {note}: {error}", file=sys.stderr, flush=True)
+            bad = self._agreement.union(bad)
+            if not bad:
+                assert found is not None
+                return found
+            skip(bad)
+
+    def _micro_batch_of(
+        self, noisy: NoisyBatch, counted_BL: BoolArray | None, mean_over: float | None = None
+    ) -> MicroBatch:
+        return micro_batch_of(
+            noisy,
+            self.graph,
+            document_end=self.document_end,
+            pin=self.layout.device.type == "cuda",
+            every_position=self.objective.causal,
+            counted_BL=counted_BL,
+            mean_over=mean_over,
+        )
+
+
+class TrainBatches(_Batches):
     """The training micro-batches of this rank.
 
     Where damaged shards are skipped, the ranks tell each other of them (see agreement), and every
@@ -99,12 +157,8 @@ class TrainBatches:
     def __init__(
         self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
     ) -> None:
-        self.config, self.graph, self.schedule, self.layout = config, graph, schedule, layout
-        self.objective = make_objective(config)
-        self.corpus = corpus
-        self.document_end = corpus.eos_id if config.model.document_attention else None
+        super().__init__(corpus, config, graph, schedule, layout)
         self.loader = corpus.train_loader(config)
-        self._agreement = Agreement(layout, config.data.on_bad_shard)
 
     def of_step(self, step: int) -> StepBatches:
         """This rank's micro-batches of the step (counted from 0), corrupted.
@@ -135,13 +189,9 @@ class TrainBatches:
         for begin in range(0, per_rank, training.micro_batch):
             part = slice(begin, begin + training.micro_batch)
             micro_batches.append(
-                micro_batch_of(
-                    NoisyBatch(*(values[part] for values in noisy)),
-                    self.graph,
-                    document_end=self.document_end,
-                    pin=self.layout.device.type == "cuda",
-                    every_position=self.objective.causal,
-                    counted_BL=None if counted_BL is None else counted_BL[part],
+                self._micro_batch_of(
+                    noisy.part(part),
+                    None if counted_BL is None else counted_BL[part],
                     mean_over=tokens * training.micro_batch / training.global_batch,
                 )
             )
@@ -159,20 +209,12 @@ class TrainBatches:
 
     def _read(self, step: int, sample_ids: IntArray) -> IntArray:
         """The samples' blocks; with the ranks' agreement on which shards to skip."""
-        while True:
-            bad: set[Shard] = set()
-            tokens_BL = np.empty((0, self.corpus.block_length), dtype=np.int64)
-            try:
-                tokens_BL = self.loader.read_samples(sample_ids)
-            except BadShardError as error:
-                if self.config.data.on_bad_shard == "stop":
-                    raise
-                bad.add(self.loader.joint.shard_of_error(error))
-                print(f"rank {self.layout.rank}: skipping: {error}", file=sys.stderr, flush=True)
-            bad = self._agreement.union(bad)
-            if not bad:
-                return tokens_BL
-            self.loader.skip(bad, from_step=step)
+        return self._read_together(
+            lambda: self.loader.read_samples(sample_ids),
+            shard_of_error=self.loader.joint.shard_of_error,
+            skip=lambda bad: self.loader.skip(bad, from_step=step),
+            note="skipping",
+        )
 
     def _text_of(
         self, step: int, sample_ids: IntArray, tokens_BL: IntArray
@@ -192,14 +234,14 @@ class TrainBatches:
         return tokens_BL, counted_BL
 
     def _corrupted(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> NoisyBatch:
-        """All the samples corrupted, some at a time: what is in the making stays in the cache."""
-        training, t_min = self.config.training, self.config.noise.t_min
+        """Corrupt the samples in chunks whose temporaries fit in the CPU's cache."""
+        training = self.config.training
         t_B = stratified_times(
             seed=training.seed,
             step=step,
             global_batch=training.global_batch,
             sample_ids_B=sample_ids,
-            t_min=self.objective.first_time(t_min),
+            t_min=self.objective.first_time(self.t_min),
         )
         parts = []
         for begin in range(0, len(sample_ids), CORRUPTED_TOGETHER):
@@ -213,7 +255,7 @@ class TrainBatches:
                     global_batch=training.global_batch,
                     graph=self.graph,
                     schedule=self.schedule,
-                    t_min=t_min,
+                    t_min=self.t_min,
                     t_B=t_B[part],
                 )
             )
@@ -240,7 +282,7 @@ def random_lengths(
     return np.where(chosen_B < share, lengths_B, block_length)
 
 
-class ValidationBatches:
+class ValidationBatches(_Batches):
     """A fixed set of validation blocks with fixed noise, shared over the data-parallel ranks.
 
     The times of the blocks are stratified over the whole set. Every rank runs the same number of
@@ -265,15 +307,12 @@ class ValidationBatches:
     def __init__(
         self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
     ) -> None:
+        super().__init__(corpus, config, graph, schedule, layout)
         reader = corpus.valid_reader()
-        self.corpus, self.config = corpus, config
-        self.graph, self.schedule, self.layout = graph, schedule, layout
-        self.objective = make_objective(config)
-        self.t_min = config.noise.t_min
-        self.document_end = corpus.eos_id if config.model.document_attention else None
         self.skipped: set[Shard] = set()
         self._by_time: dict[str, float] = {}
         self.blocks, self.tokens_n = self._choose_blocks(reader)
+        self._tenth_n = None if self.objective.causal else self._tenths()
         micro_batch = config.training.micro_batch
         unit = micro_batch * layout.data
         padded = np.resize(np.arange(len(self.blocks)), -(-len(self.blocks) // unit) * unit)
@@ -293,9 +332,8 @@ class ValidationBatches:
             return dict(self._by_time)
         return {**self._by_time, "skipped_valid_shards": float(len(self.skipped))}
 
-    def _loss_by_time(self, nats_n: Tensor) -> dict[str, float]:
-        if self.objective.causal:
-            return {}
+    def _tenths(self) -> Tensor:
+        """In which tenth of [0, 1] the time of each block lies."""
         times_n = self.objective.on_grid(
             stratified_times(
                 seed=self.config.training.seed,
@@ -306,38 +344,35 @@ class ValidationBatches:
                 stream="validation",
             )
         )
-        bin_n = (times_n * len(TIME_KEYS)).long().clamp(max=len(TIME_KEYS) - 1)
+        return (times_n * len(TIME_KEYS)).long().clamp(max=len(TIME_KEYS) - 1)
+
+    def _loss_by_time(self, nats_n: Tensor) -> dict[str, float]:
+        tenth_n = self._tenth_n
+        if tenth_n is None:
+            return {}
         sums, tokens = (
-            torch.zeros(len(TIME_KEYS), dtype=torch.float64).index_add(0, bin_n, values_n)
+            torch.zeros(len(TIME_KEYS), dtype=torch.float64).index_add(0, tenth_n, values_n)
             for values_n in (nats_n.double(), self.tokens_n)
         )
         return dict(zip(TIME_KEYS, (sums / tokens).tolist(), strict=True))
 
     def _choose_blocks(self, reader: JointReader) -> tuple[IntArray, Tensor]:
         """The blocks, all of them readable, and the text tokens of each; alike on all ranks."""
-        skips = self.config.data.on_bad_shard == "skip"
-        agreement = Agreement(self.layout, self.config.data.on_bad_shard)
-        while True:
+
+        def read() -> tuple[IntArray, Tensor]:
             blocks = reader.spread(self.config.training.valid_blocks, without=self.skipped)
-            bad: set[Shard] = set()
             counts: list[int] = []
-            try:
-                for begin in range(0, len(blocks), COUNTED_TOGETHER):
-                    tokens_BL = reader.read(blocks[begin : begin + COUNTED_TOGETHER])
-                    counts += text_positions(self.corpus, tokens_BL).sum(axis=1).tolist()
-            except BadShardError as error:
-                if not skips:
-                    raise
-                bad.add(reader.shard_of_error(error))
-                print(
-                    f"rank {self.layout.rank}: other blocks validate: {error}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            bad = agreement.union(bad)
-            if not bad:
-                return blocks, torch.tensor(counts, dtype=torch.float64)
-            self.skipped |= bad
+            for begin in range(0, len(blocks), COUNTED_TOGETHER):
+                tokens_BL = reader.read(blocks[begin : begin + COUNTED_TOGETHER])
+                counts += text_positions(self.corpus, tokens_BL).sum(axis=1).tolist()
+            return blocks, torch.tensor(counts, dtype=torch.float64)
+
+        return self._read_together(
+            read,
+            shard_of_error=reader.shard_of_error,
+            skip=self.skipped.update,
+            note="other blocks validate",
+        )
 
     def _micro_batch(self, reader: JointReader, places: IntArray, seed: int) -> MicroBatch:
         tokens_BL = reader.read(self.blocks[places])
@@ -352,14 +387,7 @@ class ValidationBatches:
             t_min=self.t_min,
             stream="validation",
         )
-        return micro_batch_of(
-            noisy,
-            self.graph,
-            document_end=self.document_end,
-            pin=self.layout.device.type == "cuda",
-            every_position=self.objective.causal,
-            counted_BL=text_positions(self.corpus, tokens_BL),
-        )
+        return self._micro_batch_of(noisy, text_positions(self.corpus, tokens_BL))
 
     def bound(self, nats_of_ranks: Sequence[Tensor]) -> tuple[float, float]:
         """Bound on the negative log-likelihood and its standard error, nats per token.
