@@ -75,8 +75,8 @@ sedd_environment() {
   fi
   : "${SEDD_LAUNCHER:=srun}" "${SEDD_SRUN_FLAGS:=}" "${SEDD_MAX_RESTARTS:=20}"
   : "${SEDD_MAX_STALLED:=3}" "${SEDD_LOST_SECONDS:=60}" "${SEDD_HEALTH:=1}"
-  : "${SEDD_MIN_MEMORY_GB:=1}" "${SEDD_MIN_DISK_GB:=5}" "${SEDD_MAX_SKEW:=2}"
-  : "${SEDD_HEALTH_SECONDS:=180}" "${SEDD_CACHE:=${TMPDIR:-/tmp}/sedd-scale-$UID}"
+  : "${SEDD_CACHE:=${TMPDIR:-/tmp}/sedd-scale-$UID}"
+  export SEDD_MIN_MEMORY_GB SEDD_MIN_DISK_GB SEDD_MAX_SKEW SEDD_HEALTH_SECONDS
   case $SEDD_LAUNCHER in
     srun | torchrun) ;;
     *) sedd_exit 2 "SEDD_LAUNCHER=$SEDD_LAUNCHER is neither srun nor torchrun: set one of them" ;;
@@ -187,8 +187,7 @@ sedd_health() {
   found=$(mktemp)
   # One process a task whatever the launcher, and a port that no other step uses.
   SEDD_LAUNCHER=srun MASTER_PORT=$((MASTER_PORT + 1)) sedd_launch -m sedd_scale.cluster.health \
-    --folder "$1" --min-memory-gb "$SEDD_MIN_MEMORY_GB" --min-disk-gb "$SEDD_MIN_DISK_GB" \
-    --max-skew "$SEDD_MAX_SKEW" --seconds "$SEDD_HEALTH_SECONDS" >"$found"
+    --folder "$1" >"$found"
   bad=$(tail -n 1 "$found")
   rm -f "$found"
   if [[ $SEDD_CODE != 0 ]]; then

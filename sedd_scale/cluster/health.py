@@ -263,10 +263,14 @@ def main() -> int:
         "srun python -m sedd_scale.cluster.health --folder runs/a/slurm",
     )
     parser.add_argument("--folder", type=given_path, required=True, help="of the run, on all nodes")
-    parser.add_argument("--min-memory-gb", type=float, default=1.0)
-    parser.add_argument("--min-disk-gb", type=float, default=5.0)
-    parser.add_argument("--max-skew", type=float, default=2.0)
-    parser.add_argument("--seconds", type=float, default=180.0, help="for everything")
+    for flag, variable, default, meaning in (
+        ("--min-memory-gb", "SEDD_MIN_MEMORY_GB", "1", "that a node must have available"),
+        ("--min-disk-gb", "SEDD_MIN_DISK_GB", "5", "that must be free where results go"),
+        ("--max-skew", "SEDD_MAX_SKEW", "2", "seconds that the clocks of two nodes may differ"),
+        ("--seconds", "SEDD_HEALTH_SECONDS", "180", "for the check of all nodes"),
+    ):
+        given = os.environ.get(variable) or default
+        parser.add_argument(flag, type=float, default=given, help=f"{meaning} ({variable})")
     return run_command(parser, health_command)
 
 

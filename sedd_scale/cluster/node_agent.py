@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from sedd_scale.files.task_environment import FIRST_PORT, NUM_PORTS, first_host
+from sedd_scale.files.task_environment import set_rendezvous
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,14 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     environment = os.environ
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    port = str(FIRST_PORT + (16 * job + step) % NUM_PORTS)
-    host = first_host(environment["SLURM_STEP_NODELIST"])
+    set_rendezvous(environment)
     arguments = [
         f"--nnodes={environment['SLURM_STEP_NUM_NODES']}",
         f"--node-rank={environment['SLURM_NODEID']}",
-        f"--master-addr={environment.get('MASTER_ADDR', host)}",
-        f"--master-port={environment.get('MASTER_PORT', port)}",
+        f"--master-addr={environment['MASTER_ADDR']}",
+        f"--master-port={environment['MASTER_PORT']}",
         "--max-restarts=0",
         *(sys.argv[1:] if argv is None else argv),
     ]

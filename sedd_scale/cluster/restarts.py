@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.cli import EXIT_USER_ERROR, given_path, make_parser, run_command
+from sedd_scale.cli import EXIT_USER_ERROR, add_command, given_path, make_parser, run_command
 from sedd_scale.errors import ConfigError
 from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.version import now
@@ -215,10 +215,7 @@ def _note(ledger: Path, event: str, **values: object) -> None:
 def _command(arguments: argparse.Namespace) -> int:
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("SLURM_JOB_ID is not set: this is for job scripts, by slurm/launch.sh")
-    if arguments.action == "begin":
-        return begin_command(arguments)
-    end_command(arguments)
-    return 0
+    return arguments.run(arguments) or 0
 
 
 def main() -> int:
@@ -228,13 +225,25 @@ def main() -> int:
         "Note a start or an end of a Slurm job and say whether to requeue it.",
         "python -m sedd_scale.cluster.restarts begin runs/a/attempts-7.jsonl --progress runs/a",
     )
-    parser.add_argument("action", choices=("begin", "end"))
-    parser.add_argument("ledger", type=given_path)
-    parser.add_argument("--progress", type=given_path, required=True)
-    parser.add_argument("--code", type=int, default=0)
-    parser.add_argument("--bad-nodes", default="")
-    parser.add_argument("--max-restarts", type=int, default=20)
-    parser.add_argument("--max-stalled", type=int, default=3)
+    actions = parser.add_subparsers(required=True, metavar="begin|end")
+    for name, run, meaning in (
+        ("begin", begin_command, "note a start, or refuse it"),
+        ("end", end_command, "note an end, and say whether to requeue the job"),
+    ):
+        action = add_command(
+            actions,
+            name,
+            help=meaning,
+            example=f"python -m sedd_scale.cluster.restarts {name} runs/a/attempts-7.jsonl "
+            "--progress runs/a",
+        )
+        action.set_defaults(run=run)
+        action.add_argument("ledger", type=given_path)
+        action.add_argument("--progress", type=given_path, required=True)
+        action.add_argument("--max-restarts", type=int, default=20)
+        action.add_argument("--max-stalled", type=int, default=3)
+    action.add_argument("--code", type=int, default=0)
+    action.add_argument("--bad-nodes", default="")
     return run_command(parser, _command)
 
 

@@ -8,6 +8,7 @@ from sedd_scale.cluster.restarts import job_fields, progress_of, read_ledger
 from sedd_scale.cluster.submission import submitted_jobs
 from sedd_scale.errors import ConfigError
 from sedd_scale.files.json_lines import read_json_lines
+from sedd_scale.quantities import format_duration
 
 
 def newest_job(run_dir: Path) -> str | None:
@@ -122,21 +123,10 @@ def format_status(status: dict[str, Any]) -> str:
             )
         )
     if status["seconds_left"] is not None:
-        rows.append(("work left", duration(status["seconds_left"])))
+        rows.append(("work left", format_duration(status["seconds_left"])))
     if status["limit_left"] is not None:
         rows.append(("until limit", status["limit_left"]))
     return "\n".join(f"{name:12}{text}" for name, text in rows if text)
-
-
-def duration(seconds: float) -> str:
-    """Days, hours, minutes and seconds, the larger two that are not zero."""
-    parts: list[str] = []
-    rest = round(seconds)
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count or parts:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def _known(value: str | None) -> str | None:

@@ -39,9 +39,7 @@ def adopt_slurm_task(environment: MutableMapping[str, str]) -> bool:
         )
     if sees_own_gpu_only(environment, tasks_on_nodes[node]):
         local_rank = 0
-    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
-    environment.setdefault("MASTER_ADDR", first_host(_text(environment, "SLURM_STEP_NODELIST")))
-    environment.setdefault("MASTER_PORT", str(FIRST_PORT + (16 * job + step) % NUM_PORTS))
+    set_rendezvous(environment)
     environment.update(
         RANK=str(_number(environment, "SLURM_PROCID")),
         WORLD_SIZE=str(_number(environment, "SLURM_STEP_NUM_TASKS")),
@@ -49,6 +47,17 @@ def adopt_slurm_task(environment: MutableMapping[str, str]) -> bool:
         LOCAL_WORLD_SIZE=str(tasks_on_nodes[node]),
     )
     return True
+
+
+def set_rendezvous(environment: MutableMapping[str, str]) -> None:
+    """Where the processes of a step meet, MASTER_ADDR and MASTER_PORT, unless they are set.
+
+    Raises:
+        ConfigError: a variable of the step is missing or no number.
+    """
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    environment.setdefault("MASTER_ADDR", first_host(_text(environment, "SLURM_STEP_NODELIST")))
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + (16 * job + step) % NUM_PORTS))
 
 
 def sees_own_gpu_only(environment: MutableMapping[str, str], tasks_on_node: int) -> bool:
