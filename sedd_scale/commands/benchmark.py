@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments, a subcommand a part."""
     parser = make_parser(
         "sedd-scale benchmark",
-        "Measure one part of a training step: median time over repeats, tokens a second, memory.",
+        "Measure one part of a training step: median time over repeats, tokens per second, memory.",
         "sedd-scale benchmark loss --baseline --json",
     )
     subparsers = parser.add_subparsers(required=True, title="parts")

@@ -12,7 +12,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sedd-scale compare",
         "Train every variant of an experiment once for each seed, on the same tokens, evaluate all "
         "alike and write report.md, report.png and report.json with the ratio to the baseline. "
-        "Killed and started again, the same command goes on.",
+        "Killed and started again, the same command resumes.",
         "sedd-scale compare configs/experiments/text8_style.yaml --data books.jsonl.xz "
         "--output runs/text8_style",
     )

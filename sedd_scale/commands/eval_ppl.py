@@ -33,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         metavar="PATH",
         help="a prepared dataset (a directory, a URL, or pipe: and a command), or a "
-        "file: .jsonl (one document a line) or any text (one document), plain or with .gz or .xz, "
-        "or .parquet",
+        "file: .jsonl (one document per line) or any text (one document), plain, .gz or .xz, or "
+        ".parquet",
     )
     source.add_argument(
         "--dataset",
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-blocks",
         type=at_least(1),
         metavar="K",
-        help="at most so many blocks, evenly spread (all; paper 1024; any-order 64)",
+        help="the most blocks, evenly spread (all; paper 1024; any-order 64)",
     )
     add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
     add(
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=given_path,
         metavar="DIR",
-        help="keep finished blocks there; killed and started again, the same command goes on, with "
+        help="keep finished blocks there; killed and started again, the same command resumes, with "
         "any number of processes",
     )
     add("--json", action="store_true", help="print the line of JSON only")

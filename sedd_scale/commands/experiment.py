@@ -79,7 +79,7 @@ def robustness_command(arguments: argparse.Namespace) -> None:
 
     for rate in arguments.rates:
         if not 0.0 <= rate < 1.0:
-            raise ConfigError(f"--rates {rate} is no rate: give numbers from 0 on, below 1")
+            raise ConfigError(f"--rates {rate} is not a rate: give numbers from 0 on, below 1")
     rows = []
     for graph in arguments.graphs:
         for kind in DAMAGE:

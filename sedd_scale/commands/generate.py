@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "sedd-scale generate",
         "Draw samples from a trained model, unconditionally or around given text, on any number of "
-        "processes. Killed and started again, the same command goes on where it ended.",
+        "processes. Killed and started again, the same command resumes.",
         "torchrun --nproc-per-node 2 -m sedd_scale generate --checkpoint runs/books "
         "--num-samples 16 --length 128 --steps 64 --sampler analytic --seed 0 "
         "--output samples.jsonl",
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=given_path,
         required=True,
         metavar="FILE.jsonl",
-        help="one record a sample; until it is complete, FILE.jsonl.parts holds what is done",
+        help="one record per sample; until it is complete, FILE.jsonl.parts holds what is done",
     )
     add("--num-samples", type=at_least(1), metavar="K", help="samples without --prompts (1)")
     add(
@@ -109,9 +109,9 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="P",
-        help="keep the likeliest tokens of so much probability (%(default)s)",
+        help="keep the likeliest tokens up to this probability (%(default)s)",
     )
-    add("--top-k", type=at_least(1), metavar="K", help="keep so many likeliest tokens (all)")
+    add("--top-k", type=at_least(1), metavar="K", help="number of likeliest tokens to keep (all)")
     add(
         "--remask",
         type=float,

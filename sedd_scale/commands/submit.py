@@ -105,7 +105,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--cpu: how many processes? Give --gpus N as well")
     for flag in arguments.sbatch:
         if not flag.startswith("-") or "\n" in flag:
-            raise ConfigError(f"--sbatch {flag!r} is no flag: write --sbatch=--account=NAME")
+            raise ConfigError(f"--sbatch {flag!r} is not a flag: write --sbatch=--account=NAME")
 
 
 def status_command(arguments: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpus",
         type=at_least(1),
         metavar="N",
-        help="processes, one a GPU; default: the fewest that fit",
+        help="processes, one per GPU; default: the fewest that fit",
     )
     add(
         "--gpus-per-node",

@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--run-dir runs/first data.path=data/books parallel.tensor=2",
         exit_codes={
             0: "done; under torchrun with restarts left also stopped by a signal",
-            EXIT_STOPPED: "stopped by a signal, saved; the same command goes on",
-            EXIT_LOST_RANK: "another rank hangs or was lost; the same command goes on",
+            EXIT_STOPPED: "stopped by a signal, saved; the same command resumes",
+            EXIT_LOST_RANK: "another rank hangs or was lost; the same command resumes",
         },
     )
     parser.add_argument("config", type=given_path, help="YAML file of the run")

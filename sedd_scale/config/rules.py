@@ -238,8 +238,8 @@ def _check_guards(config: ConfigTree) -> None:
             )
         if not 1 <= ends[0] <= ends[1]:
             raise ConfigError(
-                f"training.skip_steps holds {item!r}, which is no step of a run: steps count from "
-                "1, and a range goes from its first to its last step"
+                f"training.skip_steps holds {item!r}, which is not a step of a run: steps count "
+                "from 1, and a range goes from its first to its last step"
             )
     if training.hang_factor and training.hang_slow < training.hang_floor:
         raise ConfigError(

@@ -121,7 +121,7 @@ class DataConfig:
     )
     on_bad_shard: str = _key(
         "stop",
-        "At a damaged shard; skip: replace its blocks by others, alike on all ranks.",
+        "At a damaged shard; skip: replace its blocks by others, the same on all ranks.",
         choices=("stop", "skip"),
     )
     cache_dir: str | None = _key(

@@ -52,7 +52,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` stands for; a ConfigError that names `source` if it is no YAML."""
+    """The value that `text` stands for; a ConfigError that names `source` if it is not YAML."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:

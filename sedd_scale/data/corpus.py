@@ -93,7 +93,7 @@ class Corpus:
         """Refuse, before the first step, what a run would stumble over later.
 
         Raises:
-            ConfigError: attention or padding by documents, with a tokenizer whose EOS is no mark.
+            ConfigError: attention or padding by documents, and EOS within documents.
             DataError: a missing tokenizer; an empty training split, or one smaller than a batch; no
                 validation split where one is needed; a local shard that is missing or cut short.
         """
@@ -130,7 +130,7 @@ class Corpus:
         }
 
     def check_position(self, source: Path, meta: dict[str, Any], config: Config) -> None:
-        """Whether a checkpoint's run goes on with this data exactly where it was.
+        """Whether a checkpoint's run resumes with this data exactly where it was.
 
         Datasets may be added behind those of the checkpoint, and weights may change from its step
         on, as long as the samples consumed so far stay the same.
@@ -227,5 +227,5 @@ def _check_alike(first: Dataset, other: Dataset) -> None:
         if one != two:
             raise DataError(
                 f"{other.location} does not mix with {first.location}: {name} {two}, not {one}; "
-                "prepare it alike"
+                "prepare both with the same settings"
             )

@@ -120,7 +120,7 @@ class TrainLoader:
         return [count / order.num_blocks for count, order in zip(given, self.orders)]
 
     def skip(self, shards: Iterable[Shard], *, from_step: int) -> None:
-        """From a step on replace the blocks of these shards by others; alike on all ranks.
+        """From a step on replace the blocks of these shards by others; the same on all ranks.
 
         Each sample keeps its place and its dataset: only samples of these shards change, to blocks
         of the same window drawn by the same kind of pure function.
@@ -155,7 +155,7 @@ class TrainLoader:
         damaged = int((skipped_from < NEVER).sum())
         raise DataError(
             f"{reader.dataset.location}: {damaged} of {len(skipped_from)} shards are damaged, too "
-            "many to go on: prepare it again"
+            "many to continue: prepare it again"
         )
 
     def _look_ahead(self, samples: IntArray) -> None:

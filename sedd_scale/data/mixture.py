@@ -2,7 +2,7 @@
 
 Sample s of a stage belongs to one of the stage's datasets. The shares are exact over any stretch of
 samples: after n samples dataset i has given within a few samples of n times its weight. Both the
-dataset and how many of its samples came before are computed from s alone, so that a run goes on
+dataset and how many of its samples came before are computed from s alone, so that a run resumes
 anywhere without state.
 """
 

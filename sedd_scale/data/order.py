@@ -73,7 +73,7 @@ class BlockOrder:
         blocks_of_shard: blocks in each shard, at least one in all.
         seed: any integer.
         window: blocks permuted together; None: all.
-        fingerprint: of the dataset, so that two datasets are not shuffled alike.
+        fingerprint: of the dataset, so that two datasets have different orders.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class BlockOrder:
 
         Args:
             attempt: from 1; each one gives other blocks.
-            epochs_off: as if the samples came so many epochs later.
+            epochs_off: as if the samples came this many epochs later.
         """
         return self._blocks(sample_ids + epochs_off * self.num_blocks, attempt=attempt)
 

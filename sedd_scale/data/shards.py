@@ -235,7 +235,7 @@ def _parse_index(content: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{where} is damaged ({error}): prepare the data again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT_NAME:
-        raise DataError(f"{where} is no dataset of this program: name another directory")
+        raise DataError(f"{where} is not a dataset of this program: name another directory")
     if index["version"] != FORMAT_VERSION:
         raise DataError(
             f"{where} has version {index['version']}, this program reads version "

@@ -88,10 +88,10 @@ def evaluate_bound(
 
     Args:
         blocks_nL: clean tokens, the same on every rank.
-        draws: times a block (default 16; paper 1000), or orders (any-order 8).
+        draws: times per block (default 16; paper 1000), or orders (any-order 8).
         replicates: independent stratified samples the draws of a block are split into, a divisor of
             `draws`, at least 2; by default as few as give a reliable standard error. The paper
-            protocol has one a draw.
+            protocol has one per draw.
         seed: of all draws.
         batch_size: sequences in one network call.
         t_min: where the integral begins; the model's noise.t_min by default. A chain of steps has

@@ -93,7 +93,7 @@ def evaluate_any_order(
 ) -> BoundResult:
     """Bound and likelihood of blocks from random orders of their positions; collective.
 
-    Each order costs one network call a token. Other arguments are those of `evaluate_bound`.
+    Each order costs one network call per token. Other arguments are those of `evaluate_bound`.
 
     Raises:
         ConfigError: the model has no masks, or its outputs depend on time, or fewer than 2 orders.
@@ -108,7 +108,7 @@ def evaluate_any_order(
         )
     if orders < 2:
         raise ConfigError(
-            f"{orders} orders a block leave no way to tell a standard error: give at least 2"
+            f"{orders} orders per block leave no way to tell a standard error: give at least 2"
         )
 
     def nats(which: int) -> tuple[FloatArray]:

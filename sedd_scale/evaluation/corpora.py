@@ -97,7 +97,7 @@ def open_corpus(
         split: of a prepared dataset; None: "valid".
         text: how a file's text becomes blocks; None: as `TextSettings` has it, and only None fits a
             prepared dataset.
-        max_blocks: at most so many blocks, evenly spread over the source.
+        max_blocks: the most blocks, evenly spread over the source.
         cache_dir: where files of a remote dataset are kept; None: where training keeps them.
         name: of the corpus, for a file that was fetched by name.
 
@@ -108,11 +108,11 @@ def open_corpus(
     prepared = is_remote(str(location)) or Path(location).is_dir()
     if prepared and text is not None:
         raise ConfigError(
-            f"--data {location} is a prepared dataset, whose blocks are made: leave --detokenizer, "
+            f"{location} is a prepared dataset, whose blocks are made: leave --detokenizer, "
             "--documents, --no-wrap, --remainder and --field out, or give the text"
         )
     if max_blocks is not None and max_blocks < 1:
-        raise DataError(f"--max-blocks {max_blocks} is too few: give at least 1")
+        raise DataError(f"max_blocks={max_blocks} is too few: give at least 1")
     if is_remote(str(location)):
         config = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
         cache = FileCache(cache_directory(config), int(config.cache_gb * 1e9))
@@ -120,27 +120,27 @@ def open_corpus(
         return _prepared(dataset, tokenizer, num_tokens, block_length, split, max_blocks)
     path = Path(location)
     if not path.exists():
-        raise DataError(f"--data {path} does not exist: give a prepared dataset or a text file")
+        raise DataError(f"{path} does not exist: give a prepared dataset or a text file")
     if path.is_dir():
         if not (path / INDEX_FILE).is_file():
             raise DataError(
-                f"--data {path} is a directory without {INDEX_FILE}: give one that "
+                f"{path} is a directory without {INDEX_FILE}: give one that "
                 "sedd-scale prepare_data wrote, or a text file"
             )
         return _prepared(Dataset(path), tokenizer, num_tokens, block_length, split, max_blocks)
     if split is not None:
         raise ConfigError(
-            f"--data {path} is a file and has no split {split!r}: leave --split out, or give a "
+            f"{path} is a file and has no split {split!r}: leave the split out, or give a "
             "prepared dataset"
         )
     if tokenizer is None:
         raise DataError(
-            f"the checkpoint carries no tokenizer to read {path} with: give --tokenizer, or a "
-            "prepared dataset"
+            f"the checkpoint carries no tokenizer to read {path} with: give the one it was trained "
+            "with, or a prepared dataset"
         )
     block_length = block_length or default_length
     if block_length is None:
-        raise DataError("the checkpoint does not name its block length: give --block-length")
+        raise DataError("the checkpoint does not name its block length: give block_length")
     made = _from_file(path, tokenizer, block_length, text or TextSettings(), max_blocks)
     return made if name is None else replace(made, name=name)
 
@@ -156,7 +156,7 @@ def _prepared(
     if block_length not in (None, dataset.block_length):
         raise ConfigError(
             f"{dataset.location} has blocks of {dataset.block_length} tokens, not {block_length}: "
-            "leave --block-length out, or give the text"
+            "leave the block length out, or give the text"
         )
     split = split or "valid"
     own = dataset.index["tokenizer"]

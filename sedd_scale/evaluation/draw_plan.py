@@ -21,10 +21,10 @@ _ENOUGH_FREEDOM = 30
 
 @dataclass(frozen=True)
 class Plan:
-    """How many times a block is looked at, and where its random numbers come from.
+    """How many times each block is looked at, and where its random numbers come from.
 
     Attributes:
-        draws: times a block.
+        draws: times per block.
         replicates: independent stratified samples that they fall into.
         seed: of all draws.
         batch_size: sequences in one network call.
@@ -93,11 +93,11 @@ def make_plan(
 ) -> Plan:
     """The plan that the arguments of `evaluate_bound` make; raises ConfigError."""
     if not 0.0 < t_min < 1.0:
-        raise ConfigError(f"t_min={t_min} is not between 0 and 1: give such as 1e-3")
+        raise ConfigError(f"t_min={t_min} is not between 0 and 1: give a number such as 1e-3")
     draws = DEFAULT_DRAWS[protocol] if draws is None else draws
     if draws < 2:
         raise ConfigError(
-            f"{draws} draws a block leave no way to tell a standard error: give at least 2"
+            f"{draws} draws per block leave no way to tell a standard error: give at least 2"
         )
     if protocol == "paper":
         if replicates not in (None, draws):

@@ -47,7 +47,7 @@ class FinishedGroups:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(
-                    f"--resume {directory} is no directory that can be made: {error.strerror}"
+                    f"--resume {directory} is not a directory that can be made: {error.strerror}"
                 ) from error
             claim(
                 directory / IDENTITY_FILE,

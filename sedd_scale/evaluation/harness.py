@@ -77,7 +77,7 @@ class SeddScaleLM(LM):
         try:
             size = int(batch_size)
         except ValueError:
-            raise ConfigError(f"batch_size={batch_size} is no number: give such as 16") from None
+            raise ConfigError(f"batch_size={batch_size}: give a number such as 16") from None
         self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
         self.model = load_pretrained(
             Path(checkpoint),

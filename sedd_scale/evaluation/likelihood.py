@@ -52,7 +52,7 @@ def evaluate(
         protocol: "low-variance", a true bound with all its terms; "paper", the diffusion term alone
             by independent times; "any-order", for models without time conditioning.
         draws: times drawn a block (16; paper 1000), or orders (any-order 8).
-        max_blocks: at most so many blocks, evenly spread (all; paper 1024; any-order 64).
+        max_blocks: the most blocks, evenly spread (all; paper 1024; any-order 64).
         seed: of all draws; the same seed gives the same digits.
         batch_size: sequences in one network call.
 

@@ -124,7 +124,7 @@ def _text_row(report: dict[str, Any]) -> str:
     packed = "documents wrapped" if report["wrap"] else "each document begins a block"
     if report["documents"] is None:
         return f"{packed}; {rest}"
-    documents = {"joined": "one document", "rows": "a document a row", "all-rows": "every row"}
+    documents = {"joined": "one document", "rows": "a document per row", "all-rows": "every row"}
     made = f"detokenizer {report['detokenizer']}, {documents[report['documents']]}"
     return f"{made}, {packed}; {rest}"
 

@@ -42,7 +42,7 @@ class TextSettings:
         remainder: what becomes of tokens that fill no block, at the end of the stream or of each
             document; "drop" or "pad"; None: drop with wrap, pad without.
         field: of a .jsonl line or column of a .parquet, the text; None: "text".
-        last_rows: only so many rows, the last ones; None: all.
+        last_rows: the number of rows, the last ones; None: all.
     """
 
     detokenizer: str = "none"
@@ -141,7 +141,7 @@ def cut_documents(
         what = "" if wrap else " in its longest document"
         raise DataError(
             f"{name} has {max(map(len, streams))} tokens{what}, less than one block of "
-            f"{block_length}: give more text, a shorter --block-length, or --remainder pad"
+            f"{block_length}: give more text, a shorter block length, or remainder pad"
         )
     parts = [_cut(stream, block_length, tokenizer.eos_id, remainder) for stream in streams]
     blocks_nL = np.concatenate([blocks for blocks, _ in parts])

@@ -1,4 +1,4 @@
-"""Comparisons: objectives, graphs and schedules trained alike, evaluated alike, in one report."""
+"""Comparisons of objectives, graphs and schedules under equal conditions, each in one report."""
 
 # Of coverage and robustness: forward processes, noise schedules and what is planted in sequences.
 GRAPHS = ("absorb", "uniform", "uniform-mean")

@@ -1,7 +1,7 @@
 """Train and evaluate all runs of an experiment, each in processes of its own, and gather them.
 
-Started again after an interruption it goes on: finished runs keep their result, an unfinished one
-resumes from its checkpoint.
+Started again after an interruption, it continues: finished runs keep their result, an unfinished
+one resumes from its checkpoint.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ ORIGIN = "data.json"
 # Of a run: its configuration, and what it came to.
 CONFIG = "experiment.yaml"
 RESULT = "result.json"
-# How long each attempt at the training took, and since when one goes on.
+# How long each attempt at the training took, and since when the present one runs.
 SECONDS, BEGUN = "train_seconds", "train_begun"
 # How long to wait for a run that was asked to stop.
 _PATIENCE = 60.0
@@ -192,7 +192,7 @@ class _Runs:
         return result
 
     def _check_begun(self, name: str, seed: int) -> None:
-        """Refuse to go on with a run that was begun with another configuration."""
+        """Refuse to resume a run that was begun with another configuration."""
         path = self._folder(name, seed) / CONFIG
         if path.is_file() and _anywhere(load_config(path)) != _anywhere(self._config(name, seed)):
             raise _another_configuration(path.parent)

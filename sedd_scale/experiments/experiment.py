@@ -196,5 +196,5 @@ def _settings(kind: type[Any], tree: Mapping[str, Any], key: str, path: Path) ->
 
 def _count(value: Any, name: str, path: Path) -> int:
     if type(value) is not int or value < 1:
-        raise ConfigError(f"{path}: {name}={value} is no count: give an integer from 1 on")
+        raise ConfigError(f"{path}: {name}={value} is not a count: give an integer of at least 1")
     return value

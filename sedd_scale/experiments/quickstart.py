@@ -116,7 +116,7 @@ def start_over(folder: Path) -> None:
     """
     allowed = {MARKER, CURVES, *OURS}
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"--output {folder} is no directory of its own: give another name")
+        raise ConfigError(f"--output {folder} is not a directory of its own: give another name")
     if folder.exists():
         names = {entry.name for entry in folder.iterdir()}
         foreign = sorted(names - allowed) if MARKER in names else sorted(names)

@@ -15,7 +15,7 @@ Result = dict[str, Any]
 
 
 def summarise(experiment: Experiment, results: Sequence[Result]) -> dict[str, Any]:
-    """The numbers of a report: a row a variant, with mean and standard error over seeds.
+    """The numbers of a report, a row per variant, with mean and standard error over seeds.
 
     Ratios are taken seed by seed, over the baseline of the same seed. With one seed the error over
     seeds is None.
@@ -94,10 +94,10 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"# {summary['title']}",
         "",
-        f"{summary['tokens_per_run']:,} tokens a run in {summary['steps']:,} steps, "
+        f"{summary['tokens_per_run']:,} tokens per run in {summary['steps']:,} steps, "
         f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}); evaluated on {summary['evaluated_tokens']:,} tokens with "
-        f"{summary['evaluation']['draws']} draws a block. Ratios are to {summary['baseline']} of "
+        f"{summary['evaluation']['draws']} draws per block. Ratios are to {summary['baseline']} of "
         "the same seed; ± is the standard error over seeds.",
         "",
         "| variant | bits/char | ratio | normalised: bits/char | ratio | likelihood | s/run |",
@@ -163,7 +163,7 @@ def _draw(
     left: Any,
     right: Any,
 ) -> None:
-    """Validation over tokens, a line a seed, and the final numbers with their errors."""
+    """Validation over tokens, a line per seed, and the final numbers with their errors."""
     colours = {name: f"C{number}" for number, name in enumerate(curves)}
     for name, runs in curves.items():
         for number, run in enumerate(runs):

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, one a line; none where there is no file.
+    """The objects of a file, one per line; none where there is no file.
 
     What is no whole object is passed over: the last line may be in the making, and a crash leaves
     one cut short.

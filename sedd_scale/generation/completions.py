@@ -144,7 +144,7 @@ def _completions(
 ) -> list[Completion]:
     for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
         if type(count) is not int or count < 1:
-            raise ConfigError(f"{name}={count!r} is no count: give an integer from 1 on")
+            raise ConfigError(f"{name}={count!r} is not a count: give an integer of at least 1")
     settings = settings_for(model, options)
     requests = equal_requests(num_samples, given, seed, settings)
     completions = []

@@ -69,18 +69,18 @@ def generate(
 ) -> Generated:
     """Draw all requests over the data-parallel ranks into `output`; collective.
 
-    Killed and called again, with the same arguments and on any number of processes, it goes on
+    Killed and called again, with the same arguments and on any number of processes, it resumes
     from the batches that are finished (`output`.parts).
 
     Args:
-        output: one JSON record a line (see `draw_batch`), in the order of the requests.
+        output: one JSON record per line (see `draw_batch`), in the order of the requests.
         batch_size: most samples at a time on a rank.
         tokenizer: gives the records their text.
-        run: what else the samples depend on, by the option's name: a run goes on only where it is
+        run: what else the samples depend on, by the option's name: a run resumes only if it is
             the same. The model is not looked at.
-        num_traced: the first so many samples keep their trajectory.
+        num_traced: this many samples, the first ones, keep their trajectory.
         progress: where the first process shows how far all are.
-        on_record: told by the first process of each record in order, at the end.
+        on_record: called on the first process with each record in order, at the end.
 
     Raises:
         DataError: the output exists or cannot be written, or another run's parts are in its place.
@@ -137,7 +137,7 @@ def run_identity(
     num_traced: int = 0,
     run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What has to be the same for a run to go on, by option; arguments as of `generate`."""
+    """What has to be the same for a run to resume, by option; arguments as of `generate`."""
     return {
         **(run or {}),
         "--batch-size": batch_size,

@@ -59,7 +59,7 @@ def check_judge(name: str) -> None:
             raise DataError(f"--judge {name} does not exist: give the path of a GGUF file")
         with path.open("rb") as stream:
             if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
-                raise DataError(f"--judge {name} is no GGUF file: give another")
+                raise DataError(f"--judge {name} is not a GGUF file: give another")
         _require("gguf")
         _require("accelerate")
         return

@@ -1,9 +1,10 @@
 """Samples on disk while they are made: files beside the output that a killed run resumes from.
 
 `samples.jsonl.parts` holds what the run was asked for (`run.json`) and files of finished batches,
-one a writer. A batch is appended whole and made durable before the next begins, so a kill costs at
-most the batches under way. A torn batch at a file's end is cut off; finished ones are never drawn
-again. At the end the lines are merged in order into the output, which appears whole or not at all.
+one per writer. A batch is appended whole and made durable before the next begins, so a kill costs
+at most the batches under way. A torn batch at a file's end is cut off; finished ones are never
+drawn again. At the end the lines are merged in order into the output, which appears whole or not
+at all.
 """
 
 import contextlib
@@ -135,7 +136,7 @@ class ShardDirectory:
         """Write all samples in order into the output; the directory stays.
 
         Args:
-            on_record: told of each record, in order.
+            on_record: called with each record, in order.
 
         Raises:
             DataError: the output exists, a sample is missing, or a line is damaged.

@@ -94,7 +94,7 @@ class ProgressLine:
 def progress_line(
     done: Done, *, total_samples: int, samples_before: int, total_work: int, seconds: float
 ) -> str:
-    """Samples of all, tokens a second, and the time left at the pace of this session."""
+    """Samples of all, tokens per second, and the time left at the pace of this session."""
     there = samples_before + done.samples
     parts = [f"{there:,} of {total_samples:,} samples"]
     if done.work and seconds > 0:

@@ -1,4 +1,4 @@
-"""A file of prompts: one JSON object a line, each with what is given, how often and how to draw it.
+"""A file of prompts, one JSON object per line: what is given, how often and how to draw it.
 
 Reading has two halves: what can be checked from the file alone, before a model is opened, and what
 needs the model's tokenizer and length.
@@ -54,7 +54,7 @@ def read_prompt_lines(path: str | Path, *, on_bad: OnBadPrompt | None = None) ->
     """The lines of a JSONL file, blank ones passed over; nothing is tokenised yet.
 
     Args:
-        on_bad: told of each line that cannot be used, which is then left out; None: it is raised.
+        on_bad: called with the error of each bad line, which is then skipped; None: raise it.
 
     Raises:
         DataError: the file is missing or holds no usable line, or (without `on_bad`) a line is
@@ -184,19 +184,19 @@ def _record_of(raw: bytes, where: str) -> dict[str, Any]:
 
 def _check_record(record: Any) -> None:
     if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__} is no prompt: each line must be an object")
+        raise DataError(f"a JSON {type(record).__name__} is not a prompt: give an object")
     unknown = sorted(set(record) - set(PROMPT_KEYS))
     if unknown:
         raise DataError(f"unknown key {unknown[0]!r}: the keys are {', '.join(PROMPT_KEYS)}")
     for key in ("text", "prefix", "suffix"):
         if key in record and not isinstance(record[key], str):
-            raise DataError(f"{key}={record[key]!r} is no text: give a string")
+            raise DataError(f"{key}={record[key]!r} is not text: give a string")
     for key in ("num_samples", "length"):
         if key in record and (type(record[key]) is not int or record[key] < 1):
-            raise DataError(f"{key}={record[key]!r} is no positive integer")
+            raise DataError(f"{key}={record[key]!r} is not a positive integer")
     seed = record.get("seed")
     if seed is not None and (type(seed) is not int or seed < 0):
-        raise DataError(f"seed={seed!r} is no integer from 0 on")
+        raise DataError(f"seed={seed!r} is not an integer of at least 0")
     if "id" in record and type(record["id"]) not in (str, int):
         raise DataError(f"id={record['id']!r} is neither a string nor an integer")
     kind = kind_of(record)
@@ -204,7 +204,7 @@ def _check_record(record: Any) -> None:
         for key in kind:
             value = record.get(key)
             if not isinstance(value, list) or any(type(entry) is not int for entry in value):
-                raise DataError(f"{key}={value!r} is no list of integers")
+                raise DataError(f"{key}={value!r} is not a list of integers")
 
 
 def _check_spelling(text: str, tokenizer: Tokenizer, marker: str) -> None:

@@ -91,5 +91,5 @@ class WorkQueue:
         except dist.DistError as error:
             raise TrainingError(
                 "the first process, which deals out the work, is gone: start the same command "
-                "again to go on from what is written"
+                "again to resume from what is written"
             ) from error

@@ -16,7 +16,7 @@ class Assumptions:
         sigma_min, sigma_max: of the geometric schedule; 1e-4 and 20.
         eps: of the others; 1e-3.
         block_length: L of its training; 1024.
-        num_heads: attention heads; told by the rotary frequencies, else one a 64 of width.
+        num_heads: attention heads; from the rotary frequencies, else one per 64 of width.
         scale_by_sigma: the scaled parametrisation; true for absorb, false for uniform.
         time_conditioning: whether outputs depend on sigma; true, but false for mdlm with absorb.
     """

@@ -107,7 +107,7 @@ def convert(
 def _card(
     opened: CheckpointSource, source: Path, name: str, weights: str, results: Sequence[Path]
 ) -> str:
-    """The model card of an export; validation is of the averaged weights, so for those alone."""
+    """The model card of an export; with the run's validation if the averages are exported."""
     check_expressible(opened.described)
     measured = []
     if opened.format == "native" and weights == "ema":

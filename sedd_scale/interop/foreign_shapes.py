@@ -43,7 +43,7 @@ def config_of_shapes(
         found = shapes.get(name)
         if found is None:
             raise CheckpointError(
-                f"{path} is no SEDD network: missing {name} {wanted}; it holds "
+                f"{path} is not a SEDD network: missing {name} {wanted}; it holds "
                 f"{', '.join(sorted(shapes)[:3]) or 'no tensors'}"
             )
         if len(found) != 2:

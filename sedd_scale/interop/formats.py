@@ -44,7 +44,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path} does not exist; give a checkpoint")
     found = detect_format(path)
     if format is not None and format != found:
-        raise CheckpointError(f"{path} is of format {found}, not {format}: use --from {found}")
+        raise CheckpointError(f"{path} has format {found}, not {format}: use --from {found}")
     given = [] if assumptions is None else assumptions.given()
     if given and found in SELF_DESCRIBED:
         raise CheckpointError(
@@ -91,7 +91,7 @@ def detect_format(path: Path) -> str:
                 f"{PICKLED_FILE} and {CONFIG_FILE}, and give that"
             )
     raise CheckpointError(
-        f"{path} is no checkpoint of a known format: it is neither a directory nor a file with "
+        f"{path} is not a checkpoint of a known format: it is neither a directory nor a file with "
         f"model and ema, or with names that begin with {PREFIX}"
     )
 

@@ -173,7 +173,7 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
 
 
 def check_same_model(config: Config, found: Config, what: str) -> None:
-    """Refuse to go on from a network that is not the one configured; vocabularies may differ.
+    """Refuse a network that is not the one configured; vocabularies may differ.
 
     Args:
         found: the configuration that the checkpoint describes.

@@ -12,7 +12,7 @@ from sedd_scale.interop.source import CheckpointSource
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors alike but for their block.
+    """Tensors that differ in their block alone.
 
     Attributes:
         name: with * in the place of the block's number.

@@ -138,7 +138,7 @@ def _add_told(directory: Path, told: dict[str, dict[str, Any]], assumptions: Ass
     """What the config.json of a published MDLM or Duo says, as sections of ours.
 
     Raises:
-        CheckpointError: it is of another kind of network, or contradicts an assumption.
+        CheckpointError: it holds another kind of network, or contradicts an assumption.
     """
     file = directory / CONFIG_FILE
     if not file.is_file():

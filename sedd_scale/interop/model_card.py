@@ -70,12 +70,12 @@ def read_report(path: Path, *, fingerprint: str, weights: str) -> Measured:
         report = None
     if not isinstance(report, dict) or any(key not in report for key in _NEEDED):
         raise CheckpointError(
-            f"--results {path} is no report: give what `sedd-scale eval_ppl` printed, whose last "
-            "line is JSON"
+            f"--results {path} is not a report: give what `sedd-scale eval_ppl` printed, whose "
+            "last line is JSON"
         )
     if report.get("checkpoint_fingerprint") != fingerprint or report.get("weights") != weights:
         raise CheckpointError(
-            f"--results {path} is of other weights ({report.get('checkpoint')}, "
+            f"--results {path} is about other weights ({report.get('checkpoint')}, "
             f"{report.get('weights')}) than the ones exported: evaluate this checkpoint"
         )
     name = report.get("dataset") or Path(str(report["data"])).name
@@ -151,7 +151,7 @@ def _model_rows(described: Described) -> dict[str, object]:
 
 
 def _recipe(described: Described) -> str:
-    """What training was, or that nothing tells."""
+    """How the model was trained, or that this is unknown."""
     config = described.config
     if not described.step:
         return "The checkpoint that this was made from does not say how it was trained."

@@ -67,7 +67,7 @@ class ReferenceTrainingSource(CheckpointSource):
         for key in ("model", "ema", "optimizer", "step"):
             if key not in tree:
                 raise CheckpointError(
-                    f"{self.path} is no training checkpoint: missing {key} (it has "
+                    f"{self.path} is not a training checkpoint: missing {key} (it has "
                     f"{', '.join(map(str, list(tree)[:6]))}; it needs model, ema, optimizer, step)"
                 )
         state = unwrapped(_dictionary(self.path, "model", tree["model"]))

@@ -94,7 +94,7 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of safetensors files ({error})") from None
+        raise CheckpointError(f"{path} is not an index of safetensors files ({error})") from None
     outside = [name for name in index.values() if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{path} names {outside[0]}, which is not a file beside it")

@@ -29,8 +29,8 @@ class Described:
 
     Attributes:
         config: with `model.vocab_size` and, where it is known, `data.block_length` filled in.
-        block_length: L, or None where nothing tells.
-        step: steps of the run; 0 where the file tells nothing.
+        block_length: L, or None if unknown.
+        step: steps of the run; 0 if unknown.
         optimizer_step: updates of the optimizer.
         tokens: tokens of text seen.
         tokenizer_directory: the tokenizer that lies with it, if any.

@@ -1,7 +1,7 @@
 """The documents of one text file, by its format.
 
 Each function yields (text, where it came from, how many records of the file are behind it, the byte
-offset behind it), and can begin behind a number of records, as a preparation that goes on does.
+offset behind it), and can begin behind a number of records, as a resumed preparation does.
 """
 
 import codecs
@@ -31,7 +31,7 @@ _Stream = BinaryIO | gzip.GzipFile | lzma.LZMAFile | io.BufferedReader
 
 
 class Record(NamedTuple):
-    """A text, its source for messages, and where the file goes on behind it."""
+    """A text, its source for messages, and where the file continues behind it."""
 
     text: str
     source: str

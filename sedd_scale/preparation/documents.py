@@ -93,7 +93,7 @@ class DocumentStream:
             self._finished_bytes += path.stat().st_size
 
     def identity(self) -> list[list[str | int]]:
-        """Name, size and time of change of each file: what a preparation that goes on compares."""
+        """Name, size and time of change of each file: what a resumed preparation compares."""
         found: list[list[str | int]] = []
         for path in self.files:
             status = path.stat()

@@ -34,7 +34,7 @@ class SplitPacker:
         writer: takes the blocks.
         block_length: L.
         packing: one of `PACKINGS`.
-        state: what `save_state` gave, to go on from there.
+        state: what `save_state` gave, to resume from there.
     """
 
     def __init__(

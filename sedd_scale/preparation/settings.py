@@ -79,7 +79,7 @@ class Preparation:
             raise ConfigError(f"--tokenizer {kind} has no files: leave --tokenizer-path out")
         for name, share in (("valid", self.valid_fraction), ("test", self.test_fraction)):
             if not 0 <= share < 1:
-                raise ConfigError(f"--{name}-fraction {share} is not in [0, 1): give such as 0.02")
+                raise ConfigError(f"--{name}-fraction {share} is not in [0, 1): give 0.02, say")
         if self.valid_fraction + self.test_fraction >= 1:
             raise ConfigError(
                 f"--valid-fraction {self.valid_fraction} and --test-fraction {self.test_fraction} "

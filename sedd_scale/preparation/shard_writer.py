@@ -1,4 +1,4 @@
-"""Writing shards, in a way that a killed process can go on from."""
+"""Writing shards, so that a killed process can be resumed."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ class ShardWriter:
         block_length: L, tokens per block.
         vocab_size: N, which decides the dtype.
         blocks_per_shard: blocks in every shard but the last.
-        state: what `save_state` gave, to go on from there: later bytes are cut off and later
+        state: what `save_state` gave, to resume from there: later bytes are cut off and later
             shards removed.
 
     Raises:

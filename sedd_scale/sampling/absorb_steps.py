@@ -3,7 +3,7 @@
 In each, a masked position leaves the mask with some probability, and the token it then gets follows
 softmax(z) (as `TokenLaw` tempers it) whatever the step. So only positions that leave need a draw
 from the vocabulary. Of analytic and Euler steps the probability of leaving is a multiple of
-sum e^z: one number a row. Of ancestral steps it is the schedule's alone, so that the network has
+sum e^z: one number per row. Of ancestral steps it is the schedule's alone, so that the network has
 only to be asked about positions that are known to leave.
 """
 

@@ -23,7 +23,7 @@ class BatchState:
     Attributes:
         state_BL: present tokens on the model's device, changed in place.
         free_R: positions of the flattened [B * L] that are to be drawn.
-        observer: told of every step that changed something, or None.
+        observer: called after every step that changed something, or None.
     """
 
     model: LogitModel
@@ -49,7 +49,7 @@ class BatchState:
         self.flat_R[rows_M] = tokens_M
 
     def sigma_B(self, sigma: Tensor) -> Tensor:
-        """One noise level, or one a sample, as float64 [B] on the model's device."""
+        """One noise level, or one per sample, as float64 [B] on the model's device."""
         return sigma.to(self.model.device, torch.float64).expand(len(self.state_BL))
 
     def draw_tokens(self, sigma_B: Tensor, rows_M: Tensor, uniform_R: Tensor) -> Tensor:

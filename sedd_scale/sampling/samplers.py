@@ -43,10 +43,10 @@ def draw(
 
     Args:
         model: a `ScoreModel`, or anything that is a `LogitModel`.
-        tokens_BL: what stands at the fixed positions; other entries are ignored.
+        tokens_BL: tokens of the fixed positions; other entries are ignored.
         fixed_BL: bool; these positions keep their token and condition the others.
         settings: the sampler and all that goes with it.
-        seed: one for all samples, or one a sample.
+        seed: one for all samples, or one per sample.
         sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
         lengths_B: positions of each sample; those after them only fill the batch up: no attention
             reaches them, nothing is drawn there and their entries come back as given.
@@ -127,7 +127,7 @@ def start_batch(
         free_BL &= within_BL
         given_BL = torch.where(within_BL, given_BL, 0)
         if not bool(within_BL.all()):
-            # What fills the batch up is a document of its own, which no other position attends to.
+            # Padding of the batch is a document of its own, which no other position attends to.
             ends_BE = torch.tensor([[number, length] for number in lengths_B], device=model.device)
     if settings.sampler == LEFT_TO_RIGHT:
         for row in range(batch):

@@ -20,13 +20,13 @@ CALL_SAMPLERS = ("first-hitting", "confidence", "entropy", "margin")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Everything about the draw of a sample but what is given of it and its seed.
+    """How a sample is drawn, apart from its seed and its given tokens.
 
     Attributes:
         sampler: one of `SAMPLERS`, or `LEFT_TO_RIGHT`.
         steps: steps from time 1 to `t_end`, each one network call at most (the last, denoising step
             is one more). For `CALL_SAMPLERS` the network calls themselves, over which a sample's
-            free positions are spread. None: 128, and for `CALL_SAMPLERS` one call a position.
+            free positions are spread. None: 128, and for `CALL_SAMPLERS` one call per position.
         time_grid: "uniform" in time, "cosine" (slow at the start, when little is known) or
             "schedule" (equal steps of the move probability); not for first-hitting, which draws its
             times, nor for the orderings without `steps`.
@@ -58,7 +58,7 @@ class SamplerSettings:
                 raise ConfigError(f"{name} {value!r} is unknown: choose {_listed(known)}")
         for name, count in (("steps", self.steps), ("top_k", self.top_k)):
             if count is not None and (type(count) is not int or count < 1):
-                raise ConfigError(f"{name}={count} is no count: give an integer from 1 on")
+                raise ConfigError(f"{name}={count} is not a count: give an integer of at least 1")
         for name, number, low, high, open_low in (
             ("temperature", self.temperature, 0.0, math.inf, False),
             ("top_p", self.top_p, 0.0, 1.0, True),
@@ -138,7 +138,7 @@ def settings_from_dict(options: Mapping[str, Any]) -> SamplerSettings:
 
 def _check_number(name: str, number: Any, low: float, high: float, open_low: bool) -> None:
     if type(number) not in (int, float) or not math.isfinite(number):
-        raise ConfigError(f"{name}={number!r} is no number")
+        raise ConfigError(f"{name}={number!r} is not a number")
     if number < low or number > high or (open_low and number == low):
         limits = f"above {low:g}" if open_low else f"at least {low:g}"
         limits += "" if math.isinf(high) else f" and at most {high:g}"

@@ -43,7 +43,7 @@ class TokenLaw:
         return weights_MN
 
     def draw(self, logits_MN: Tensor, uniform_M: Tensor) -> Tensor:
-        """Int64 tokens [M], one a row; a few rows at a time, to hold few weights at once.
+        """Int64 tokens [M], one per row; a few rows at a time, to hold few weights at once.
 
         Raises:
             CheckpointError: an output of the network is not a finite number.

@@ -76,7 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
 def _merges_within_words(model: bytes) -> bool:
     """Whether the text between two spaces has the same ids whatever stands around it.
 
-    So it is with byte pair encoding, none of whose pieces goes on behind a space. Unigram models
+    So it is with byte pair encoding, none of whose pieces continues behind a space. Unigram models
     sum up scores over the whole text, and where two spellings score alike, rounding decides.
     """
     try:

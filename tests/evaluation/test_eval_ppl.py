@@ -100,7 +100,11 @@ def test_the_paper_protocol_counts_the_diffusion_term_alone(
         ("run", ("--data", "texts.jsonl", "--seed", "1", "--resume", "kept"), "another seed"),
         ("run", ("--data", "bytes", "--draws", "1"), "give at least 2"),
         ("run", ("--data", "bytes", "--tensor", "2"), "do not fit"),
-        ("run", ("--data", "bytes", "--resume", "texts.jsonl"), "--resume texts.jsonl is no dir"),
+        (
+            "run",
+            ("--data", "bytes", "--resume", "texts.jsonl"),
+            "--resume texts.jsonl is not a dir",
+        ),
         ("run", ("--data", "bytes", "--tokenizer", "letters-tokenizer"), "is not the tokenizer"),
     ],
 )

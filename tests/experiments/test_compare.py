@@ -212,7 +212,7 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
         ({"seeds": []}, "seeds="),
         ({"seeds": [-1]}, "one below 0"),
         ({"seeds": [1, 1]}, "names a seed twice"),
-        ({"jobs": 0}, "jobs=0 is no count"),
+        ({"jobs": 0}, "jobs=0 is not a count"),
         ({"runs": 3}, "unknown key runs"),
         ({"evaluation": {"draw": 3}}, "unknown key evaluation.draw"),
         ({"evaluation": {"draws": 1}}, "evaluation.draws=1 leaves no way"),

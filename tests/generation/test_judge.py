@@ -58,7 +58,7 @@ def test_a_judge_that_is_not_there_is_named(tmp_path: Path, judge: Path) -> None
     for name, message in [
         (tmp_path / "none", "does not exist"),
         (tmp_path / "none.gguf", "does not exist"),
-        (tmp_path / "no.gguf", "is no GGUF file"),
+        (tmp_path / "no.gguf", "is not a GGUF file"),
         (tmp_path / "empty", "holds no weights"),
         (bare, "cannot be read"),
     ]:

@@ -85,8 +85,8 @@ def test_a_line_changes_the_settings_of_the_command(tmp_path: Path) -> None:
     [
         ("{\n", "is not JSON"),
         ("[" * 100000 + "\n", "is not JSON"),
-        ("[1]\n", "a JSON list is no prompt"),
-        ({"text": 3}, "text=3 is no text"),
+        ("[1]\n", "a JSON list is not a prompt"),
+        ({"text": 3}, "text=3 is not text"),
         ({"text": "x \ud83d ____"}, "half of a surrogate pair"),
         ({"text": "a____", "prefix": "b"}, "exactly one of"),
         ({"id": 1}, "exactly one of"),
@@ -104,8 +104,8 @@ def test_a_line_changes_the_settings_of_the_command(tmp_path: Path) -> None:
         ({"tokens": [1, 2], "positions": [1, 1]}, "given twice"),
         ({"tokens": [1], "positions": [6]}, "position 6 is outside"),
         ({"tokens": [257], "positions": [0]}, "token id 257"),
-        ({"tokens": ["a"], "positions": [0]}, "no list of integers"),
-        ({"positions": [0]}, "no list of integers"),
+        ({"tokens": ["a"], "positions": [0]}, "not a list of integers"),
+        ({"positions": [0]}, "not a list of integers"),
     ],
 )
 def test_a_malformed_line_is_named_or_passed_over(

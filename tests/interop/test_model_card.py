@@ -113,5 +113,5 @@ def test_numbers_of_other_weights_are_refused(
     assert "other weights" in capsys.readouterr().err
     (tmp_path / "bound.txt").write_text("no report")
     assert run(*command, trained, tmp_path / "other") == 2
-    assert "is no report" in capsys.readouterr().err
+    assert "is not a report" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

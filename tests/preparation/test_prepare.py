@@ -223,7 +223,7 @@ def test_a_changed_index(tmp_path: Path) -> None:
     for content, message in (
         (original[:-40], "is damaged"),
         (original.replace('"vocab_size": 257', '"vocab_size": 300'), "fingerprint does not fit"),
-        ("[]", "is no dataset of this program"),
+        ("[]", "is not a dataset of this program"),
         (json.dumps({**dataset.index, "version": 99}), "has version 99"),
     ):
         path.write_text(content)
