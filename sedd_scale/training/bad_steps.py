@@ -14,11 +14,12 @@ from typing import Any
 import torch.distributed as dist
 
 from sedd_scale.config import Config
-from sedd_scale.engine.engine import MicroBatch
+from sedd_scale.engine.engine import Engine, MicroBatch
 from sedd_scale.engine.update_gate import StepNumbers
+from sedd_scale.errors import TrainingError
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.tracking.metrics import keep_history
-from sedd_scale.training.guards import Verdict
+from sedd_scale.training.guards import StepGuard, Verdict
 
 FILE_NAME = "bad_steps.jsonl"
 
@@ -76,6 +77,30 @@ class BadSteps:
             f"samples {values['first_sample']}-{values['last_sample']}, "
             f"batch {values['batch_fingerprint']}"
         )
+
+
+def stopped_at(
+    step: int,
+    numbers: StepNumbers,
+    by: str,
+    guard: StepGuard,
+    engine: Engine,
+    micro_batches: Sequence[MicroBatch],
+) -> TrainingError:
+    """The error of a run that ends at a bad step; collective over all processes.
+
+    Args:
+        by: what stops it, as `StepGuard.must_stop` says.
+    """
+    finite = guard.verdict.cause != "nonfinite"
+    why = guard.explain() if finite else engine.explain(micro_batches)
+    knob = "training.skip_spikes_above" if finite else "training.on_nonfinite=skip"
+    return TrainingError(
+        f"step {step} has loss {numbers.loss} and gradient norm {numbers.grad_norm}: "
+        f"{why}; stopped by {by}: look at its batch with --replay {step}, and "
+        "resume from the last checkpoint with a lower optimizer.lr or optimizer.clip, "
+        f"with training.skip_steps, or with {knob}"
+    )
 
 
 def batch_fingerprint(micro_batches: Sequence[MicroBatch], layout: Layout) -> str:

@@ -149,16 +149,26 @@ class TrainBatches(_Batches):
 
     Args:
         corpus: the datasets.
+        skipped: (dataset, shard, step from which it is skipped) of damaged shards.
 
     Attributes:
         loader: the order of the data, and the shards that are skipped.
     """
 
     def __init__(
-        self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
+        self,
+        corpus: Corpus,
+        config: Config,
+        graph: Graph,
+        schedule: Schedule,
+        layout: Layout,
+        *,
+        skipped: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__(corpus, config, graph, schedule, layout)
         self.loader = corpus.train_loader(config)
+        for dataset, shard, step in skipped:
+            self.loader.skip([(dataset, shard)], from_step=step)
 
     def of_step(self, step: int) -> StepBatches:
         """This rank's micro-batches of the step (counted from 0), corrupted.

@@ -23,21 +23,21 @@ from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.engine.engine import Engine, make_engine
-from sedd_scale.errors import ConfigError, TrainingError
+from sedd_scale.errors import ConfigError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
 from sedd_scale.tracking.metrics import MetricsLog
 from sedd_scale.tracking.utilisation import Utilisation
-from sedd_scale.training.bad_steps import BadSteps
+from sedd_scale.training.bad_steps import BadSteps, stopped_at
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
-from sedd_scale.training.resume import find_resume, load_state
+from sedd_scale.training.resume import Start, find_resume, load_state
 from sedd_scale.training.run_lock import RunLock
 from sedd_scale.training.signals import StopSignals
 from sedd_scale.training.watchdog import Watchdog
@@ -65,10 +65,9 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     engine, graph, schedule = build(config, corpus)
     layout = engine.layout
     lock = RunLock(run_dir, layout)
-    first_step = 0
+    start = Start()
     if source is not None:
-        source, meta, passed_over = load_state(config, run_dir, source, corpus, engine)
-        first_step = meta["step"]
+        start = load_state(config, run_dir, source, corpus, engine)
     if initial is not None:
         initial.load_into(engine)
     utilisation = None
@@ -81,29 +80,26 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
             config.logging,
             is_main=layout.rank == 0,
             total_steps=config.training.steps,
-            resumed_step=None if source is None else first_step,
+            resumed_step=None if source is None else start.step,
             run_config=config.to_dict(),
             utilisation=utilisation,
         )
-    if source is not None:
-        for line in passed_over:
-            log.warn(first_step, line)
-        log.say(f"resumed {source} at step {first_step}")
+    for line in start.notes:
+        log.warn(start.step, line)
+    if start.source is not None:
+        log.say(f"resumed {start.source} at step {start.step}")
     if initial is not None:
         log.say(initial.description)
-    batches = TrainBatches(corpus, config, graph, schedule, layout)
-    if source is not None:
-        for dataset, shard, step in meta.get("skipped_shards", []):
-            batches.loader.skip([(dataset, shard)], from_step=step)
+    batches = TrainBatches(corpus, config, graph, schedule, layout, skipped=start.skipped_shards)
     validation = None
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, graph, schedule, layout)
 
-    guard = StepGuard(config.training, None if source is None else meta.get("guard"))
+    guard = StepGuard(config.training, start.guard)
     bad_steps = BadSteps(
-        run_dir, config, layout, fingerprint=corpus.fingerprint, resumed_step=first_step
+        run_dir, config, layout, fingerprint=corpus.fingerprint, resumed_step=start.step
     )
-    watchdog = Watchdog(run_dir, layout.rank, config.training, first_step=first_step)
+    watchdog = Watchdog(run_dir, layout.rank, config.training, first_step=start.step)
 
     def meta_of(step: int, tokens: int) -> dict[str, Any]:
         samples_seen = step * config.training.global_batch
@@ -125,11 +121,11 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         saved=log.saved,
     )
     last_step = config.training.steps
-    tokens = 0 if source is None else meta["tokens"]  # of text: padding is left out
-    logged_step, logged_tokens, logged_at = first_step, tokens, time.perf_counter()
+    tokens = start.tokens
+    logged_step, logged_tokens, logged_at = start.step, tokens, time.perf_counter()
     stopped = False
     with stop.shielded():
-        prefetcher = Prefetcher(batches.of_step, first_step, end_step=last_step)
+        prefetcher = Prefetcher(batches.of_step, start.step, end_step=last_step)
     stop.arm()
     with (
         lock,
@@ -139,7 +135,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         prefetcher as prefetched,
         watchdog,
     ):
-        for step, batch in enumerate(prefetched, start=first_step + 1):
+        for step, batch in enumerate(prefetched, start=start.step + 1):
             lr = learning_rate(step - 1, config.optimizer, last_step)
             numbers, _ = guard.train_step(
                 engine, step, batch.micro_batches, lr=lr, wants_stop=stop.wants_stop
@@ -159,19 +155,11 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                 )
                 log.say(line)
             if must_stop:
-                finite = verdict.cause != "nonfinite"
-                why = guard.explain() if finite else engine.explain(batch.micro_batches)
-                knob = "training.skip_spikes_above" if finite else "training.on_nonfinite=skip"
-                raise TrainingError(
-                    f"step {step} has loss {numbers.loss} and gradient norm {numbers.grad_norm}: "
-                    f"{why}; stopped by {must_stop}: look at its batch with --replay {step}, and "
-                    "resume from the last checkpoint with a lower optimizer.lr or optimizer.clip, "
-                    f"with training.skip_steps, or with {knob}"
-                )
+                raise stopped_at(step, numbers, must_stop, guard, engine, batch.micro_batches)
             if _due(step, config.training.check_replicas_every):
                 check_replicas(step, engine.fragments)
             stopped = numbers.wants_stop and step < last_step
-            if step % config.logging.every == 0 or step == last_step:
+            if step == last_step or _due(step, config.logging.every):
                 seconds = time.perf_counter() - logged_at
                 values = {
                     "loss": numbers.loss,
@@ -189,14 +177,14 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
                 logged_step, logged_tokens, logged_at = step, tokens, time.perf_counter()
             paused_at = time.perf_counter()
             if validation is not None and (
-                step % config.training.valid_every == 0 or step == last_step
+                step == last_step or _due(step, config.training.valid_every)
             ):
                 with watchdog.slow("a validation"):
                     nats_per_token, stderr = validate(engine, validation)
                 log.validation(
                     step, nats_per_token=nats_per_token, stderr=stderr, data=validation.metrics()
                 )
-            if step % config.checkpoint.every == 0 or step == last_step or stopped:
+            if stopped or step == last_step or _due(step, config.checkpoint.every):
                 with watchdog.slow("a save"):
                     writer.save(meta_of(step, tokens))
             writer.poll()

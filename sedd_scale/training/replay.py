@@ -28,7 +28,7 @@ from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
 from sedd_scale.training.loop import build, fit_to_dataset
-from sedd_scale.training.resume import check_resume
+from sedd_scale.training.resume import Start, check_resume
 
 # Sequences named of each rank, those with the highest loss.
 NAMED = 3
@@ -65,13 +65,10 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         )
     engine, graph, schedule = build(config, corpus)
     layout = engine.layout
-    source, meta = _load_before(step, config, run_dir, corpus, engine)
-    first_step = int(meta.get("step", 0))
-    batches = TrainBatches(corpus, config, graph, schedule, layout)
-    for dataset, shard, since in meta.get("skipped_shards", []):
-        batches.loader.skip([(dataset, shard)], from_step=since)
-    guard = StepGuard(config.training, meta.get("guard"))
-    for number in range(first_step + 1, step):
+    start = _load_before(step, config, run_dir, corpus, engine)
+    batches = TrainBatches(corpus, config, graph, schedule, layout, skipped=start.skipped_shards)
+    guard = StepGuard(config.training, start.guard)
+    for number in range(start.step + 1, step):
         guard.train_step(
             engine,
             number,
@@ -95,8 +92,8 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         return
     yield (
         f"step {step} of {run_dir}, recorded as {record['action']} ({record['cause']}), from "
-        f"{source or 'the initial weights'}"
-        + (f"; steps {first_step + 1} to {step - 1} made again" if step > first_step + 1 else "")
+        f"{start.source or 'the initial weights'}"
+        + (f"; steps {start.step + 1} to {step - 1} made again" if step > start.step + 1 else "")
     )
     yield f"batch: samples {record['first_sample']}-{record['last_sample']}, {fingerprint}, " + (
         "as recorded"
@@ -129,9 +126,7 @@ def recorded(run_dir: Path, step: int) -> dict[str, Any]:
     return records[step]
 
 
-def _load_before(
-    step: int, config: Config, run_dir: Path, corpus: Corpus, engine: Engine
-) -> tuple[Path | None, dict[str, Any]]:
+def _load_before(step: int, config: Config, run_dir: Path, corpus: Corpus, engine: Engine) -> Start:
     """Load the newest good checkpoint before the step; without one, start as the run did."""
     folder = run_dir / "checkpoints"
     candidates = [saved for saved in saved_steps(folder) if saved < step]
@@ -144,7 +139,7 @@ def _load_before(
             )
         except DamagedCheckpointError:
             continue
-        return path, meta
+        return Start.at(path, meta)
     if candidates:
         raise CheckpointError(
             f"--replay {step}: no good checkpoint before that step in {folder}: restore one"
@@ -152,7 +147,7 @@ def _load_before(
     initial = open_initial_weights(config, corpus)
     if initial is not None:
         initial.load_into(engine)
-    return None, {}
+    return Start()
 
 
 def _of_rank(

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,33 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from sedd_scale.interop.initial_weights import check_same_model
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at its first step, or at a checkpoint's.
+
+    Attributes:
+        source: the checkpoint's directory; None for a fresh run.
+        step: updates made.
+        tokens: of text seen.
+        guard: the state of the step guard; None for a fresh run.
+        skipped_shards: (dataset, shard, step from which it is skipped) of damaged ones.
+        notes: a line on each checkpoint that was passed over.
+    """
+
+    source: Path | None = None
+    step: int = 0
+    tokens: int = 0
+    guard: dict[str, Any] | None = None
+    skipped_shards: Sequence[Sequence[int]] = ()
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def at(cls, source: Path, meta: Mapping[str, Any], notes: Sequence[str] = ()) -> "Start":
+        """At a checkpoint that says this of itself."""
+        skipped = meta.get("skipped_shards", ())
+        return cls(source, meta["step"], meta["tokens"], meta.get("guard"), skipped, notes)
 
 
 def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
@@ -51,11 +80,8 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
 
 def load_state(
     config: Config, run_dir: Path, source: Path, corpus: Corpus, engine: Engine
-) -> tuple[Path, dict[str, Any], list[str]]:
+) -> Start:
     """Load what `find_resume` found into the engine.
-
-    Returns:
-        The checkpoint's directory, its meta.json, and a line on each that was passed over.
 
     Raises:
         CheckpointError: as `load_checkpoint` for a checkpoint given by its path; as `load_newest`
@@ -69,7 +95,7 @@ def load_state(
         source, meta = load_newest(run_dir, engine.fragments, verify=verify, check=check, say=say)
     else:
         meta = load_checkpoint(source, engine.fragments, verify=verify, check=check)
-    return source, meta, passed_over
+    return Start.at(source, meta, passed_over)
 
 
 def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, Any]) -> None:

@@ -43,10 +43,8 @@ def main() -> None:
     )
     corpus = Corpus(config.data)
     graph = make_graph("absorb", corpus.vocab_size)
-    batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
+    batches = TrainBatches(corpus, config, graph, schedule_of(config), layout, skipped=skips)
     validation = ValidationBatches(corpus, config, graph, schedule_of(config), layout)
-    for dataset_number, shard, step in skips:
-        batches.loader.skip([(dataset_number, shard)], from_step=step)
     digests = []
 
     def produce(step: int) -> list[MicroBatch]:
