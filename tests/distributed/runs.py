@@ -77,6 +77,10 @@ def _run(arguments: list[str], environment: dict[str, str], output: Path) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
