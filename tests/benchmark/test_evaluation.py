@@ -7,8 +7,7 @@ import pytest
 
 from sedd_scale.benchmark import evaluation
 from sedd_scale.errors import ConfigError
-from sedd_scale.preparation.prepare import prepare
-from tests.data.corpus import make_texts, write_jsonl
+from tests.datasets import dataset_of_words
 
 
 def parsed(*words: object) -> argparse.Namespace:
@@ -18,15 +17,8 @@ def parsed(*words: object) -> argparse.Namespace:
 
 
 def test_calls_for_the_same_error(tmp_path: Path) -> None:
-    texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(20))
-    prepare(
-        [str(texts)],
-        output=tmp_path / "data",
-        block_length=32,
-        tokenizer="bytes",
-        valid_fraction=0.5,
-    )
-    words = ("--data", tmp_path / "data", "--block-length", 32, "--blocks", 8, "--threads", 1)
+    data = dataset_of_words(tmp_path / "data", 20, block_length=32, valid_fraction=0.5)
+    words = ("--data", data, "--block-length", 32, "--blocks", 8, "--threads", 1)
     words += ("--train-steps", 2, "--num-seeds", 2, "--draws", 8, "--paper-draws", 8)
     result = evaluation.measure(parsed(*words, "model.hidden_size=32", "model.num_layers=1"))
     assert result["paper_calls"] == 8 * 8

@@ -10,19 +10,15 @@ from sedd_scale.config import Config, config_from_dict, load_config
 from sedd_scale.data.corpus import Corpus, plan_of
 from sedd_scale.data.shards import BadShardError, Dataset
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
-from sedd_scale.preparation.prepare import prepare
-from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import serving
+from tests.datasets import dataset_of_words
 
 LENGTH = 32
 
 
 def make(directory: Path, *, seed: int, count: int = 60, **arguments: Any) -> Path:
-    directory.mkdir(parents=True)
-    source = write_jsonl(directory / "texts.jsonl", make_texts(count, seed=seed))
-    chosen = {"tokenizer": "bytes", "block_length": LENGTH, "blocks_per_shard": 40, **arguments}
-    prepare([str(source)], output=directory / "d", valid_fraction=0.1, **chosen)
-    return directory / "d"
+    chosen = {"block_length": LENGTH, "blocks_per_shard": 40, "valid_fraction": 0.1, **arguments}
+    return dataset_of_words(directory / "d", count, seed=seed, **chosen)
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,13 @@ from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.order import BlockOrder
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.data.shards import BlockReader, Dataset
-from sedd_scale.preparation.prepare import prepare
-from tests.data.corpus import make_texts, write_jsonl
+from tests.datasets import dataset_of_words
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> BlockReader:
-    directory = tmp_path_factory.mktemp("loader")
-    source = write_jsonl(directory / "a.jsonl", make_texts(40))
-    prepare(
-        [str(source)],
-        output=directory / "d",
-        block_length=64,
-        tokenizer="bytes",
-        blocks_per_shard=50,
-    )
-    return Dataset(directory / "d").reader("train")
+    path = tmp_path_factory.mktemp("loader") / "d"
+    return Dataset(dataset_of_words(path, 40, block_length=64, blocks_per_shard=50)).reader("train")
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 5, 7, 16, 97, 1000, 65_537])

@@ -7,19 +7,19 @@ import pytest
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import CheckpointError
-from sedd_scale.preparation.prepare import prepare
 from sedd_scale.training.loop import train
-from tests.data.corpus import make_texts, write_jsonl
+from tests.datasets import dataset_of_words
+from tests.repository import CONFIGS
 
-TINY = Path(__file__).resolve().parents[2] / "configs/runs/tiny.yaml"
+TINY = CONFIGS / "runs/tiny.yaml"
 
 
 def mixture_in(directory: Path) -> str:
     entries = []
     for seed in (1, 2):
-        source = write_jsonl(directory / f"{seed}.jsonl", make_texts(30, seed=seed))
-        out = directory / str(seed)
-        prepare([str(source)], output=out, block_length=16, tokenizer="bytes", valid_fraction=0.1)
+        out = dataset_of_words(
+            directory / str(seed), 30, seed=seed, block_length=16, valid_fraction=0.1
+        )
         entries.append({"path": str(out), "weight": 1})
     return json.dumps(entries)
 

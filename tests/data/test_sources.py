@@ -18,26 +18,17 @@ from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.shards import BadShardError, Dataset
 from sedd_scale.data.sources import ObjectSource, is_remote, open_source
 from sedd_scale.errors import DataError
-from sedd_scale.preparation.prepare import prepare
-from tests.data.corpus import make_texts, write_jsonl
 from tests.data.file_server import FileServer, serving
+from tests.datasets import dataset_of_words
 
 LIMIT = 10**9
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("remote")
-    source = write_jsonl(directory / "texts.jsonl", make_texts(60))
-    prepare(
-        [str(source)],
-        output=directory / "d",
-        block_length=64,
-        tokenizer="sentencepiece",
-        vocab_size=400,
-        blocks_per_shard=30,
-    )
-    return directory / "d"
+    output = tmp_path_factory.mktemp("remote") / "d"
+    choices = {"tokenizer": "sentencepiece", "vocab_size": 400, "blocks_per_shard": 30}
+    return dataset_of_words(output, 60, block_length=64, **choices)
 
 
 @pytest.fixture

@@ -17,10 +17,9 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.preparation.prepare import prepare
 from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
-from tests.data.corpus import make_texts, write_jsonl
 from tests.data.skip_worker import damage
+from tests.datasets import dataset_of_words
 from tests.distributed.runs import launch
 
 WORKER = Path(__file__).with_name("skip_worker.py")
@@ -38,10 +37,8 @@ ALONE = Layout(
 
 
 def make(directory: Path, **arguments: Any) -> Path:
-    source = write_jsonl(directory / "texts.jsonl", make_texts(80))
-    chosen = {"tokenizer": "bytes", "block_length": LENGTH, "valid_fraction": 0.1, **arguments}
-    prepare([str(source)], output=directory / "d", blocks_per_shard=60, **chosen)
-    return directory / "d"
+    chosen = {"block_length": LENGTH, "valid_fraction": 0.1, **arguments}
+    return dataset_of_words(directory / "d", 80, blocks_per_shard=60, **chosen)
 
 
 def batches_of(

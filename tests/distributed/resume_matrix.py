@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.datasets import dataset_of_files, letters
 from tests.distributed.runs import WORKER, Run, launch
 from tests.distributed.test_layouts import LAYOUTS
-from tests.training.test_loop import prepared
 
 HALF, WHOLE = 10, 20
 TOLERANCE = 1e-5
@@ -71,7 +71,7 @@ def run_all(runs: dict[int, list[Run]], folder: Path, name: str) -> None:
 
 def matrix(names: list[str], folder: Path) -> dict[tuple[str, str, str], float]:
     """Differences by (saved under, resumed under, precision)."""
-    dataset = prepared(folder / "data", seed=0)
+    dataset = dataset_of_files(folder / "data", letters(), block_length=16)
 
     def overrides(layout: str, precision: str) -> tuple[str, ...]:
         place = (f"data.path={dataset}", f"training.precision={precision}")

@@ -8,7 +8,7 @@ import pytest
 from sedd_scale.config import load_config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.padding import counted_positions
-from sedd_scale.preparation.prepare import prepare
+from tests.datasets import dataset_of_files
 from tests.distributed.plain_loop import plain_training
 from tests.distributed.runs import Run, train_runs
 from tests.repository import ROOT
@@ -39,20 +39,12 @@ def graph(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of 20 to 70 bytes in blocks of 72: a third of all positions is padding."""
-    folder = tmp_path_factory.mktemp("padded")
     rng = np.random.default_rng(0)
-    for index in range(120):
-        letters = rng.choice(list("abcdefgh "), size=rng.integers(20, 70))
-        (folder / f"{index:03d}.txt").write_text("x" + "".join(letters))
-    prepare(
-        [str(folder / "*.txt")],
-        output=folder / "prepared",
-        block_length=72,
-        tokenizer="bytes",
-        packing="documents",
-        valid_fraction=0.2,
+    texts = (
+        "x" + "".join(rng.choice(list("abcdefgh "), size=rng.integers(20, 70))) for _ in range(120)
     )
-    return folder / "prepared"
+    folder = tmp_path_factory.mktemp("padded")
+    return dataset_of_files(folder, texts, block_length=72, packing="documents")
 
 
 @pytest.fixture(scope="module")

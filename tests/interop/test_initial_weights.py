@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,10 +19,10 @@ from sedd_scale.interop.source import STATE_KEYS
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
-from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.loop import fit_to_dataset, train
+from tests.datasets import dataset_of_files, letters
 from tests.distributed.runs import Run, train_runs
 from tests.repository import ROOT
 
@@ -56,17 +55,7 @@ GRAPHS = {
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random letters as bytes: all ids but EOS are below `FEW_TOKENS`."""
     folder = tmp_path_factory.mktemp("dataset")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        (folder / f"{index}.txt").write_text("".join(rng.choice(list("abcdefgh "), size=400)))
-    prepare(
-        [str(folder / "*.txt")],
-        output=folder / "prepared",
-        block_length=LENGTH,
-        tokenizer="bytes",
-        valid_fraction=0.2,
-    )
-    return folder / "prepared"
+    return dataset_of_files(folder, letters(), block_length=LENGTH)
 
 
 class Averaged(ModelSource):

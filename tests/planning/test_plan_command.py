@@ -7,7 +7,7 @@ import pytest
 
 from sedd_scale.config import load_config
 from sedd_scale.planning import plan
-from sedd_scale.preparation.prepare import prepare
+from tests.datasets import dataset_of_files
 from tests.repository import ROOT
 
 SMALL = "configs/runs/openwebtext_small.yaml"
@@ -80,16 +80,9 @@ def test_errors_are_one_line_with_the_fix(arguments: tuple[str, ...], named: str
 
 
 def test_sizes_come_from_the_dataset(tmp_path: Path) -> None:
-    for index in range(20):
-        (tmp_path / f"{index}.txt").write_text(f"{index} masks walk over a river of noise. " * 20)
-    prepare(
-        [str(tmp_path / "*.txt")],
-        output=tmp_path / "prepared",
-        block_length=32,
-        tokenizer="bytes",
-        valid_fraction=0.2,
-    )
-    tiny = ("configs/runs/tiny.yaml", f"data.path={tmp_path / 'prepared'}", "--json")
+    texts = (f"{index} masks walk over a river of noise. " * 20 for index in range(20))
+    data = dataset_of_files(tmp_path, texts, block_length=32)
+    tiny = ("configs/runs/tiny.yaml", f"data.path={data}", "--json")
     found = json.loads(run(*tiny).stdout.splitlines()[-1])
     config = load_config(ROOT / "configs/runs/tiny.yaml")
     planned = plan(config, found["gpus"], vocab_size=257, block_length=32)

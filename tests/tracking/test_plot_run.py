@@ -11,9 +11,8 @@ from sedd_scale.__main__ import main
 from sedd_scale.config import Config
 from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import DataError
-from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tracking.plots import plot_runs, read_run, smooth
-from tests.data.corpus import make_texts, write_jsonl
+from tests.datasets import dataset_of_words
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -66,9 +65,7 @@ def test_null_is_a_gap_and_a_line_being_written_is_passed_over(tmp_path: Path):
 
 
 def test_unigram_entropy_is_that_of_the_runs_validation_text(run_dir: Path, tmp_path: Path):
-    source = write_jsonl(tmp_path / "texts.jsonl", make_texts(40))
-    data = tmp_path / "data"
-    prepare([str(source)], output=data, block_length=64, tokenizer="bytes", valid_fraction=0.2)
+    data = dataset_of_words(tmp_path / "data", 40, block_length=64, valid_fraction=0.2)
     config = Config().override(f"data.path={data}")
     (run_dir / "config.yaml").write_text(config.to_yaml())
     valid = Dataset(data).reader("valid")

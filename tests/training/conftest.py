@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.datasets import dataset_of_files, letters
 from tests.repository import ROOT
 from tests.training.live_run import SMALL, environment
-from tests.training.test_loop import prepared
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 
@@ -55,4 +55,4 @@ class Faults:
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
     folder = tmp_path_factory.mktemp("faults")
-    return Faults(folder, prepared(folder / "data", seed=0))
+    return Faults(folder, dataset_of_files(folder / "data", letters(), block_length=16))

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.datasets import dataset_of_files, letters
 from tests.repository import ROOT
 from tests.training.elastic_worker import LEGS
 from tests.training.live_run import environment, free_port, losses
-from tests.training.test_loop import prepared
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 
 
 def test_four_processes_then_two_then_four_make_the_same_losses(tmp_path: Path) -> None:
-    port, dataset = str(free_port()), prepared(tmp_path / "data", seed=0)
+    port, dataset = (
+        str(free_port()),
+        dataset_of_files(tmp_path / "data", letters(), block_length=16),
+    )
     processes = []
     for rank in range(4):
         with (tmp_path / f"log-{rank}").open("w") as log:

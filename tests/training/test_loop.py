@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,35 +13,19 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tracking.metrics import TIME_KEYS
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.loop import fit_to_dataset, train
 from sedd_scale.training.resume import find_resume
+from tests.datasets import dataset_of_files, letters
 from tests.repository import ROOT
 
 TINY = ROOT / "configs/runs/tiny.yaml"
 
 
-def prepared(folder: Path, *, seed: int) -> Path:
-    rng = np.random.default_rng(seed)
-    for index in range(12):
-        text = "".join(rng.choice(list("abcdefgh "), size=400))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{index}.txt").write_text(text)
-    prepare(
-        [str(folder / "*.txt")],
-        output=folder / "prepared",
-        block_length=16,
-        tokenizer="bytes",
-        valid_fraction=0.2,
-    )
-    return folder / "prepared"
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("dataset"), seed=0)
+    return dataset_of_files(tmp_path_factory.mktemp("dataset"), letters(seed=0), block_length=16)
 
 
 def tiny(dataset: Path, *overrides: str) -> Config:
@@ -129,7 +112,7 @@ def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path
     with pytest.raises(ConfigError, match="done 2 steps"):
         source("training.steps=1")
     with pytest.raises(DataError, match="another dataset"):
-        source(data=prepared(tmp_path / "other", seed=1))
+        source(data=dataset_of_files(tmp_path / "other", letters(seed=1), block_length=16))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         source("training.resume=/nowhere")
     lost = tmp_path / "lost"
