@@ -27,8 +27,6 @@ from sedd_scale.version import __version__
 
 FORMAT = "sedd_scale checkpoint"
 FORMAT_VERSION = 2
-MANIFEST_SINCE = 2
-"""Checkpoints of version 1 have no manifest; they load with their sizes checked only."""
 
 # What the run says of itself in meta.json; the rest is added when it is saved.
 META_KEYS = {
@@ -187,12 +185,15 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         path: a run directory, its checkpoints/ folder, or one step-N directory.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
+        CheckpointError: it is missing, damaged, or of another format.
     """
     path = find_checkpoint(path) / "meta.json"
-    has_manifest = (path.parent / MANIFEST).is_file()
+    if not (path.parent / MANIFEST).is_file():
+        raise DamagedCheckpointError(
+            f"checkpoint {path.parent} is incomplete: it has no {MANIFEST}"
+        )
     try:
-        if has_manifest and record_of(path) != read_manifest(path.parent).get("meta.json"):
+        if record_of(path) != read_manifest(path.parent).get("meta.json"):
             raise ValueError("its size or SHA-256 is not what was written")
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -200,14 +201,10 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path} does not describe a {FORMAT}")
     version = meta.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}; sedd_scale {__version__} reads versions up to "
-            f"{FORMAT_VERSION}: install a newer sedd_scale"
-        )
-    if version >= MANIFEST_SINCE and not has_manifest:
-        raise DamagedCheckpointError(
-            f"checkpoint {path.parent} is incomplete: it has no {MANIFEST}"
+            f"{path} has format version {version}; sedd_scale {__version__} reads version "
+            f"{FORMAT_VERSION}: install the release that wrote it"
         )
     missing = (META_KEYS | {"optimizer_step", "versions", "shapes"}) - set(meta)
     if missing:

@@ -20,14 +20,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.checkpoint.directory import (
-    MANIFEST_SINCE,
     find_checkpoint,
     read_meta,
     resume_candidates,
 )
 from sedd_scale.checkpoint.files import UNREADABLE
 from sedd_scale.checkpoint.manifest import (
-    MANIFEST,
     read_manifest,
     share,
     wrong_hash,
@@ -196,8 +194,6 @@ def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> N
     Raises:
         DamagedCheckpointError: naming the file that is not what was written.
     """
-    if not (path / MANIFEST).is_file() and read_meta(path)["format_version"] < MANIFEST_SINCE:
-        return
     try:
         files = read_manifest(path)
     except ValueError as error:
@@ -210,25 +206,15 @@ def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> N
 
 
 def _read_metadata(path: Path) -> Metadata:
-    """The checkpoint's index of tensors and files, after a look that the files are all there."""
+    """The checkpoint's index of tensors and files."""
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
-        files: dict[str, int] = {}
-        for info in metadata.storage_data.values():
-            end = info.offset + info.length
-            files[info.relative_path] = max(end, files.get(info.relative_path, 0))
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
     except UNREADABLE as error:
         raise DamagedCheckpointError(
             f"checkpoint file {path / '.metadata'} is damaged: {type(error).__name__}: {error}"
         ) from error
-    for name, length in files.items():
-        if not (path / name).is_file():
-            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
-        if (path / name).stat().st_size < length:
-            raise DamagedCheckpointError(
-                f"checkpoint file {path / name} is cut short: "
-                f"{(path / name).stat().st_size} of {length} bytes"
-            )
     return metadata
 
 

@@ -335,14 +335,3 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def test_a_checkpoint_without_a_manifest_of_the_version_that_had_none_loads(
-    saved: Path, tmp_path: Path
-) -> None:
-    step = tmp_path / "step-3"
-    shutil.copytree(saved / "zero3" / "checkpoints" / "step-3", step)
-    (step / "manifest.json").unlink()
-    meta = json.loads((step / "meta.json").read_text())
-    (step / "meta.json").write_text(json.dumps({**meta, "format_version": 1}))
-    assert load_weights(step, model(1, 0), layout())["step"] == 3
