@@ -9,13 +9,16 @@ m rows of a chunk, W columns of this rank's vocabulary shard.
 
 import functools
 import importlib.util
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Columns that one program of a kernel works on at once.
-_BLOCK = 4096
+from sedd_scale.files.compiler import compiles_kernels
+
+# Columns that one program of a kernel works on at once, and the rows whose gradients it makes.
+STATISTICS_BLOCK, GRADIENT_BLOCK, GRADIENT_ROWS = 4096, 2048, 32
+NUM_WARPS = 8
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -41,6 +44,8 @@ class ChunkStatistics(NamedTuple):
     """Sum of counted logits; None without an own column."""
     table: Tensor
     """What `chunk_gradient` works on [m, W]: e^(z - max), or the logits still."""
+    bias: Tensor | None = None
+    """What is to be added to a table that holds logits still, [W]."""
 
 
 class Coefficients(NamedTuple):
@@ -51,27 +56,40 @@ class Coefficients(NamedTuple):
     target: Tensor
 
 
-def chunk_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics:
+def chunk_statistics(
+    logits_mW: Tensor, columns: RowColumns, bias_W: Tensor | None = None
+) -> ChunkStatistics:
     """Statistics of each row over its counted columns; the logits may be overwritten.
 
     A logit that is not a number, or is positive infinity, makes its row's sum_exp not a number.
+
+    Args:
+        bias_W: is added to each row; only where `has_kernel` says so.
     """
-    return (_kernel_statistics if _has_kernel(logits_mW) else _torch_statistics)(logits_mW, columns)
+    if has_kernel(logits_mW):
+        return _kernel_statistics(logits_mW, columns, bias_W)
+    assert bias_W is None
+    return _torch_statistics(logits_mW, columns)
 
 
 def chunk_gradient(
     statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> Tensor:
-    """The gradient [m, W] that the coefficients describe, written over `statistics.table`."""
-    gradient = _kernel_gradient if _has_kernel(statistics.table) else _torch_gradient
+) -> tuple[Tensor, Tensor]:
+    """The gradient [m, W] that the coefficients describe, written over `statistics.table`.
+
+    And the sums of its columns [W], before they are rounded to the table's type.
+    """
+    gradient = _kernel_gradient if has_kernel(statistics.table) else _torch_gradient
     return gradient(statistics, columns, coefficients)
 
 
-def _has_kernel(table_mW: Tensor) -> bool:
+def has_kernel(table_mW: Tensor) -> bool:
+    """Whether the kernels do the work, which also add a bias in passing."""
     return (
         table_mW.is_cuda
         and table_mW.dtype in (torch.float32, torch.bfloat16)
         and table_mW.shape[1] > 0
+        and compiles_kernels()
         and _has_triton()
     )
 
@@ -79,13 +97,6 @@ def _has_kernel(table_mW: Tensor) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _kernels() -> Any:
-    """The module of the kernels, which needs Triton."""
-    from sedd_scale.parallel import score_kernel_triton
-
-    return score_kernel_triton
 
 
 def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics:
@@ -109,10 +120,10 @@ def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics
 
 def _torch_gradient(
     statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     grad_mW = statistics.table
     if not grad_mW.shape[1]:
-        return grad_mW
+        return grad_mW, grad_mW.sum(0)
     grad_mW.mul_(coefficients.exp[:, None])
     if columns.own is not None:
         grad_mW.add_(coefficients.rest[:, None])
@@ -120,7 +131,7 @@ def _torch_gradient(
     grad_mW.scatter_add_(1, columns.target.clamp_min(0)[:, None], added_m[:, None])
     if columns.own is not None:
         set_entries(grad_mW, columns.own, 0.0)
-    return grad_mW
+    return grad_mW, grad_mW.sum(0)
 
 
 def set_entries(table_mW: Tensor, column_m: Tensor, value_m: Tensor | float) -> None:
@@ -133,15 +144,21 @@ def set_entries(table_mW: Tensor, column_m: Tensor, value_m: Tensor | float) -> 
     table_mW.scatter_(1, column_m1, set_m[:, None])
 
 
-def _kernel_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics:
+def _kernel_statistics(
+    logits_mW: Tensor, columns: RowColumns, bias_W: Tensor | None
+) -> ChunkStatistics:
+    from sedd_scale.parallel.score_kernel_triton import statistics_kernel
+
     num_rows, num_columns = logits_mW.shape
-    max_m, sum_exp_m, target_m, total_m = torch.empty(
-        4, num_rows, dtype=torch.float32, device=logits_mW.device
+    # Four tensors: rows of one would begin at places that suit narrow accesses only.
+    max_m, sum_exp_m, target_m, total_m = (
+        torch.empty(num_rows, dtype=torch.float32, device=logits_mW.device) for _ in range(4)
     )
-    _kernels().statistics_kernel[(num_rows,)](
+    statistics_kernel[(num_rows,)](
         logits_mW,
         logits_mW.stride(0),
         num_columns,
+        bias_W,
         columns.target,
         columns.own,
         max_m,
@@ -149,30 +166,39 @@ def _kernel_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistic
         target_m,
         total_m,
         LOWEST=_LOWEST,
+        HAS_BIAS=bias_W is not None,
         HAS_OWN=columns.own is not None,
-        BLOCK=_BLOCK,
-        num_warps=8,
+        BLOCK=STATISTICS_BLOCK,
+        num_warps=NUM_WARPS,
     )
-    if columns.own is None:
-        return ChunkStatistics(max_m, sum_exp_m, target_m, None, logits_mW)
-    return ChunkStatistics(max_m, sum_exp_m, target_m, total_m, logits_mW)
+    counted_m = None if columns.own is None else total_m
+    return ChunkStatistics(max_m, sum_exp_m, target_m, counted_m, logits_mW, bias_W)
 
 
 def _kernel_gradient(
     statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    from sedd_scale.parallel.score_kernel_triton import gradient_kernel
+
     table_mW = statistics.table
     num_rows, num_columns = table_mW.shape
-    _kernels().gradient_kernel[(num_rows, -(-num_columns // _BLOCK))](
+    groups = -(-num_rows // GRADIENT_ROWS)
+    sums_gW = torch.empty(groups, num_columns, dtype=torch.float32, device=table_mW.device)
+    gradient_kernel[(groups, -(-num_columns // GRADIENT_BLOCK))](
         table_mW,
         table_mW.stride(0),
+        num_rows,
         num_columns,
+        statistics.bias,
         columns.target,
         columns.own,
         statistics.max,
         *coefficients,
+        sums_gW,
+        HAS_BIAS=statistics.bias is not None,
         HAS_OWN=columns.own is not None,
-        BLOCK=_BLOCK,
-        num_warps=8,
+        ROWS=GRADIENT_ROWS,
+        BLOCK=GRADIENT_BLOCK,
+        num_warps=NUM_WARPS,
     )
-    return table_mW
+    return table_mW, sums_gW.sum(0)

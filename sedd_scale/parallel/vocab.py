@@ -34,6 +34,7 @@ from sedd_scale.parallel.score_kernel import (
     RowColumns,
     chunk_gradient,
     chunk_statistics,
+    has_kernel,
 )
 from sedd_scale.parallel.vocab_shard import VocabShard
 
@@ -117,18 +118,21 @@ def _chunk_loss(
     noise_m3: Tensor,
     shard: VocabShard,
     weight_m: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Per-row losses of one chunk, and with `weight_m` the gradient of sum(weight * loss) [m, W].
+    bias_W: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Per-row losses of one chunk, and with `weight_m` the gradient of sum(weight * loss).
 
-    The logits are overwritten.
+    That is [m, W], with the sums of its columns [W]. The logits are overwritten; `bias_W` is still
+    to be added to them, if given.
     """
     uniform = isinstance(shard.graph, Uniform) and not shard.cross_entropy
     if uniform and shard.mean:
-        return mean_chunk_loss(logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m)
+        loss_m, grad_mW = mean_chunk_loss(logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m)
+        return loss_m, None if grad_mW is None else (grad_mW, grad_mW.sum(0))
     columns = RowColumns(
         target=shard.column_of(clean_m), own=shard.column_of(noisy_m) if uniform else None
     )
-    chunk = chunk_statistics(logits_mW, columns)
+    chunk = chunk_statistics(logits_mW, columns, bias_W)
     max_m = shard.reduce(chunk.max.clone(), dist.ReduceOp.MAX)
     rescale_m = (chunk.max - max_m).exp()
     parts = [chunk.sum_exp * rescale_m, chunk.target]
@@ -192,38 +196,53 @@ def _losses(
     num_chunks = -(-num_rows // shard.chunk_rows(len(weight), weight.device.type))
     chunk_rows = -(-num_rows // max(1, num_chunks))  # even chunks: a small rest is a slow product
     buffer = _aligned_rows(chunk_rows, shard.length, weight)  # one for all chunks
+    kernels = has_kernel(buffer) and not (shard.mean and not shard.cross_entropy)
     for start in range(0, num_rows, max(1, chunk_rows)):
         chunk = slice(start, min(start + chunk_rows, num_rows))
         hidden_mH = hidden.index_select(0, targets.rows_M[chunk])
         logits_mW = buffer[: len(hidden_mH)]
-        torch.addmm(column_bias, hidden_mH, columns.t(), out=logits_mW)
-        losses_M[chunk], grad_mW = _chunk_loss(
+        if kernels:
+            # With a bias the product would first be filled with it, then read again.
+            torch.mm(hidden_mH, columns.t(), out=logits_mW)
+        else:
+            torch.addmm(column_bias, hidden_mH, columns.t(), out=logits_mW)
+        losses_M[chunk], made = _chunk_loss(
             logits_mW,
             targets.clean_M[chunk],
             targets.noisy_M[chunk],
             targets.noise_B3[targets.sequence_M[chunk]],
             shard,
             None if row_weight_M is None else row_weight_M[chunk],
+            column_bias if kernels else None,
         )
         if gradients is None:
             continue
-        assert grad_mW is not None
-        gradients.bias[: shard.length] += grad_mW.sum(dim=0, dtype=losses_M.dtype)
+        assert made is not None
+        grad_mW, sums_W = made
+        gradients.bias[: shard.length] += sums_W
         if grad_mW.dtype != weight.dtype:
             grad_mW = logits_mW.copy_(grad_mW)
         torch.mm(grad_mW, columns, out=gradients.hidden[chunk])
         weight_grad = gradients.weight[: shard.length]
-        if weight.dtype == weight_grad.dtype:
-            weight_grad.addmm_(grad_mW.t(), hidden_mH, beta=0 if start == 0 else 1)
-        elif start == 0:
-            weight_grad.copy_(grad_mW.t() @ hidden_mH)
-        else:
-            weight_grad += grad_mW.t() @ hidden_mH
+        _add_product(weight_grad, grad_mW.t(), hidden_mH, first=start == 0)
     if gradients is not None:
         gradients = _Gradients(
             gradients.hidden, gradients.weight.to(weight.dtype), gradients.bias.to(bias.dtype)
         )
     return losses_M, gradients
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right, or = for the first, in the type of `total`, which may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif total.is_cuda:
+        # The product itself adds in float32: no pass over a rounded product.
+        torch.addmm(total, left, right, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
 
 
 def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_scale.parallel import score_kernel
+from sedd_scale.parallel import score_kernel, vocab
 from sedd_scale.parallel.score_kernel import (
     ChunkStatistics,
     Coefficients,
@@ -61,12 +61,26 @@ def make_chunk(case: ChunkCase) -> tuple[Tensor, RowColumns, Coefficients]:
     return logits_mW, RowColumns(target_m, own_m if case.with_own else None), coefficients
 
 
-def run_chunk(case: ChunkCase) -> tuple[ChunkStatistics, Tensor]:
-    """Statistics (without their table) and gradient."""
+def bias_of(case: ChunkCase) -> Tensor | None:
+    """A bias for each column, where one rounding of its sum with a logit is all there is."""
+    if case.dtype != torch.float32:
+        return None
+    return torch.linspace(-1.0, 2.0, case.num_columns)
+
+
+def run_chunk(case: ChunkCase) -> tuple[ChunkStatistics, Tensor, Tensor]:
+    """Statistics (without their table), gradient and the sums of its columns.
+
+    In float32 there is a bias, which the kernels add themselves; PyTorch is given the sum.
+    """
     logits_mW, columns, coefficients = make_chunk(case)
-    statistics = chunk_statistics(logits_mW, columns)
-    gradient_mW = chunk_gradient(statistics, columns, coefficients)
-    return statistics._replace(table=torch.empty(0)), gradient_mW
+    bias_W = bias_of(case)
+    if bias_W is not None and not score_kernel.has_kernel(logits_mW):
+        logits_mW += bias_W
+        bias_W = None
+    statistics = chunk_statistics(logits_mW, columns, bias_W)
+    gradient_mW, sums_W = chunk_gradient(statistics, columns, coefficients)
+    return statistics._replace(table=torch.empty(0), bias=None), gradient_mW, sums_W
 
 
 def run_loss(name: str, scaled: bool, dtype: torch.dtype, device: str = "cpu") -> Any:
@@ -84,7 +98,7 @@ def run_loss(name: str, scaled: bool, dtype: torch.dtype, device: str = "cpu") -
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     # On a machine without a GPU the kernels are to be taken all the same.
-    score_kernel._has_kernel = lambda table_mW: table_mW.dtype != torch.float64
+    score_kernel.has_kernel = vocab.has_kernel = lambda table_mW: table_mW.dtype != torch.float64
     found = {
         "chunks": [run_chunk(case) for case in CHUNKS],
         "losses": [run_loss(*case) for case in LOSSES],

@@ -146,9 +146,10 @@ def test_a_formula_that_is_wrong_by_1e_4_is_found(
     problem, bounds = explained(name, scaled, size)
     chunk_loss = vocab._chunk_loss
 
-    def wrong(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-        loss_m, gradient_mW = chunk_loss(*arguments)
-        return loss_m * (1 + 1e-4), None if gradient_mW is None else gradient_mW * (1 + 1e-4)
+    def wrong(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        loss_m, made = chunk_loss(*arguments)
+        off = 1 + 1e-4
+        return loss_m * off, None if made is None else tuple(part * off for part in made)
 
     monkeypatch.setattr(vocab, "_chunk_loss", wrong)
     for what, found in computed(problem).items():
