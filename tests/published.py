@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sedd_scale.interop.published import our_rows, published_names, published_rows
+from sedd_scale.interop.sedd_names import our_rows, published_names, published_rows
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 

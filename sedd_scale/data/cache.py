@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from sedd_scale.data.sources import Source
+from sedd_scale.data.remote_sources import Source
 from sedd_scale.errors import DataError
 
 ATTEMPTS = 6

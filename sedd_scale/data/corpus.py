@@ -10,8 +10,8 @@ from sedd_scale.data.cache import FileCache
 from sedd_scale.data.joint_reader import JointReader
 from sedd_scale.data.loader import TrainLoader
 from sedd_scale.data.mixture import MixturePlan, Stage
+from sedd_scale.data.remote_sources import is_remote
 from sedd_scale.data.shards import Dataset
-from sedd_scale.data.sources import is_remote
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, Tokenizer
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sedd_scale.arrays import IntArray
 from sedd_scale.data.cache import ChecksumError, FileCache, read_whole
-from sedd_scale.data.sources import Source, is_remote, open_source
+from sedd_scale.data.remote_sources import Source, is_remote, open_source
 from sedd_scale.data.tar_blocks import DATA_OFFSET, RecordFormat, token_dtype
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically

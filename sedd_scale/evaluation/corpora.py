@@ -17,8 +17,8 @@ from sedd_scale.data.cache import FileCache
 from sedd_scale.data.corpus import cache_directory
 from sedd_scale.data.joint_reader import spread_blocks
 from sedd_scale.data.padding import counted_positions
+from sedd_scale.data.remote_sources import is_remote
 from sedd_scale.data.shards import INDEX_FILE, Dataset
-from sedd_scale.data.sources import is_remote
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.text_blocks import TextSettings, read_blocks
 from sedd_scale.tokenizers.base import Tokenizer

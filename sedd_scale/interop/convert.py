@@ -11,14 +11,14 @@ from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_card import CARD_FILE, last_validation, model_card, read_report
 from sedd_scale.interop.native import write_native_run
-from sedd_scale.interop.published_files import check_expressible, write_published_files
 from sedd_scale.interop.reference_training import FILE_NAME, write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
-from sedd_scale.interop.source import CheckpointSource, WeightsOnly
+from sedd_scale.interop.sedd_directory import check_expressible, write_published_files
 
 # What can be written; mdlm is read only.
 TARGETS = ("native", "sedd-hf", "sedd-train")

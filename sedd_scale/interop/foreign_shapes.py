@@ -8,8 +8,8 @@ from typing import Any
 from sedd_scale.config import Config
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.published import INV_FREQ
-from sedd_scale.interop.source import Shape, described_config
+from sedd_scale.interop.checkpoint_source import Shape, described_config
+from sedd_scale.interop.sedd_names import INV_FREQ
 
 DEFAULT_BLOCK_LENGTH = 1024
 DEFAULT_HEAD_DIM = 64

@@ -4,18 +4,18 @@ from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.mdlm import PREFIX, MdlmSource
 from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pickled_files import PickledFile
-from sedd_scale.interop.published_files import (
+from sedd_scale.interop.reference_training import FILE_NAME, ReferenceTrainingSource
+from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
+from sedd_scale.interop.sedd_directory import (
     CONFIG_FILE,
     PICKLED_FILE,
     PublishedSource,
     open_named_tensors,
 )
-from sedd_scale.interop.reference_training import FILE_NAME, ReferenceTrainingSource
-from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
-from sedd_scale.interop.source import CheckpointSource
 
 FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
 # These say everything themselves.

@@ -28,8 +28,8 @@ from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, model_shapes
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
-from sedd_scale.interop.source import CheckpointSource, Shape, model_shapes
 from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.formats import open_checkpoint
-from sedd_scale.interop.source import CheckpointSource
 
 
 @dataclass(frozen=True)

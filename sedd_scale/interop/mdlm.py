@@ -19,10 +19,17 @@ from torch import Tensor
 from sedd_scale.diffusion.objectives import MaskedCrossEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import (
+    CheckpointSource,
+    Described,
+    Shape,
+    check_tensors,
+)
 from sedd_scale.interop.foreign_shapes import config_of_shapes
 from sedd_scale.interop.pickled_files import PickledFile
-from sedd_scale.interop.published import our_rows, published_names
-from sedd_scale.interop.published_files import (
+from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
+from sedd_scale.interop.safetensors_files import SafetensorsFiles
+from sedd_scale.interop.sedd_directory import (
     CONFIG_FILE,
     NamedTensors,
     describe,
@@ -30,14 +37,7 @@ from sedd_scale.interop.published_files import (
     published_shapes,
     without_buffer,
 )
-from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
-from sedd_scale.interop.safetensors_files import SafetensorsFiles
-from sedd_scale.interop.source import (
-    CheckpointSource,
-    Described,
-    Shape,
-    check_tensors,
-)
+from sedd_scale.interop.sedd_names import our_rows, published_names
 
 PREFIX = "backbone."
 

@@ -16,7 +16,7 @@ from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
 from sedd_scale.files.json_lines import read_json_lines
-from sedd_scale.interop.source import Described, model_shapes
+from sedd_scale.interop.checkpoint_source import Described, model_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_FILE
 from sedd_scale.version import __version__
 

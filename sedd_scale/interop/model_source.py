@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sedd_scale.interop.source import CheckpointSource, Described, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Described, Shape
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 

@@ -46,7 +46,7 @@ from sedd_scale.checkpoint.manifest import (
 )
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.source import (
+from sedd_scale.interop.checkpoint_source import (
     STATE_KEYS,
     CheckpointSource,
     Described,

@@ -7,12 +7,12 @@ import torch
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.checkpoint_source import tokenizer_in
 from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.model_card import CARD_FILE, model_card
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
-from sedd_scale.interop.published_files import write_published_files
-from sedd_scale.interop.source import tokenizer_in
+from sedd_scale.interop.sedd_directory import write_published_files
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout

@@ -18,27 +18,27 @@ from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.foreign_shapes import config_of_shapes
-from sedd_scale.interop.pickled_files import PickledFile, placeholder, tensors_in, write_pickled
-from sedd_scale.interop.published import (
-    INV_FREQ,
-    our_rows,
-    published_names,
-    published_rows,
-    rotary_frequencies,
-)
-from sedd_scale.interop.published_files import (
-    check_expressible,
-    describe,
-    published_shapes,
-    without_buffer,
-)
-from sedd_scale.interop.source import (
+from sedd_scale.interop.checkpoint_source import (
     STATE_KEYS,
     CheckpointSource,
     Described,
     Shape,
     check_tensors,
+)
+from sedd_scale.interop.foreign_shapes import config_of_shapes
+from sedd_scale.interop.pickled_files import PickledFile, placeholder, tensors_in, write_pickled
+from sedd_scale.interop.sedd_directory import (
+    check_expressible,
+    describe,
+    published_shapes,
+    without_buffer,
+)
+from sedd_scale.interop.sedd_names import (
+    INV_FREQ,
+    our_rows,
+    published_names,
+    published_rows,
+    rotary_frequencies,
 )
 
 FILE_NAME = "checkpoint.pth"

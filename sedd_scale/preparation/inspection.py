@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.joint_reader import spread_blocks
+from sedd_scale.data.remote_sources import is_remote
 from sedd_scale.data.shards import Dataset
-from sedd_scale.data.sources import is_remote
 from sedd_scale.preparation.report import format_report
 
 # Room for any one shard; inspecting reads each once.

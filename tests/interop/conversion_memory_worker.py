@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from sedd_scale.config import config_from_dict
+from sedd_scale.interop.checkpoint_source import STATE_KEYS, CheckpointSource, Described, Shape
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.native import write_native_run
-from sedd_scale.interop.source import STATE_KEYS, CheckpointSource, Described, Shape
 
 
 class DrawnSource(CheckpointSource):

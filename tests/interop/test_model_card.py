@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from sedd_scale.__main__ import main
+from sedd_scale.interop.checkpoint_source import Described
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.native import write_native_run
-from sedd_scale.interop.published_files import published_shapes
-from sedd_scale.interop.source import Described
+from sedd_scale.interop.sedd_directory import published_shapes
 from tests.evaluation.enumeration import tiny_model
 from tests.interop.test_convert import Shifted
 

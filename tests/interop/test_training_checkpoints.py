@@ -122,7 +122,7 @@ def test_a_state_dict_in_another_order_is_matched_by_shapes(tmp_path: Path) -> N
 
 
 def training_order() -> list[str]:
-    from sedd_scale.interop.published import published_names
+    from sedd_scale.interop.sedd_names import published_names
 
     return list(published_names(BLOCKS))
 

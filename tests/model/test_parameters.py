@@ -10,7 +10,7 @@ from torch import nn
 
 from sedd_scale.config import Config, ModelConfig
 from sedd_scale.diffusion.graphs import Absorb
-from sedd_scale.interop.published import published_names
+from sedd_scale.interop.sedd_names import published_names
 from sedd_scale.model import network as network_module
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import LogicalParameter, logical_parameters

@@ -1,0 +1,233 @@
+"""Directories in the published format: config.json with safetensors files or pytorch_model.bin."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sedd_scale.config import Config
+from sedd_scale.config.yaml_text import scalar_text
+from sedd_scale.diffusion.objectives import ScoreEntropy
+from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.checkpoint_source import (
+    CheckpointSource,
+    Described,
+    Shape,
+    check_tensors,
+    model_shapes,
+    tokenizer_in,
+)
+from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
+from sedd_scale.interop.safetensors_files import (
+    DEFAULT_SHARD_BYTES,
+    DTYPE_BYTES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsFiles,
+    write_safetensors,
+)
+from sedd_scale.interop.sedd_names import (
+    INV_FREQ,
+    PUBLISHED_MLP_RATIO,
+    ROTARY_BASE,
+    our_rows,
+    published_config,
+    published_names,
+    published_rows,
+    read_published_config,
+    rotary_frequencies,
+)
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
+
+CONFIG_FILE = "config.json"
+PICKLED_FILE = "pytorch_model.bin"
+# Key, the one value that the published format has for it, and why.
+_EXPRESSIBLE = (
+    ("model.mlp_ratio", PUBLISHED_MLP_RATIO, f"models all have {PUBLISHED_MLP_RATIO}"),
+    ("model.rotary_base", ROTARY_BASE, f"readers all turn by {ROTARY_BASE:g}"),
+    ("model.time_conditioning", True, "models are all conditioned on sigma"),
+    (
+        "training.objective",
+        ScoreEntropy.name,
+        "readers take a network's outputs for scores as they are: train on with "
+        "training.objective=score_entropy, from model.init_from",
+    ),
+    ("model.parametrisation", "score", "readers take a network's outputs for log-scores"),
+)
+
+
+class NamedTensors:
+    """The tensors of a file by their names: of safetensors, or of a state dict.
+
+    Args:
+        prefix: of the names that count, left out of them here.
+        state: the state dict within a pickled file; None: all of it.
+
+    Attributes:
+        shapes: of each tensor.
+    """
+
+    def __init__(
+        self, files: SafetensorsFiles | PickledFile, prefix: str = "", state: Any = None
+    ) -> None:
+        self._files = files
+        self._prefix = prefix
+        self._state: dict[str, Tensor] = {}
+        if isinstance(files, PickledFile):
+            state = files.tree if state is None else state
+            items = state.items() if isinstance(state, dict) else ()
+            self._state = {name: value for name, value in items if isinstance(value, Tensor)}
+            if not self._state:
+                raise CheckpointError(f"{files.path} holds no state dict of tensors")
+            shapes = {name: tuple(value.shape) for name, value in self._state.items()}
+        else:
+            shapes = files.shapes
+        self.shapes: dict[str, Shape] = {
+            name.removeprefix(prefix): shape
+            for name, shape in shapes.items()
+            if name.startswith(prefix)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its own type."""
+        name = self._prefix + name
+        if isinstance(self._files, PickledFile):
+            return self._files.read(self._state[name])
+        return self._files.read(name)
+
+    def contents(self) -> list[tuple[str, Shape, str, int]]:
+        """Name, shape, type and bytes of each tensor."""
+        if isinstance(self._files, PickledFile):
+            return [describe(name, tensor) for name, tensor in self._state.items()]
+        files = self._files
+        return [
+            (name, shape, dtype, math.prod(shape) * DTYPE_BYTES.get(dtype, 1))
+            for (name, shape), dtype in zip(files.shapes.items(), files.dtypes.values())
+        ]
+
+
+def describe(name: str, tensor: Tensor) -> tuple[str, Shape, str, int]:
+    """The row of `contents` for a tensor of a pickled file."""
+    return (
+        name,
+        tuple(tensor.shape),
+        str(tensor.dtype).removeprefix("torch."),
+        size_in_bytes(tensor),
+    )
+
+
+def open_named_tensors(directory: Path, prefix: str = "") -> NamedTensors:
+    """The weights that a directory holds, whichever way they are stored.
+
+    Raises:
+        CheckpointError: none are there, or they cannot be read.
+    """
+    for name in (INDEX_FILE, SINGLE_FILE):
+        if (directory / name).exists():
+            return NamedTensors(SafetensorsFiles(directory / name), prefix)
+    if (directory / PICKLED_FILE).exists():
+        return NamedTensors(PickledFile(directory / PICKLED_FILE), prefix)
+    raise CheckpointError(
+        f"{directory} has no weights: none of {SINGLE_FILE}, {INDEX_FILE}, {PICKLED_FILE}"
+    )
+
+
+class PublishedSource(CheckpointSource):
+    """A directory in the published format."""
+
+    format = "sedd-hf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.holds = frozenset({"ema"})
+        config = read_published_config(path)
+        self._tensors = open_named_tensors(path)
+        self.described = Described(
+            config=config,
+            block_length=config.data.block_length,
+            tokenizer_directory=tokenizer_in(path),
+        )
+        check_tensors(path, published_shapes(config), without_buffer(self._tensors.shapes))
+        self._theirs = {
+            ours: theirs for theirs, ours in published_names(config.model.num_layers).items()
+        }
+
+    def _read(self, name: str, key: str) -> Tensor:
+        tensor = self._tensors.read(self._theirs[name])
+        return our_rows(name, tensor, self.described.config.model.num_heads)
+
+    def contents(self) -> list[tuple[str, Shape, str, int]]:
+        """Name, shape, type and bytes of each tensor as the file has them."""
+        return self._tensors.contents()
+
+
+def published_shapes(config: Config) -> dict[str, Shape]:
+    """Shape of each published parameter of a model, in the order of the authors' modules."""
+    shapes = model_shapes(config)
+    return {
+        theirs: shapes[ours] for theirs, ours in published_names(config.model.num_layers).items()
+    }
+
+
+def without_buffer(shapes: dict[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the parameters alone: the rotary frequencies are no parameter."""
+    return {name: shape for name, shape in shapes.items() if name != INV_FREQ}
+
+
+def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> None:
+    """Refuse a model that the authors' program and its formats have no words for.
+
+    Raises:
+        CheckpointError: names the key and its value.
+    """
+    for key, value, reason in _EXPRESSIBLE:
+        section, name = key.split(".")
+        found = getattr(getattr(described.config, section), name)
+        if found != value and (fixed_mlp_ratio or key != "model.mlp_ratio"):
+            raise CheckpointError(
+                f"{key}={scalar_text(found)} cannot be written in the published format, whose "
+                f"{reason}"
+            )
+    if described.block_length is None:
+        raise CheckpointError("the checkpoint does not name its block length")
+
+
+def write_published_files(
+    directory: Path,
+    described: Described,
+    read: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write config.json, the weights and the tokenizer into a new directory.
+
+    Args:
+        read: gives the weights of a parameter by its logical name, whole, float32.
+        shard_bytes: largest size of one file's tensors.
+
+    Raises:
+        CheckpointError: the published format cannot express the model.
+    """
+    check_expressible(described)
+    config, block_length = described.config, described.block_length
+    assert block_length is not None
+    directory.mkdir()
+    about = published_config(config, num_tokens=described.num_tokens, block_length=block_length)
+    text = json.dumps(about, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+    names = published_names(config.model.num_layers)
+
+    def read_published(theirs: str) -> Tensor:
+        if theirs == INV_FREQ:
+            return rotary_frequencies(config.head_dim)
+        ours = names[theirs]
+        return published_rows(ours, read(ours), config.model.num_heads)
+
+    shapes = published_shapes(config) | {INV_FREQ: (config.head_dim // 2,)}
+    write_safetensors(directory, shapes, read_published, shard_bytes=shard_bytes)
+    if described.tokenizer_directory is not None:
+        shutil.copytree(described.tokenizer_directory, directory / TOKENIZER_DIRECTORY)

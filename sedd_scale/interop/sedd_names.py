@@ -1,0 +1,158 @@
+"""The published checkpoint format: a directory with config.json and model.safetensors.
+
+Its parameter names and its row order of the joint query-key-value matrix differ from ours; each
+published tensor corresponds to exactly one of ours and back, and so do gradients.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config
+from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.checkpoint_source import described_config
+
+_EMBEDDING_NAMES = {
+    "vocab_embed.embedding": "embedding.tokens.weight",
+    "sigma_map.mlp.0.weight": "embedding.sigma.linear1.weight",
+    "sigma_map.mlp.0.bias": "embedding.sigma.linear1.bias",
+    "sigma_map.mlp.2.weight": "embedding.sigma.linear2.weight",
+    "sigma_map.mlp.2.bias": "embedding.sigma.linear2.bias",
+}
+_HEAD_NAMES = {
+    "output_layer.norm_final.weight": "head.norm.weight",
+    "output_layer.linear.weight": "head.linear.weight",
+    "output_layer.linear.bias": "head.linear.bias",
+    "output_layer.adaLN_modulation.weight": "head.modulation.linear.weight",
+    "output_layer.adaLN_modulation.bias": "head.modulation.linear.bias",
+}
+_BLOCK_NAMES = {
+    "norm1.weight": "norm1.weight",
+    "attn_qkv.weight": "attention.linear_qkv.weight",
+    "attn_out.weight": "attention.linear_proj.weight",
+    "norm2.weight": "norm2.weight",
+    "mlp.0.weight": "mlp.linear_fc1.weight",
+    "mlp.0.bias": "mlp.linear_fc1.bias",
+    "mlp.2.weight": "mlp.linear_fc2.weight",
+    "mlp.2.bias": "mlp.linear_fc2.bias",
+    "adaLN_modulation.weight": "modulation.linear.weight",
+    "adaLN_modulation.bias": "modulation.linear.bias",
+}
+_QKV = "attention.linear_qkv.weight"
+INV_FREQ = "rotary_emb.inv_freq"
+ROTARY_BASE = 10_000.0
+# Published models have this ratio and no key for it.
+PUBLISHED_MLP_RATIO = 4
+
+
+def published_names(num_layers: int) -> dict[str, str]:
+    """Published name to logical name of every parameter, in the order of the authors' modules."""
+    names = dict(_EMBEDDING_NAMES)
+    for index in range(num_layers):
+        for theirs, ours in _BLOCK_NAMES.items():
+            names[f"blocks.{index}.{theirs}"] = f"blocks.{index}.{ours}"
+    return names | _HEAD_NAMES
+
+
+def our_rows(name: str, published: Tensor, num_heads: int) -> Tensor:
+    """A published tensor in the row order of our parameter `name`."""
+    return _heads_first(published, num_heads) if name.endswith(_QKV) else published
+
+
+def published_rows(name: str, logical: Tensor, num_heads: int) -> Tensor:
+    """Our parameter `name` in the published row order."""
+    return _kinds_first(logical, num_heads) if name.endswith(_QKV) else logical
+
+
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """The buffer `INV_FREQ` of the published format, float32 [head_dim / 2]."""
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    return 1.0 / ROTARY_BASE ** (even / head_dim)
+
+
+def _heads_first(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows [q|k|v, head, dim] to [head, q|k|v, dim]."""
+    rows, columns = weight.shape
+    shaped = weight.view(3, num_heads, rows // (3 * num_heads), columns)
+    return shaped.transpose(0, 1).reshape(rows, columns)
+
+
+def _kinds_first(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows [head, q|k|v, dim] to [q|k|v, head, dim]."""
+    rows, columns = weight.shape
+    shaped = weight.view(num_heads, 3, rows // (3 * num_heads), columns)
+    return shaped.transpose(0, 1).reshape(rows, columns)
+
+
+def read_published_config(directory: Path) -> Config:
+    """The configuration a published directory describes.
+
+    Raises:
+        CheckpointError: config.json is missing, is not JSON, or lacks a key we need.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no config.json; give a directory in the published SEDD format"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch the file again") from None
+    try:
+        model, noise = raw["model"], raw["noise"]
+        sections: dict[str, Any] = {
+            "model": {
+                "hidden_size": model["hidden_size"],
+                "num_layers": model["n_blocks"],
+                "num_heads": model["n_heads"],
+                "cond_dim": model["cond_dim"],
+                "dropout": model.get("dropout", 0.1),
+                "scale_by_sigma": model["scale_by_sigma"],
+                "vocab_size": raw["tokens"],
+            },
+            "graph": {"name": raw["graph"]["type"]},
+            "noise": {
+                "name": noise["type"],
+                "sigma_min": noise.get("sigma_min", 1e-4),
+                "sigma_max": noise.get("sigma_max", 20.0),
+                "eps": noise.get("eps", 1e-3),
+            },
+            "data": {"block_length": model["length"]},
+        }
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} lacks the key {error}; it must have tokens, graph.type, noise.type and "
+            "model.{hidden_size, n_blocks, n_heads, cond_dim, scale_by_sigma, length}"
+        ) from None
+    return described_config(path, sections)
+
+
+def published_config(config: Config, *, num_tokens: int, block_length: int) -> dict[str, Any]:
+    """What config.json of the published format says of a model of ours."""
+    model = config.model
+    return {
+        "graph": {"file": "data", "report_all": False, "type": config.graph.name},
+        "model": {
+            "cond_dim": model.cond_dim,
+            "dropout": model.dropout,
+            "hidden_size": model.hidden_size,
+            "length": block_length,
+            "n_blocks": model.num_layers,
+            "n_heads": model.num_heads,
+            "name": "sedd_scale",
+            "scale_by_sigma": config.resolved_scale_by_sigma,
+            "type": "ddit",
+        },
+        "ngpus": 1,
+        "noise": {
+            "eps": config.noise.eps,
+            "sigma_max": config.noise.sigma_max,
+            "sigma_min": config.noise.sigma_min,
+            "type": config.noise.name,
+        },
+        "tokens": num_tokens,
+    }
