@@ -84,7 +84,7 @@ class Dataset:
     """A prepared dataset, opened by its index.
 
     Args:
-        location: a directory, a URL, or `pipe:` and a command (see sources).
+        location: a directory, a URL, or `pipe:` and a command (see remote_sources).
         cache: where files of a remote dataset are kept; needed for one.
 
     Attributes:
