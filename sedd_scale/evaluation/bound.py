@@ -257,13 +257,12 @@ def _diffusion_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tenso
     noisy_BL, weight_B = _corrupted(model, plan, draws, "noise")
     counted_BL = within_spans(draws.clean_BL, draws.span_B2)
     noise_B3 = model.objective.noise_columns(model.schedule, draws.t_B, training=False)
-    shown = (draws.clean_BL, noisy_BL, noise_B3, counted_BL)
+    kinds: tuple[str, ...] = ("score_entropy", "cross_entropy")
     if model.objective.cross_entropy:
-        nats_BC = model.cross_entropy(*shown)[:, None]
-    else:
-        nats_BC = torch.stack(model.both_losses(*shown), dim=1)
-        if model.graph.mask_id is None:
-            nats_BC = nats_BC[:, :1]
+        kinds = kinds[1:]
+    elif model.graph.mask_id is None:
+        kinds = kinds[:1]
+    nats_BC = model.losses(draws.clean_BL, noisy_BL, noise_B3, counted_BL, kinds=kinds)
     return nats_BC.double().cpu() * weight_B[:, None], len(noisy_BL)
 
 

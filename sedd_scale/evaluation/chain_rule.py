@@ -34,6 +34,8 @@ from sedd_scale.model.score_model import ScoreModel
 
 Progress = Callable[[int, int], None]
 
+CROSS_ENTROPY = ("cross_entropy",)
+
 
 @torch.no_grad()
 def evaluate_left_to_right(
@@ -58,10 +60,9 @@ def evaluate_left_to_right(
         clean_BL = blocks_nL[groups[which]]
         counted_BL = within_spans(clean_BL, span_n2[groups[which]])
         noise_B3 = _weight_one(len(clean_BL))
-        nats_B = model.cross_entropy(
-            clean_BL, shifted(clean_BL.long(), model.graph), noise_B3, counted_BL
-        )
-        return (_finite(nats_B),)
+        shown_BL = shifted(clean_BL.long(), model.graph)
+        nats_B1 = model.losses(clean_BL, shown_BL, noise_B3, counted_BL, kinds=CROSS_ENTROPY)
+        return (_finite(nats_B1[:, 0]),)
 
     found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
     nats_n = np.concatenate([part for (part,) in found])
@@ -125,10 +126,14 @@ def evaluate_any_order(
             place_B1 = torch.from_numpy(places)[:, None]
             clean_BL = blocks_nL[which].long().expand(len(numbers), -1)
             noisy_BL = torch.where(rank_BL >= place_B1, mask_id, clean_BL)
-            found_B = model.cross_entropy(
-                clean_BL, noisy_BL, _weight_one(len(numbers)), rank_BL == place_B1
+            found_B1 = model.losses(
+                clean_BL,
+                noisy_BL,
+                _weight_one(len(numbers)),
+                rank_BL == place_B1,
+                kinds=CROSS_ENTROPY,
             )
-            np.add.at(nats_K, numbers, _finite(found_B))
+            np.add.at(nats_K, numbers, _finite(found_B1[:, 0]))
         return (nats_K,)
 
     found = over_ranks(model.layout, len(blocks_nL), nats, on_progress, finished)

@@ -1,5 +1,6 @@
 """A trained network with its graph and schedule: log-scores and losses, without an engine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -166,36 +167,33 @@ class ScoreModel(nn.Module):
         return nats_B
 
     @torch.no_grad()
-    def both_losses(
-        self, x0_BL: Tensor, xt_BL: Tensor, noise_B3: Tensor, counted_BL: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Score entropy and weighted cross-entropy of each sequence, [B] nats each.
-
-        The second is what the first would be with scores normalised (absorb): never greater.
+    def losses(
+        self,
+        x0_BL: Tensor,
+        xt_BL: Tensor,
+        noise_B3: Tensor,
+        counted_BL: Tensor | None = None,
+        *,
+        kinds: Sequence[str],
+    ) -> Tensor:
+        """Losses of each sequence in nats, [B, C]: a column for each of `kinds`.
 
         Args:
             noise_B3: sigma, its rate and the weight of cross-entropy; on the host.
             x0_BL, xt_BL, counted_BL: as in `loss`.
+            kinds: "score_entropy", or "cross_entropy", weighted: what the first would be with
+                scores normalised (absorb), never greater.
         """
+        assert set(kinds) <= {"score_entropy", "cross_entropy"}, kinds
         x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
         hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
-        first, second = (
-            self.network.head.linear(hidden_LBH, targets, per_sequence=True, cross_entropy=kind)
-            for kind in (False, True)
-        )
-        return first, second
-
-    @torch.no_grad()
-    def cross_entropy(
-        self, x0_BL: Tensor, xt_BL: Tensor, noise_B3: Tensor, counted_BL: Tensor | None = None
-    ) -> Tensor:
-        """Weighted cross-entropy of each sequence alone, [B] nats; as `both_losses`."""
-        x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
-        hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
-        nats_B: Tensor = self.network.head.linear(
-            hidden_LBH, targets, per_sequence=True, cross_entropy=True
-        )
-        return nats_B
+        columns = [
+            self.network.head.linear(
+                hidden_LBH, targets, per_sequence=True, cross_entropy=kind == "cross_entropy"
+            )
+            for kind in kinds
+        ]
+        return torch.stack(columns, dim=1)
 
     def _shown(
         self,
