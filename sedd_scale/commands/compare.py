@@ -11,7 +11,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "sedd-scale compare",
         "Train every variant of an experiment once for each seed, on the same tokens, evaluate all "
-        "alike and write report.md, report.png and report.json with the ratio to the baseline. "
+        "the same way and write report.md, report.png and report.json with the ratio to the "
+        "baseline. "
         "Killed and started again, the same command resumes.",
         "sedd-scale compare configs/experiments/text8_style.yaml --data books.jsonl.xz "
         "--output runs/text8_style",
@@ -27,12 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         "that is prepared first",
     )
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
-    add("--seeds", type=int, nargs="+", metavar="I", help="instead of the experiment's")
+    add("--seeds", type=int, nargs="+", metavar="I", help="seeds in place of the experiment's")
     add(
         "--only",
         nargs="+",
         metavar="NAME",
-        help="these variants (and the baseline) alone, in the report too",
+        help="run and report only these variants, and the baseline",
     )
     add("--jobs", type=at_least(1), metavar="K", help="runs at a time (the experiment's)")
     return parser

@@ -26,9 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "sedd-scale convert_ckpt",
         "Write a checkpoint in another format, one tensor after the other: memory is that of the\n"
-        "largest tensor. Nothing is written where SRC is not exactly the model that it describes,\n"
-        "and nothing over what exists. `convert_ckpt inspect` looks into a checkpoint without\n"
-        "reading its weights, `convert_ckpt verify` compares the log-scores of two.",
+        "largest tensor. SRC has to be exactly the model that it describes, and nothing is\n"
+        "overwritten. `convert_ckpt inspect` shows a checkpoint without reading its weights,\n"
+        "`convert_ckpt verify` compares the log-scores of two.",
         "sedd-scale convert_ckpt --from native --to sedd-hf runs/books exported\n"
         "  sedd-scale convert_ckpt inspect checkpoint.pth\n"
         "  sedd-scale convert_ckpt verify runs/books exported",
@@ -138,7 +138,7 @@ def _add_assumptions(parser: argparse.ArgumentParser) -> None:
         "--num-heads",
         type=int,
         metavar="N",
-        help="attention heads (default: as its rotary frequencies tell, else width / 64)",
+        help="attention heads (default: from its rotary frequencies, else width / 64)",
     )
     add(
         "--scale-by-sigma",

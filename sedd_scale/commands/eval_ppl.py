@@ -42,38 +42,43 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"the test text of a benchmark, from the Hugging Face hub: {', '.join(DATASETS)}",
     )
-    add("--split", help="of a prepared dataset (valid)")
+    add("--split", help="split of a prepared dataset (valid)")
     add(
         "--cache-dir",
         type=given_path,
         metavar="DIR",
-        help="where files of a remote dataset are kept (in the temporary directory; of the hub: "
-        "where its client keeps them)",
+        help="cache of a remote dataset's files (in the temporary directory; for the hub its "
+        "client's cache)",
     )
     add("--field", help="of a .jsonl line or column of a .parquet, the text (text)")
     add(
         "--detokenizer",
         choices=DETOKENIZERS,
-        help="of a file, rules that take a benchmark's tokenisation out, row by row (none; those "
-        "of a --dataset)",
+        help="rules that undo a benchmark's tokenisation, row by row, for a file (none; those of "
+        "the --dataset)",
     )
     add(
         "--documents",
         choices=DOCUMENTS,
-        help="joined: all rows are one document; rows: each is one, blank ones left out; all-rows: "
+        help="joined: all rows are one document; rows: each is one, blank ones skipped; all-rows: "
         "blank ones too, as SEDD's code packed its benchmarks (rows of a table, others joined)",
     )
     add(
         "--no-wrap",
         action="store_true",
-        help="each document begins a block of its own (without: one stream, cut into blocks)",
+        help="begin each document in a new block (otherwise one stream is cut into blocks)",
     )
     add(
         "--remainder",
         choices=REMAINDERS,
-        help="of tokens that fill no block (drop; with --no-wrap pad); both are reported",
+        help="tokens that fill no block (drop; with --no-wrap pad); both are reported",
     )
-    add("--block-length", type=at_least(1), metavar="L", help="for a file (the checkpoint's)")
+    add(
+        "--block-length",
+        type=at_least(1),
+        metavar="L",
+        help="tokens per block, for a file (the checkpoint's)",
+    )
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -86,16 +91,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--draws",
         type=int,
         metavar="K",
-        help="times drawn a block (16; paper 1000), or orders (any-order 8); none for an "
+        help="times drawn per block (16; paper 1000), or orders (any-order 8); none for an "
         "autoregressive model, whose likelihood is exact",
     )
     add(
         "--max-blocks",
         type=at_least(1),
         metavar="K",
-        help="the most blocks, evenly spread (all; paper 1024; any-order 64)",
+        help="evaluate at most K blocks, evenly spread (all; paper 1024; any-order 64)",
     )
-    add("--seed", type=int, default=0, metavar="I", help="of all draws (%(default)s)")
+    add("--seed", type=int, default=0, metavar="I", help="seed of all draws (%(default)s)")
     add(
         "--batch-size",
         type=at_least(1),
@@ -110,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep finished blocks there; killed and started again, the same command resumes, with "
         "any number of processes",
     )
-    add("--json", action="store_true", help="print the line of JSON only")
+    add("--json", action="store_true", help="print only the line of JSON")
     return parser
 
 

@@ -13,8 +13,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: none without a subcommand."""
     return make_parser(
         "sedd-scale experiment",
-        "Measure how well scores cover a known source (`experiment coverage`), how they bear\n"
-        "damaged text (`experiment robustness`), and how bounds fall with compute\n"
+        "Measure how well scores cover a known source (`experiment coverage`), how robust they\n"
+        "are to damaged text (`experiment robustness`), and how bounds fall with compute\n"
         "(`experiment scaling`).",
         "sedd-scale experiment coverage --output runs/coverage",
     )
@@ -35,8 +35,8 @@ def build_coverage_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=at_least(1), default=2000, metavar="K", help="of training (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
+    add("--steps", type=at_least(1), default=2000, metavar="K", help="training steps (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="seeds of each model (0)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
     add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     return parser
@@ -65,10 +65,16 @@ def build_robustness_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=at_least(1), default=1000, metavar="K", help="of training (%(default)s)")
-    add("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="of damage (0 0.05 0.2)")
+    add("--steps", type=at_least(1), default=1000, metavar="K", help="training steps (%(default)s)")
+    add(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.05, 0.2],
+        help="rates of damage (0 0.05 0.2)",
+    )
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
-    add("--seed", type=int, default=0, metavar="I", help="of weights and data (%(default)s)")
+    add("--seed", type=int, default=0, metavar="I", help="seed of weights and data (%(default)s)")
     return parser
 
 
@@ -114,16 +120,29 @@ def build_scaling_parser() -> argparse.ArgumentParser:
         help="text, or a dataset of 27 symbols",
     )
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of runs and report")
-    add("--widths", type=int, nargs="+", default=[64, 96, 128], metavar="H", help="(64 96 128)")
+    add(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[64, 96, 128],
+        metavar="H",
+        help="hidden sizes (64 96 128)",
+    )
     add(
         "--steps",
         type=at_least(1),
         default=800,
         metavar="K",
-        help="of the largest size (%(default)s)",
+        help="training steps of the largest size (%(default)s)",
     )
-    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="of each (0)")
-    add("--block-length", type=at_least(1), default=128, metavar="L", help="(%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="seeds of each model (0)")
+    add(
+        "--block-length",
+        type=at_least(1),
+        default=128,
+        metavar="L",
+        help="tokens per block (%(default)s)",
+    )
     add("--jobs", type=at_least(1), default=2, metavar="K", help="runs at a time (%(default)s)")
     return parser
 

@@ -46,13 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help='lines such as {"id": 7, "text": "It was [blank:3] night, ____", "num_samples": 2, '
         '"seed": 1}, or with prefix and/or suffix, or with tokens and positions; sampler options '
-        "of a line (steps, temperature, ...) stand before those of the command",
+        "of a line (steps, temperature, ...) override those of the command",
     )
     add(
         "--on-bad-prompt",
         choices=("stop", "skip"),
         default="stop",
-        help="at a line that cannot be used: stop before any work, or say so and leave it out "
+        help="at a line that cannot be used: stop before any work, or report it and skip it "
         "(%(default)s)",
     )
     add("--blank", default="____", metavar="TEXT", help="marks a blank in text (%(default)s)")
@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="draw one of N parts only, I from 0 on, of jobs that share the samples; each with an "
-        "--output of its own (slurm/generate.sh joins them)",
+        help="draw only part I of N (from 0), for jobs that share the samples; each needs its own "
+        "--output (slurm/generate.sh joins them)",
     )
     add(
         "--length",
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="L",
         help="tokens in a sample (the checkpoint's block)",
     )
-    add("--seed", type=at_least(0), default=0, metavar="I", help="of all draws (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="I", help="seed of all draws (%(default)s)")
     add(
         "--batch-size",
         type=at_least(1),
@@ -87,16 +87,21 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--sampler",
         choices=(*SAMPLERS, LEFT_TO_RIGHT),
-        help=f"step law (analytic; of an autoregressive model {LEFT_TO_RIGHT}, which has no other)",
+        help=f"sampler (analytic; for an autoregressive model {LEFT_TO_RIGHT}, the only one)",
     )
     add(
         "--steps",
         type=at_least(1),
         metavar="K",
-        help="sampling steps (128; first-hitting, confidence, entropy and margin: one position a "
+        help="sampling steps (128; first-hitting, confidence, entropy and margin: one position per "
         "network call)",
     )
-    add("--time-grid", choices=TIME_GRIDS, default="uniform", help="where steps lie (%(default)s)")
+    add(
+        "--time-grid",
+        choices=TIME_GRIDS,
+        default="uniform",
+        help="spacing of the steps (%(default)s)",
+    )
     add(
         "--temperature",
         type=float,
@@ -117,7 +122,7 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="R",
-        help="how often a token is taken back over the run, on average; with --sampler ancestral "
+        help="average number of times a token is masked again, with --sampler ancestral "
         "(%(default)s)",
     )
     add(
@@ -147,13 +152,13 @@ def _add_report_options(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=given_path,
         metavar="FILE.html",
-        help="record how the first samples come about, and show it on a page",
+        help="record the trajectories of the first samples and write a page of them",
     )
     add(
         "--trace-samples",
         type=at_least(1),
         metavar="K",
-        help=f"samples that are traced, with --trace ({DEFAULT_TRACED})",
+        help=f"number of samples to trace, with --trace ({DEFAULT_TRACED})",
     )
 
 

@@ -45,9 +45,9 @@ def plan_command(arguments: argparse.Namespace) -> None:
     )
     assumptions = (
         *ASSUMPTIONS,
-        f"{arguments.usable:.0%} of {memory / GB:g} GB a GPU usable, the rest for CUDA, NCCL and "
+        f"{arguments.usable:.0%} of {memory / GB:g} GB per GPU usable, the rest for CUDA, NCCL and "
         "fragments",
-        f"{arguments.mfu:.0%} of {peak / 1e12:g} TFLOP/s a GPU reached",
+        f"{arguments.mfu:.0%} of {peak / 1e12:g} TFLOP/s per GPU reached",
     )
     print_plan(config, planned, usable=usable, seconds=seconds)
     print_layouts(fits, arguments.rows)
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--block-length",
         type=at_least(1),
         metavar="L",
-        help="tokens in a block; default: the config's or the dataset's",
+        help="tokens per block; default: the config's or the dataset's",
     )
     parser.add_argument(
         "--rows",

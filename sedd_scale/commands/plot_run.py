@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="serve the page on 127.0.0.1 and refresh it while the runs train, until Ctrl-C",
     )
-    add("--port", type=int, metavar="N", help=f"of --watch; 0: any free one ({PORT})")
+    add("--port", type=int, metavar="N", help=f"port of --watch; 0: any free one ({PORT})")
     return parser
 
 

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "sedd-scale prepare_data",
         "Turn text into tokenised webdataset shards with an index. `prepare_data inspect DATASET` "
-        "looks into one.",
+        "shows one.",
         "sedd-scale prepare_data --input 'corpus/*.jsonl.xz' --tokenizer sentencepiece "
         "--vocab-size 8192 --block-length 256 --output data/corpus",
     )
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="text",
         help="field of a .jsonl line, or column of a .parquet, that holds the text",
     )
-    add("--tokenizer", choices=KINDS, required=True, help="what turns text into token ids")
+    add("--tokenizer", choices=KINDS, required=True, help="kind of tokenizer")
     add(
         "--tokenizer-path",
         type=given_path,
@@ -101,14 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(1),
         default=DEFAULT_BLOCKS_PER_SHARD,
         metavar="K",
-        help="blocks in a shard (%(default)s)",
+        help="blocks per shard (%(default)s)",
     )
     add(
         "--packing",
         choices=PACKINGS,
         default=PACKINGS[0],
-        help="continuous: one stream of documents, cut every L tokens; documents: none is cut that "
-        "fits a block, the rest of a block is padding (%(default)s)",
+        help="continuous: one stream of documents, cut every L tokens; documents: documents that "
+        "fit a block are not cut, the rest of a block is padding (%(default)s)",
     )
     add(
         "--dedupe",

@@ -14,8 +14,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = make_parser(
         "sedd-scale samples",
-        "Look at samples that sedd-scale generate wrote: a report on all of them, and how a traced "
-        "one came about, played in the terminal or as an HTML page.",
+        "Look at samples that sedd-scale generate wrote: a report on all of them, or the "
+        "trajectory of a traced one, in the terminal or as an HTML page.",
         "sedd-scale samples samples.jsonl --judge gpt2-large",
     )
     add = parser.add_argument
@@ -36,15 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--track",
         type=given_path,
         metavar="RUN_DIR",
-        help="also send the samples, as a table, to the trackers of the run that they are from "
-        "(its logging.wandb and logging.tensorboard)",
+        help="also send the samples, as a table, to the trackers of their run (logging.wandb and "
+        "logging.tensorboard)",
     )
     show = parser.add_mutually_exclusive_group()
     show.add_argument(
         "--show-trace",
         action="store_true",
         help="instead of the report play a sample's trajectory; a few frames where the output is "
-        "no terminal",
+        "not a terminal",
     )
     show.add_argument(
         "--trace",
@@ -52,12 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="instead of the report write the page of all traced samples",
     )
-    add("--id", metavar="ID", help="of the sample to play (the first traced one)")
+    add("--id", metavar="ID", help="id of the sample to play (the first traced one)")
     add(
         "--steps-per-second",
         type=positive,
         metavar="R",
-        help=f"of the trajectory that is played ({STEPS_PER_SECOND:g})",
+        help=f"speed of the trajectory ({STEPS_PER_SECOND:g})",
     )
     return parser
 

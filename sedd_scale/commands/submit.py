@@ -1,4 +1,4 @@
-"""Submit a training run to Slurm, with nodes, memory and time from its plan; see how it stands."""
+"""Submit a training run to Slurm, with nodes, memory and time from its plan; show its state."""
 
 import argparse
 import json
@@ -93,7 +93,7 @@ def submit_command(arguments: argparse.Namespace) -> None:
     job_file.write_text(text)
     job = submit(job_file)
     print(
-        f"job {job}: {size.tasks} processes on {size.nodes} nodes, {size.memory_gb} GB a node, "
+        f"job {job}: {size.tasks} processes on {size.nodes} nodes, {size.memory_gb} GB per node, "
         f"about {size.run_seconds / 3600:.1f} hours in {size.starts} start"
         f"{'s' * (size.starts > 1)}; log {run_dir}/slurm/{job}.log"
     )
@@ -109,7 +109,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def status_command(arguments: argparse.Namespace) -> None:
-    """Print how a run stands."""
+    """Print the state of a run."""
     from sedd_scale.cluster.run_status import format_status, run_status
 
     status = run_status(arguments.run_dir)
@@ -121,14 +121,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "sedd-scale submit",
         "Submit a training run to Slurm: nodes and tasks from its layout, memory and time from its "
-        "plan. `sedd-scale submit status RUN_DIR` tells how it stands.",
+        "plan. `sedd-scale submit status RUN_DIR` shows its state.",
         "sedd-scale submit configs/runs/openwebtext_xl.yaml --run-dir runs/xl --gpus 32 "
         "--vocab-size 50257 --sbatch=--account=NAME --dry-run",
     )
     add = parser.add_argument
     add("config", type=given_path, help="YAML file of the run")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    add("--run-dir", type=given_path, required=True, help="of the run, on storage of all nodes")
+    add(
+        "--run-dir",
+        type=given_path,
+        required=True,
+        help="run directory, on storage that all nodes share",
+    )
     add(
         "--gpus",
         type=at_least(1),
@@ -140,14 +145,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(1),
         default=8,
         metavar="N",
-        help="of the cluster (%(default)s)",
+        help="GPUs per node of the cluster (%(default)s)",
     )
     add(
         "--cpus-per-task",
         type=at_least(1),
         default=8,
         metavar="N",
-        help="of a process (%(default)s)",
+        help="CPU cores per process (%(default)s)",
     )
     add("--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU (%(default)s)")
     add("--cpu", action="store_true", help="processes without GPUs, to try things out")
@@ -175,9 +180,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--block-length",
         type=at_least(1),
         metavar="L",
-        help="tokens in a block; default: the config's or the dataset's",
+        help="tokens per block; default: the config's or the dataset's",
     )
-    add("--launcher", choices=("srun", "torchrun"), default="srun", help="(%(default)s)")
+    add(
+        "--launcher",
+        choices=("srun", "torchrun"),
+        default="srun",
+        help="program that starts the processes (%(default)s)",
+    )
     add(
         "--sbatch",
         action="append",
