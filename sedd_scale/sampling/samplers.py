@@ -133,12 +133,13 @@ def start_batch(
         for row in range(batch):
             check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
     model.graph.check_tokens(given_BL[~free_BL])
+    law = TokenLaw(settings)
     draws = KeyedDraws(
         seeds,
         ids,
         length=length,
         device=model.device,
-        dtype={"float64": torch.float64, "float32": torch.float32}[settings.draw_dtype],
+        dtype=law.dtype,
     )
     free_BL, given_BL = free_BL.to(model.device), given_BL.to(model.device)
     if model.graph.mask_id is not None:
@@ -152,7 +153,7 @@ def start_batch(
         free_R=free_BL.flatten(),
         draws=draws,
         outputs=HeadOutputs(model, state_BL.shape, ends_BE=ends_BE),
-        law=TokenLaw(settings),
+        law=law,
         observer=on_step,
     )
 
