@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -38,7 +37,7 @@ from sedd_scale.checkpoint.state import (
 )
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
-from sedd_scale.parallel.agreement import together
+from sedd_scale.parallel.agreement import from_first, together
 from sedd_scale.parallel.layout import Layout
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
@@ -66,10 +65,7 @@ def load_newest(
         CheckpointError: on every process: there is no good checkpoint, or the newest good one is of
             another model or refused by `check`.
     """
-    is_main = fragments.layout.rank == 0
-    found: list[Any] = [resume_candidates(run_dir) if is_main else None]
-    dist.broadcast_object_list(found)
-    candidates, complaint = found[0]
+    candidates, complaint = from_first(lambda: resume_candidates(run_dir))
     failures = [complaint] if complaint else []
     for path in candidates:
         try:
@@ -80,7 +76,7 @@ def load_newest(
         for failure in failures:
             line = f"warning: {failure}; went on from {path} instead"
             say(line)
-            if is_main:
+            if fragments.layout.rank == 0:
                 print(line, file=sys.stderr, flush=True)
         return path, meta
     raise CheckpointError(

@@ -54,14 +54,20 @@ def make_plan(
     planner = BoxSavePlanner()
     planner.set_up_planner(tensors, None, is_main)
     of_ranks: list[Any] | None = [None] * layout.world_size if is_main else None
-    dist.gather_object(planner.create_local_plan(), of_ranks, group=group)
+    own: list[Any] = [planner.create_local_plan()]
+    if layout.world_size > 1:
+        dist.gather_object(own[0], of_ranks, group=group)
+    else:
+        of_ranks = own
     plans: list[Any] = [None] * layout.world_size
     index = None
     if of_ranks is not None:
         plans, index = planner.create_global_plan(of_ranks)
         plans = HashingWriter(Path()).prepare_global_plan(plans)
-    own: list[Any] = [None]
-    dist.scatter_object_list(own, plans, group=group)
+    if layout.world_size > 1:
+        dist.scatter_object_list(own, plans, group=group)
+    else:
+        own = plans
     return SavePlanOfRank(planner, planner.finish_plan(own[0]), index)
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint holds of this process: its fragments as boxes, in place or in a host copy."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 from sedd_scale.checkpoint.boxes import LogicalTensor
 from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
@@ -45,9 +46,7 @@ def all_shapes(
     layout = fragments.layout
     speaks = layout.tensor_rank == 0 and layout.data_rank == 0
     own = {logical.name: logical.shape for logical in fragments.parameters} if speaks else {}
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, own, group=group)
-    return {name: shape for shapes in of_ranks for name, shape in shapes.items()}
+    return {name: shape for shapes in gathered(own, group) for name, shape in shapes.items()}
 
 
 def state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:

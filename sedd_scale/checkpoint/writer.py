@@ -50,7 +50,7 @@ from sedd_scale.checkpoint.state import (
 )
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
-from sedd_scale.parallel.agreement import together
+from sedd_scale.parallel.agreement import from_first, gathered, together
 from sedd_scale.version import versions
 
 if TYPE_CHECKING:
@@ -126,9 +126,8 @@ class CheckpointWriter:
             self._tidy()
         with together(CheckpointError, self._group):
             self._test_disk()
-        identity = [secrets.token_hex(8)]
-        dist.broadcast_object_list(identity, group=self._group)
-        self._identity, self._num_saves = identity[0], 0
+        self._identity = from_first(lambda: secrets.token_hex(8), self._group)
+        self._num_saves = 0
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -210,7 +209,8 @@ class CheckpointWriter:
         own = self._save.state()
         # Greatest and, negated, least of the states.
         states = torch.tensor([own, -own])
-        dist.all_reduce(states, dist.ReduceOp.MAX, group=self._group)
+        if self._layout.world_size > 1:
+            dist.all_reduce(states, dist.ReduceOp.MAX, group=self._group)
         greatest, least = int(states[0]), -int(states[1])
         if greatest == FAILED:
             self._save.cancel.set()
@@ -273,8 +273,7 @@ class CheckpointWriter:
             raise CheckpointError(report.error)
 
     def _first_error(self, save: "RunningSave") -> str:
-        errors: list[Any] = [None] * self._layout.world_size
-        dist.all_gather_object(errors, save.error, group=self._group)
+        errors = gathered(save.error, self._group)
         if self._layout.rank == 0:
             # No more than a hopeless directory: the space may be what was missing.
             shutil.rmtree(save.temporary, ignore_errors=True)

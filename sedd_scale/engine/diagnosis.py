@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.agreement import gathered
 
 
 class Fault(NamedTuple):
@@ -66,9 +66,7 @@ def explain_failure(
             )
         )
     mine = [Fault(kind, layout.pipeline_rank, layout.rank, text) for kind, text in faults]
-    of_ranks: list[list[Fault]] = [[] for _ in range(layout.world_size)]
-    dist.all_gather_object(of_ranks, mine)
-    found = [fault for faults_of_rank in of_ranks for fault in faults_of_rank]
+    found = [fault for faults_of_rank in gathered(mine) for fault in faults_of_rank]
     if not found and not loss_was_finite:
         return (
             "made again its loss is finite: a working weight was not its master's, which has "

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
+from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from sedd_scale.config import Config
@@ -199,6 +200,10 @@ class PipelineStageEngine(Engine):
     ) -> None:
         self._module = module = PipelineStage(builders, config.model.cond_dim, layout)
         super().__init__(module, layout, config, make_optimizer)
+        # A pair of events a step, kept for ever, and a mean loss that nobody reads, for which the
+        # host would wait and all ranks meet.
+        self._deepspeed.timers = NoopTimer()
+        self._deepspeed._aggregate_total_loss = lambda: None
         assert module.grid.get_slice_parallel_rank() == layout.tensor_rank
         assert module.stage_id == layout.pipeline_rank
         _assert_same_group(module.grid.get_data_parallel_group(), layout.data_group)
@@ -207,8 +212,15 @@ class PipelineStageEngine(Engine):
         self._deepspeed.train_batch(self._for_stages(micro_batches))
 
     def _for_stages(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Any, Any]]:
+        """What this stage takes, on its device already: DeepSpeed's own copies would wait."""
+        device, layout = self.layout.device, self.layout
         inputs = self._module.padded([batch.inputs for batch in micro_batches])
-        return iter([(part, tuple(batch.targets)) for part, batch in zip(inputs, micro_batches)])
+        for part, batch in zip(inputs, micro_batches):
+            given: tuple[Tensor, ...] = part
+            if layout.is_first_stage:
+                given = tuple(tensor.to(device, non_blocking=True) for tensor in part)
+            targets = batch.targets.to(device) if layout.is_last_stage else batch.targets
+            yield given, tuple(targets)
 
     def _loss_part(self) -> Tensor:
         if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
@@ -269,6 +281,8 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         # Stage boundaries carry (hidden, conditioning, keys): only whole tensors can travel so.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 2**62,
+        # It would wait for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

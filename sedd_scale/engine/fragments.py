@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -209,8 +209,7 @@ class ZeroFragments:
     def _assert_tiled(self) -> None:
         group = self._zero.dp_process_group
         ranges = {name: (p.start, p.numel) for name, p in self._places.items() if p is not None}
-        of_ranks: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(of_ranks, ranges, group=group)
+        of_ranks = gathered(ranges, group)
         for logical in self.parameters:
             end = 0
             for start, numel in sorted(r[logical.name] for r in of_ranks if logical.name in r):

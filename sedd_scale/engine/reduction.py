@@ -7,6 +7,7 @@ for the update, and for the norm it makes a float64 copy of each.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +18,22 @@ from sedd_scale.parallel.layout import Layout
 
 
 def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
-    """Teach a DeepSpeed engine of ZeRO 1 or 2 the shorter way; ZeRO 3 has no longer one."""
+    """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait."""
     # Imported here, as the engine must choose DeepSpeed's device before its first import.
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if isinstance(engine.optimizer, BF16_Optimizer):
         partitions = _Bf16Partitions(engine.optimizer, layout)
         engine.buffered_allreduce_fallback = partitions.reduce
         engine.optimizer.get_grads_for_norm = partitions.for_norm_or_clipping
+    elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        zero = engine.optimizer
+        zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
     elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         zero = engine.optimizer
+        _let_streams_wait(zero)
         zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
         if layout.data == 1:
             zero.buffered_reduce_fallback = lambda *_, **__: None
@@ -35,6 +41,50 @@ def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
                 flat = _FlatGradients(zero)
                 zero.flat_gradients = flat.groups
                 zero._get_preflattened_grad_partition = flat.of_group
+
+
+def _let_streams_wait(zero: Any) -> None:
+    """Where DeepSpeed stops the host for its reductions, one stream waits for the other.
+
+    It does so before every bucket's reduction, whose stream waits for the bucket's copies by itself
+    and whose bucket is not filled again before (`average_tensor`), and once at the end, when what
+    was reduced is read.
+    """
+    if not zero.overlap_comm:
+        return
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    accelerator = stage_1_and_2.get_accelerator()
+    if not isinstance(accelerator, _QuietAccelerator):
+        quiet = _QuietAccelerator(accelerator)
+        stage_1_and_2.get_accelerator = lambda: quiet
+    epilogue = zero.independent_gradient_partition_epilogue
+
+    def independent_gradient_partition_epilogue() -> None:
+        accelerator = stage_1_and_2.get_accelerator()
+        accelerator.at_synchronize = lambda: accelerator.current_stream().wait_stream(
+            zero.reduction_stream
+        )
+        try:
+            epilogue()
+        finally:
+            accelerator.at_synchronize = lambda: None
+
+    zero.independent_gradient_partition_epilogue = independent_gradient_partition_epilogue
+
+
+class _QuietAccelerator:
+    """DeepSpeed's accelerator, but that no one of this module waits for the whole device."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.at_synchronize: Callable[[], None] = lambda: None
+
+    def synchronize(self, *_: Any) -> None:
+        self.at_synchronize()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
 
 
 @torch.no_grad()

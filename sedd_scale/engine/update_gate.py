@@ -95,6 +95,9 @@ class UpdateGate:
             # The verdict is this gate's, and DeepSpeed would wait for the device to give its own.
             module.is_invalid_grad_norm = lambda norm: False
 
+        # Under bf16 one number stands for the gradient already (`_Bf16Partitions`).
+        bf16_optimizer.get_global_norm_of_tensors = lambda input_tensors, **_: input_tensors[0]
+
         if isinstance(zero, bf16_optimizer.BF16_Optimizer):
             gradients = zero.get_grads_for_norm
 

@@ -7,6 +7,7 @@ the conditioning vector.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
@@ -81,12 +82,34 @@ class Modulation(nn.Module):
 
 
 def sum_gradient_over_sequence(value: Tensor, layout: Layout) -> Tensor:
-    """A replicated value used on this rank's part of the sequence: its gradient is summed.
+    """A replicated value, whose gradient becomes the same on all tensor ranks.
 
     Under sequence parallelism each tensor rank sees only its positions, so the gradient of anything
-    replicated must be added up over the ranks; elsewhere this is the identity.
+    replicated is added up over the ranks. Without it each has the whole gradient by itself, from
+    the same numbers; but a kernel that one rank's device sums in another order, or a fault, would
+    let the replicas drift apart for good: so all take the first rank's.
     """
-    return sum_gradient(value, layout) if layout.sequence_parallel else value
+    if layout.sequence_parallel:
+        return sum_gradient(value, layout)
+    if layout.tensor > 1:
+        result: Tensor = _FirstRanksGradient.apply(value, layout.tensor_group)
+        return result
+    return value
+
+
+class _FirstRanksGradient(torch.autograd.Function):
+    """The identity; its gradient is that of the group's first rank."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.broadcast(grad, dist.get_process_group_ranks(ctx.group)[0], group=ctx.group)
+        return grad, None
 
 
 def sum_gradient(value: Tensor, layout: Layout) -> Tensor:

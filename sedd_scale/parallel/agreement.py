@@ -16,16 +16,17 @@ T = TypeVar("T")
 
 def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The value of every process of the group, by rank, on each of them; collective."""
-    if not dist.is_initialized():
+    # One process asks nobody: with NCCL alone it could not, of what lies on the host.
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def from_first(action: Callable[[], T]) -> T:
+def from_first(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What `action` gives on the first process, on every one; its user error too. Collective."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return action()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -33,7 +34,7 @@ def from_first(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except (SeddScaleError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sedd_scale.config import Config
 from sedd_scale.engine.engine import Engine, MicroBatch
 from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.errors import TrainingError
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.tracking.metrics import keep_history
 from sedd_scale.training.guards import StepGuard, Verdict
@@ -115,11 +114,7 @@ def batch_fingerprint(micro_batches: Sequence[MicroBatch], layout: Layout) -> st
         for noisy_L, sigma in zip(noisy_BL, sigma_B, strict=True):
             digest = hashlib.sha256(noisy_L.long().numpy().tobytes() + sigma.numpy().tobytes())
             total += int.from_bytes(digest.digest()[:8], "little")
-    totals = [total]
-    if layout.data > 1:
-        totals = [0] * layout.data
-        dist.all_gather_object(totals, total, group=layout.data_group)
-    return f"{sum(totals) % 2**64:016x}"
+    return f"{sum(gathered(total, layout.data_group)) % 2**64:016x}"
 
 
 def _finite(value: float) -> float | None:

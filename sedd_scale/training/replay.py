@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from sedd_scale.checkpoint.directory import saved_steps
 from sedd_scale.checkpoint.reading import load_checkpoint
 from sedd_scale.config import Config
@@ -23,6 +21,7 @@ from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, DataError
 from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.interop.initial_weights import open_initial_weights
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.training.bad_steps import FILE_NAME, batch_fingerprint
 from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.guards import StepGuard
@@ -86,8 +85,7 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
     fingerprint = batch_fingerprint(micro_batches, layout)
     diagnosis = guard.explain() if numbers.finite else engine.explain(micro_batches)
     mine = _of_rank(config, corpus, engine, micro_batches, step, loss_of_replica)
-    of_ranks: list[_OfRank | None] = [None] * layout.world_size
-    dist.all_gather_object(of_ranks, mine)
+    of_ranks = gathered(mine)
     if layout.rank != 0:
         return
     yield (

@@ -17,6 +17,7 @@ from torch import Tensor
 from sedd_scale.engine.fragments import STATE_KEYS, ZeroFragments
 from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 
 # Numbers hashed at a time, so that a check needs little memory of its own.
@@ -86,9 +87,7 @@ def check_replicas(step: int, fragments: ZeroFragments) -> None:
         dist.all_reduce(mismatches)
     if not mismatches.item():
         return
-    of_ranks: list[list[Difference]] = [[] for _ in range(layout.world_size)]
-    dist.all_gather_object(of_ranks, found)
-    everywhere = sorted(set().union(*of_ranks))
+    everywhere = sorted(set().union(*gathered(found)))
     name = everywhere[0].name
     count = len({difference.name for difference in everywhere})
     raise TrainingError(
@@ -122,9 +121,9 @@ def _differences(
         return []
     mine = torch.stack([bit_hash(tensor) for _, _, tensor in tensors]).to(layout.device)
     ranks = tuple(dist.get_process_group_ranks(group))
-    gathered = [torch.empty_like(mine) for _ in ranks]
-    dist.all_gather(gathered, mine, group=group)
-    hashes_RT = torch.stack(gathered).cpu()
+    of_ranks = [torch.empty_like(mine) for _ in ranks]
+    dist.all_gather(of_ranks, mine, group=group)
+    hashes_RT = torch.stack(of_ranks).cpu()
     found = []
     for index in (hashes_RT != hashes_RT[0]).any(0).nonzero().flatten().tolist():
         name, what, _ = tensors[index]
