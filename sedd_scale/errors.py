@@ -5,7 +5,7 @@ class SeddScaleError(Exception):
     """Base of every error that is the input's fault and not the program's."""
 
     exit_code = 2
-    """With which a command ends."""
+    """Exit code of a command that ends with this error."""
 
 
 class ConfigError(SeddScaleError):
@@ -25,7 +25,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class TrainingError(SeddScaleError):
-    """A run that cannot go on, such as one whose loss is no longer finite."""
+    """A run that cannot continue, such as one whose loss is no longer finite."""
 
 
 class InstallationError(SeddScaleError, ImportError):
@@ -33,6 +33,6 @@ class InstallationError(SeddScaleError, ImportError):
 
 
 class LostRankError(SeddScaleError):
-    """Another process of the job ended or cannot be reached, so that this one cannot go on."""
+    """Another process of the job ended or cannot be reached, so that this one cannot continue."""
 
     exit_code = 76

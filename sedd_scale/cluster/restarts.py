@@ -138,8 +138,8 @@ def end_command(arguments: argparse.Namespace) -> None:
     if code == 0:
         verdict = Verdict(False, "finished")
     elif state != "RUNNING" and job.get("Reason") != "TimeLimit":
-        # Cancelled, or requeued by Slurm itself: that is settled already. A job that its limit has
-        # struck, perhaps after its save, can still go back.
+        # Cancelled, or requeued by Slurm: nothing to decide. A job that hit its limit can be
+        # requeued still.
         verdict = Verdict(False, f"Slurm ends the job ({state})")
     elif code == EXIT_USER_ERROR:
         verdict = Verdict(False, "an error to mend: see above")

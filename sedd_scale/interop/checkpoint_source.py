@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Described:
+class Description:
     """What a checkpoint says of its model and of the run that made it.
 
     Attributes:
@@ -71,7 +71,7 @@ class CheckpointSource(ABC):
 
     format: str
     path: Path
-    described: Described
+    described: Description
     holds: frozenset[str]
 
     @property

@@ -27,14 +27,14 @@ def config_of_shapes(
     shapes: Mapping[str, Shape],
     assumptions: Assumptions,
     *,
-    told: Mapping[str, Mapping[str, Any]] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """The configuration of the model whose tensors have these shapes.
 
     Args:
         shapes: by published name, `INV_FREQ` included where it is there.
         assumptions: what shapes cannot tell; they win over everything else.
-        told: sections that the format itself tells.
+        known: sections that the format itself gives.
 
     Raises:
         CheckpointError: a tensor that the sizes are read from is missing, or no such model can be.
@@ -64,7 +64,7 @@ def config_of_shapes(
         "graph": {"name": graph},
         "data": {"block_length": DEFAULT_BLOCK_LENGTH},
     }
-    for section, values in (told or {}).items():
+    for section, values in (known or {}).items():
         sections.setdefault(section, {}).update(values)
     config = described_config(path, sections, assumptions.overrides())
     if INV_FREQ in shapes and config.head_dim != head_dim:

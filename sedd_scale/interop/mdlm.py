@@ -21,7 +21,7 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
-    Described,
+    Description,
     Shape,
     check_tensors,
 )
@@ -81,17 +81,17 @@ class MdlmSource(CheckpointSource):
         if not shapes:
             raise CheckpointError(f"{path} has no tensors whose names begin with {PREFIX}")
         graph = assumptions.graph or "absorb"
-        told: dict[str, dict[str, Any]]
+        known: dict[str, dict[str, Any]]
         if graph == "absorb":
-            told = {
+            known = {
                 "model": {"time_conditioning": False},
                 "training": {"objective": MaskedCrossEntropy.name},
             }
         else:
-            told = {"model": {"time_conditioning": True, "parametrisation": "mean"}}
+            known = {"model": {"time_conditioning": True, "parametrisation": "mean"}}
         if path.is_dir():
-            _add_told(path, told, assumptions)
-        config = config_of_shapes(path, shapes, assumptions, told=told)
+            _add_known(path, known, assumptions)
+        config = config_of_shapes(path, shapes, assumptions, known=known)
         expected = published_shapes(config)
         check_tensors(
             path,
@@ -111,7 +111,7 @@ class MdlmSource(CheckpointSource):
             )
             self._averages = dict(zip(order, averages, strict=True))
             self.holds = frozenset({"ema", "master"})
-        self.described = Described(
+        self.described = Description(
             config=config,
             block_length=config.data.block_length,
         )
@@ -134,7 +134,7 @@ class MdlmSource(CheckpointSource):
         return self._weights.contents() + averages
 
 
-def _add_told(directory: Path, told: dict[str, dict[str, Any]], assumptions: Assumptions) -> None:
+def _add_known(directory: Path, known: dict[str, dict[str, Any]], assumptions: Assumptions) -> None:
     """What the config.json of a published MDLM or Duo says, as sections of ours.
 
     Raises:
@@ -168,4 +168,4 @@ def _add_told(directory: Path, told: dict[str, dict[str, Any]], assumptions: Ass
             raise CheckpointError(
                 f"{file} says {theirs}={str(says).lower()}, not {str(assumed).lower()}: use that"
             )
-        told.setdefault(section, {})[key] = says
+        known.setdefault(section, {})[key] = says

@@ -16,7 +16,7 @@ from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
 from sedd_scale.files.json_lines import read_json_lines
-from sedd_scale.interop.checkpoint_source import Described, model_shapes
+from sedd_scale.interop.checkpoint_source import Description, model_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_FILE
 from sedd_scale.version import __version__
 
@@ -88,7 +88,7 @@ def read_report(path: Path, *, fingerprint: str, weights: str) -> Measured:
     )
 
 
-def model_card(name: str, described: Described, measured: Sequence[Measured]) -> str:
+def model_card(name: str, described: Description, measured: Sequence[Measured]) -> str:
     """The card's text: YAML front matter, then Markdown."""
     config = described.config
     parts = [
@@ -134,7 +134,7 @@ def _table(rows: Mapping[str, object]) -> str:
     )
 
 
-def _model_rows(described: Described) -> dict[str, object]:
+def _model_rows(described: Description) -> dict[str, object]:
     config = described.config
     parameters = sum(math.prod(shape) for shape in model_shapes(config).values())
     model = config.model
@@ -150,7 +150,7 @@ def _model_rows(described: Described) -> dict[str, object]:
     }
 
 
-def _recipe(described: Described) -> str:
+def _recipe(described: Description) -> str:
     """How the model was trained, or that this is unknown."""
     config = described.config
     if not described.step:
@@ -196,7 +196,7 @@ def _measured(measured: Sequence[Measured]) -> str:
     )
 
 
-def _loading(name: str, described: Described) -> str:
+def _loading(name: str, described: Description) -> str:
     config = described.config
     kind = None
     if described.tokenizer_directory is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Described, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, Shape
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 
@@ -21,7 +21,7 @@ class ModelSource(CheckpointSource):
         config = model.config.override(f"model.vocab_size={model.graph.num_tokens}")
         if model.block_length is not None:
             config = config.override(f"data.block_length={model.block_length}")
-        self.described = Described(
+        self.described = Description(
             config=config,
             block_length=model.block_length,
             tokenizer_directory=tokenizer_directory,

@@ -49,7 +49,7 @@ from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.checkpoint_source import (
     STATE_KEYS,
     CheckpointSource,
-    Described,
+    Description,
     Shape,
     check_tensors,
     model_shapes,
@@ -83,7 +83,7 @@ class NativeSource(CheckpointSource):
                 config = config.override(f"data.block_length={meta['block_length']}")
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        self.described = Described(
+        self.described = Description(
             config=config,
             block_length=meta["block_length"],
             step=int(meta["step"]),
@@ -222,7 +222,7 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")
 
 
-def _tokenizer_fingerprint(described: Described) -> str | None:
+def _tokenizer_fingerprint(described: Description) -> str | None:
     if described.tokenizer_directory is None:
         return None
     return load_tokenizer(described.tokenizer_directory).fingerprint

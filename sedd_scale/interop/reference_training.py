@@ -21,7 +21,7 @@ from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     STATE_KEYS,
     CheckpointSource,
-    Described,
+    Description,
     Shape,
     check_tensors,
 )
@@ -100,7 +100,7 @@ class ReferenceTrainingSource(CheckpointSource):
             overrides.append(f"optimizer.ema_decay={decay!r}")
         if optimizer.get("lr") == 0:  # before the first step of a warm-up
             overrides.remove(f"optimizer.lr={optimizer['lr']!r}")
-        self.described = Described(
+        self.described = Description(
             config=config.override(*overrides),
             block_length=config.data.block_length,
             step=int(tree["step"]),

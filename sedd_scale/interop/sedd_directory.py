@@ -15,7 +15,7 @@ from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
-    Described,
+    Description,
     Shape,
     check_tensors,
     model_shapes,
@@ -146,7 +146,7 @@ class PublishedSource(CheckpointSource):
         self.holds = frozenset({"ema"})
         config = read_published_config(path)
         self._tensors = open_named_tensors(path)
-        self.described = Described(
+        self.described = Description(
             config=config,
             block_length=config.data.block_length,
             tokenizer_directory=tokenizer_in(path),
@@ -178,7 +178,7 @@ def without_buffer(shapes: dict[str, Shape]) -> dict[str, Shape]:
     return {name: shape for name, shape in shapes.items() if name != INV_FREQ}
 
 
-def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> None:
+def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -> None:
     """Refuse a model that the authors' program and its formats have no words for.
 
     Raises:
@@ -198,7 +198,7 @@ def check_expressible(described: Described, *, fixed_mlp_ratio: bool = True) -> 
 
 def write_published_files(
     directory: Path,
-    described: Described,
+    described: Description,
     read: Callable[[str], Tensor],
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,

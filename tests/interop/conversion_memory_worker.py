@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sedd_scale.config import config_from_dict
-from sedd_scale.interop.checkpoint_source import STATE_KEYS, CheckpointSource, Described, Shape
+from sedd_scale.interop.checkpoint_source import STATE_KEYS, CheckpointSource, Description, Shape
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.native import write_native_run
 
@@ -36,7 +36,7 @@ class DrawnSource(CheckpointSource):
             "vocab_size": 900,
         }
         config = config_from_dict({"model": model, "data": {"block_length": 64}})
-        self.described = Described(config, block_length=64, step=1, optimizer_step=1)
+        self.described = Description(config, block_length=64, step=1, optimizer_step=1)
 
     def _read(self, name: str, key: str) -> torch.Tensor:
         return torch.rand(self.shapes[name])

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from sedd_scale.__main__ import main
-from sedd_scale.interop.checkpoint_source import Described
+from sedd_scale.interop.checkpoint_source import Description
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.native import write_native_run
@@ -28,7 +28,7 @@ class Trained(Shifted):
     def __init__(self) -> None:
         super().__init__(tiny_model("absorb", "loglinear"))
         config = self.described.config.override("data.path=/somewhere/books", "optimizer.lr=0.003")
-        self.described = Described(config, 2, step=12, optimizer_step=12, tokens=12_345)
+        self.described = Description(config, 2, step=12, optimizer_step=12, tokens=12_345)
 
 
 def run(*arguments: object) -> int:
