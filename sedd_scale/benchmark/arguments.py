@@ -26,3 +26,22 @@ def add_shape_arguments(
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
+
+
+def add_measured_arguments(
+    parser: argparse.ArgumentParser, *, repeats: int | None, baseline: str | None = None
+) -> None:
+    """How it is measured and reported; see `report.run_measured`.
+
+    Args:
+        repeats: rounds by default; None: no such option.
+        baseline: what `--baseline` measures too; None: no such option.
+    """
+    add = parser.add_argument
+    add("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    if repeats is not None:
+        meaning = f"measured rounds (default: {repeats})"
+        add("--repeats", type=int, default=repeats, help=meaning)
+    if baseline is not None:
+        add("--baseline", action="store_true", help=f"measure {baseline} too")
+    add("--json", action="store_true", help="end with one JSON object")

@@ -5,6 +5,7 @@ without hashing, and a plain file of as many bytes, written and fsynced in the s
 """
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
@@ -13,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.benchmark.arguments import add_shape_arguments
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments, add_shape_arguments
+from sedd_scale.benchmark.report import environment, run_measured
 from sedd_scale.cli import add_command, given_path
 
 _CHUNK = 1 << 23
@@ -28,25 +29,12 @@ def add_arguments(subparsers: Any) -> None:
         help="saving and loading the state of a run",
         example="sedd-scale benchmark checkpoint --model tiny --repeats 3 --json",
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
+    add_measured_arguments(parser, repeats=3)
     parser.add_argument(
         "--folder", type=given_path, help="where to write (default: the temporary directory)"
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     add_shape_arguments(parser, model="small")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and report; one process."""
-    import torch
-
-    from sedd_scale.parallel.layout import shutdown
-
-    torch.set_num_threads(arguments.threads)
-    print_report(measure(arguments), as_json=arguments.json)
-    shutdown()
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

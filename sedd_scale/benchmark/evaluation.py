@@ -10,12 +10,14 @@ draws of a replicate, here those of the default. Variances are averaged over sev
 """
 
 import argparse
+import functools
 import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments
+from sedd_scale.benchmark.report import environment, run_measured
 from sedd_scale.cli import add_command, given_path
 
 if TYPE_CHECKING:
@@ -66,15 +68,9 @@ def add_arguments(subparsers: Any) -> None:
     add("--num-seeds", type=int, default=3, metavar="K", help="of the draws (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="B", help="sequences at a time (16)")
     add("--train-steps", type=int, default=300, metavar="K", help="of a small model (%(default)s)")
-    add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    add("--json", action="store_true", help="end with one JSON object")
+    add_measured_arguments(parser, repeats=None)
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the small model")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and report."""
-    print_report(measure(arguments), as_json=arguments.json)
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +80,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ConfigError: a checkpoint without data, or draws that leave no error to be told.
         DataError, CheckpointError: as `open_corpus` and `load_pretrained` have them.
     """
-    import torch
 
     from sedd_scale.data.shards import Dataset
     from sedd_scale.errors import ConfigError
@@ -95,7 +90,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("blocks", "num_seeds", "train_steps", "threads"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
-    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         data, checkpoint = arguments.data, arguments.checkpoint
         if checkpoint is not None and data is None:

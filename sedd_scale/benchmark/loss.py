@@ -6,9 +6,11 @@ through the definition.
 """
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments
+from sedd_scale.benchmark.report import environment, run_measured, side_by_side
 from sedd_scale.cli import add_command
 from sedd_scale.errors import ConfigError
 
@@ -41,15 +43,12 @@ def add_arguments(subparsers: Any) -> None:
         "--masked-fraction", type=float, default=0.5, help="of the positions (default: 0.5)"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
-    parser.add_argument("--baseline", action="store_true", help="measure the textbook way too")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.set_defaults(run=run)
+    add_measured_arguments(parser, repeats=5, baseline="the textbook way")
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure both sides and report."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report; both sides' seconds and memory."""
     import torch
 
     from sedd_scale.benchmark.measure import median_seconds, peak_bytes
@@ -58,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     from sedd_scale.parallel.vocab import linear_score_entropy, score_targets
     from sedd_scale.parallel.vocab_shard import VocabShard
 
-    torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     batch, length, width = arguments.batch_size, arguments.block_length, arguments.width
@@ -117,34 +115,26 @@ def run(arguments: argparse.Namespace) -> None:
         extra.append((peak_bytes(program) - own_gradients) / 1e6)
     # A multiplication and an addition, for the product itself and for its two gradients.
     flops_per_row = 6 * graph.num_tokens * width
-    print_report(
-        {
-            "part": "loss",
-            "graph": graph.name,
-            "scaled": scaled,
-            "mean": arguments.mean,
-            "batch": batch,
-            "length": length,
-            "vocab": graph.num_tokens,
-            "width": width,
-            "rows": num_rows,
-            "dtype": arguments.precision,
-            "repeats": arguments.repeats,
-            "seconds": seconds[0],
-            "baseline_seconds": seconds[1] if arguments.baseline else None,
-            "speedup": seconds[1] / seconds[0] if arguments.baseline else None,
-            "extra_mb": extra[0],
-            "baseline_extra_mb": extra[1] if arguments.baseline else None,
-            "loss": losses[0],
-            "baseline_loss": losses[1] if arguments.baseline else None,
-            "tokens_per_second": batch * length / seconds[0],
-            "flops_required": flops_per_row * num_rows,
-            "flops_dense": flops_per_row * batch * length,
-            "flops_per_second": flops_per_row * num_rows / seconds[0],
-            **environment(),
-        },
-        as_json=arguments.json,
-    )
+    return {
+        "part": "loss",
+        "graph": graph.name,
+        "scaled": scaled,
+        "mean": arguments.mean,
+        "batch": batch,
+        "length": length,
+        "vocab": graph.num_tokens,
+        "width": width,
+        "rows": num_rows,
+        "dtype": arguments.precision,
+        "repeats": arguments.repeats,
+        **side_by_side(seconds, extra, tokens=batch * length),
+        "loss": losses[0],
+        "baseline_loss": losses[1] if arguments.baseline else None,
+        "flops_required": flops_per_row * num_rows,
+        "flops_dense": flops_per_row * batch * length,
+        "flops_per_second": flops_per_row * num_rows / seconds[0],
+        **environment(),
+    }
 
 
 def textbook_loss(

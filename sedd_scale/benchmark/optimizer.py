@@ -4,10 +4,11 @@ Both sides update the parameters of a whole model from the same gradients.
 """
 
 import argparse
+import functools
 from typing import Any
 
-from sedd_scale.benchmark.arguments import add_shape_arguments
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments, add_shape_arguments
+from sedd_scale.benchmark.report import environment, run_measured, side_by_side
 from sedd_scale.cli import add_command
 
 
@@ -19,20 +20,9 @@ def add_arguments(subparsers: Any) -> None:
         help="the update of weights and their average",
         example="sedd-scale benchmark optimizer --baseline --json",
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
-    parser.add_argument("--baseline", action="store_true", help="measure torch's AdamW too")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_measured_arguments(parser, repeats=5, baseline="torch's AdamW")
     add_shape_arguments(parser, model="small")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure both sides and report."""
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    print_report(measure(arguments), as_json=arguments.json)
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,19 +71,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         programs.append(baseline)
     seconds = median_seconds(programs, repeats=arguments.repeats)
     extra = [peak_bytes(program) / 1e6 for program in programs]
-    with_baseline = len(programs) > 1
     return {
         "part": "optimizer",
         "model": arguments.model,
         "parameters": num_parameters,
         "repeats": arguments.repeats,
-        "seconds": seconds[0],
-        "baseline_seconds": seconds[1] if with_baseline else None,
-        "speedup": seconds[1] / seconds[0] if with_baseline else None,
+        **side_by_side(seconds, extra),
         "parameters_per_second": num_parameters / seconds[0],
         # Weight, two moments and average are read and written, the gradient is read.
         "bytes_per_second": 4 * 9 * num_parameters / seconds[0],
-        "extra_mb": extra[0],
-        "baseline_extra_mb": extra[1] if with_baseline else None,
         **environment(),
     }

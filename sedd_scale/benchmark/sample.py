@@ -10,7 +10,8 @@ import argparse
 import functools
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments
+from sedd_scale.benchmark.report import environment, run_measured, side_by_side
 from sedd_scale.cli import add_command
 
 if TYPE_CHECKING:
@@ -43,16 +44,9 @@ def add_arguments(subparsers: Any) -> None:
     add("--timed-steps", type=int, default=8, help="of these, evenly spread (default: 8)")
     add("--sampler", choices=("analytic", "ancestral"), default="analytic")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    add("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    add("--repeats", type=int, default=1, help="measured rounds (default: 1)")
-    add("--json", action="store_true", help="end with one JSON object")
+    add_measured_arguments(parser, repeats=1)
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    parser.set_defaults(run=run, accumulate=1)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure both sides and report."""
-    print_report(measure(arguments), as_json=arguments.json)
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure), accumulate=1)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +67,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.sampling.settings import SamplerSettings
     from sedd_scale.sampling.time_grid import time_steps
 
-    torch.set_num_threads(arguments.threads)
     config = synthetic_config(arguments, world_size=1)
     if config.graph.name != "absorb":
         raise ConfigError(f"graph.name={config.graph.name} has no masks to fill: choose absorb")
@@ -126,8 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             repeats=arguments.repeats,
             warm_up=0,
         )
-    whole, baseline = (part * steps / timed for part in seconds)
-    tokens = batch_size * length
+    seconds = [part * steps / timed for part in seconds]
     return {
         "part": "sample",
         "sampler": settings.sampler,
@@ -138,13 +130,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "timed_steps": timed,
         "dtype": arguments.precision,
         "repeats": arguments.repeats,
-        "seconds": whole,
-        "baseline_seconds": baseline,
-        "speedup": baseline / whole,
-        "extra_mb": extra[0],
-        "baseline_extra_mb": extra[1],
-        "tokens_per_second": tokens / whole,
-        "baseline_tokens_per_second": tokens / baseline,
+        **side_by_side(seconds, extra, tokens=batch_size * length),
         **environment(),
     }
 

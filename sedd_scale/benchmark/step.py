@@ -5,11 +5,12 @@ forward, loss, backward, clip, AdamW and its moving average.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.benchmark.arguments import add_shape_arguments
-from sedd_scale.benchmark.report import environment, print_report
+from sedd_scale.benchmark.arguments import add_measured_arguments, add_shape_arguments
+from sedd_scale.benchmark.report import environment, run_measured, side_by_side
 from sedd_scale.cli import add_command
 from sedd_scale.errors import ConfigError
 
@@ -36,37 +37,16 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument(
         "--recompute", type=int, default=0, help="recompute every k-th block (default: 0, none)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
-    parser.add_argument("--baseline", action="store_true", help="measure the textbook step too")
+    add_measured_arguments(parser, repeats=3, baseline="the textbook step")
     parser.add_argument(
         "--profile", action="store_true", help="profile one more step of each side, by operation"
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     add_shape_arguments(parser, model="small")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(run_measured, measure=measure))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure both sides and report; under a launcher every process calls this."""
-    from sedd_scale.parallel.layout import launched_world_size, shutdown
-
-    if arguments.baseline and launched_world_size() > 1:
-        raise ConfigError(
-            f"--baseline with {launched_world_size()} processes: the textbook step knows one; "
-            "leave it out"
-        )
-    import torch
-
-    torch.set_num_threads(arguments.threads)
-    result, rank = measure(arguments)
-    if rank == 0:
-        print_report(result, as_json=arguments.json)
-    shutdown()
-
-
-def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The report and the rank of this process."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report; both sides' seconds and memory."""
     from sedd_scale.benchmark.measure import median_seconds, peak_bytes
     from sedd_scale.benchmark.synthetic import LEARNING_RATE, SyntheticRun, synthetic_config
     from sedd_scale.benchmark.textbook import TextbookTrainer
@@ -74,6 +54,11 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from sedd_scale.planning.flops import step_flops
     from sedd_scale.tracking.utilisation import matrix_product, named_peak
 
+    if arguments.baseline and launched_world_size() > 1:
+        raise ConfigError(
+            f"--baseline with {launched_world_size()} processes: the textbook step knows one; "
+            "leave it out"
+        )
     device = local_device()
     precision = arguments.precision if arguments.precision != "best" else faster_precision(device)
     config = synthetic_config(
@@ -126,8 +111,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     required = flops.dense - head * (1 - rows / tokens)
     per_device = required / seconds[0] / layout.world_size
     peak = named_peak(device, precision)
-    with_baseline = len(seconds) > 1
-    result = {
+    return {
         "part": "step",
         "model": arguments.model,
         "layers": model.num_layers,
@@ -142,11 +126,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "dtype": precision,
         "recompute_every": config.parallel.recompute_every,
         "repeats": arguments.repeats,
-        "seconds": seconds[0],
-        "baseline_seconds": seconds[1] if with_baseline else None,
-        "speedup": seconds[1] / seconds[0] if with_baseline else None,
-        "tokens_per_second": tokens / seconds[0],
-        "baseline_tokens_per_second": tokens / seconds[1] if with_baseline else None,
+        **side_by_side(seconds, extra, tokens=tokens),
         "rows": rows,
         "flops_required": required,
         "flops_dense": flops.dense,
@@ -154,12 +134,9 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "mfu": None if peak is None else per_device / peak,
         "mfu_of_measured_matmul": per_device / (product_flops / product_seconds),
         "measured_matmul_flops_per_second": product_flops / product_seconds,
-        "extra_mb": extra[0],
-        "baseline_extra_mb": extra[1] if with_baseline else None,
         "peak_mb": peak_megabytes(),
         **environment(),
     }
-    return result, layout.rank
 
 
 def profiled(program: Callable[[], object], *, rows: int = 14) -> str:
