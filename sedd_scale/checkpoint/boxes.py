@@ -65,7 +65,7 @@ def boxes_of_range(shape: Sequence[int], start: int, numel: int) -> Iterator[Box
 
 
 def logical_boxes(parameter: LogicalParameter, start: int, numel: int) -> Iterator[Box]:
-    """A range of the flattened shard as boxes of the logical tensor, padding left out."""
+    """A range of the flattened shard as boxes of the logical tensor, without padding."""
     offsets = [0] * len(parameter.shape)
     if parameter.partition_dim is not None:
         offsets[parameter.partition_dim] = parameter.offset

@@ -18,7 +18,7 @@ from sedd_scale.checkpoint.manifest import FileRecord
 _BUFFER = 1 << 20
 
 # What torch and pickle raise at the bytes of a file that is not what was written.
-UNREADABLE = (
+READ_ERRORS = (
     OSError,
     EOFError,
     pickle.UnpicklingError,

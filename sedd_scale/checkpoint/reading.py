@@ -23,7 +23,7 @@ from sedd_scale.checkpoint.directory import (
     read_meta,
     resume_candidates,
 )
-from sedd_scale.checkpoint.files import UNREADABLE
+from sedd_scale.checkpoint.files import READ_ERRORS
 from sedd_scale.checkpoint.manifest import (
     read_manifest,
     share,
@@ -58,7 +58,7 @@ def load_newest(
 
     Args:
         fragments, verify: as `load_checkpoint`.
-        check: raises CheckpointError where a checkpoint must not be gone on from.
+        check: raises CheckpointError where a run must not resume from a checkpoint.
         say: called with what was passed over, one line at a time.
 
     Raises:
@@ -207,7 +207,7 @@ def _read_metadata(path: Path) -> Metadata:
         metadata = dcp.FileSystemReader(path).read_metadata()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise DamagedCheckpointError(
             f"checkpoint file {path / '.metadata'} is damaged: {type(error).__name__}: {error}"
         ) from error

@@ -64,7 +64,7 @@ _LOST_GRACE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a save went, alike on every rank but for the times.
+    """Outcome of a save; identical on every rank except for the times.
 
     Attributes:
         step: of the checkpoint.

@@ -1,7 +1,8 @@
 """Objectives: what the network is trained for, and how its text is scored.
 
-All objectives train the same trunk in the same loop. Each decides which attention the network has,
-what it is shown, which rows lose something and how much, and what closes its likelihood:
+All objectives train the same trunk in the same loop. An objective decides the attention pattern,
+the network's input, which rows have a loss and with what weight, and which terms complete the
+likelihood bound:
 
     score_entropy         diffusion-weighted score entropy (arXiv 2310.16834); both graphs
     masked_cross_entropy  cross-entropy of masked tokens, weighted by g / (e^sigma - 1): the same
@@ -11,7 +12,8 @@ what it is shown, which rows lose something and how much, and what closes its li
                           cross-entropy (arXiv 2107.03006, section 3.3 and equation 5)
     autoregressive        next-token cross-entropy under causal attention; no noise
 
-The last three lose weight * cross-entropy at each row: the third column of the noise is the weight.
+The loss of a row of the last three is weight * cross-entropy: the third column of the noise is the
+weight.
 B sequences, L positions, K draws.
 """
 
@@ -42,8 +44,8 @@ class Objective(ABC):
     Attributes:
         name: as `training.objective` names it.
         causal: whether a position sees itself and those before it only, and is shown the token
-            before its own; then every position loses something.
-        cross_entropy: whether rows lose weight * cross-entropy, not score entropy.
+            before its own; then every position has a loss.
+        cross_entropy: whether the loss of a row is weight * cross-entropy, not score entropy.
     """
 
     name: ClassVar[str]
@@ -125,7 +127,7 @@ class _ContinuousTime(Objective):
     """The integral over time of a rate times a divergence.
 
     Training may soften its weights by c: times m / (m + c), with m the move probability. Of absorb
-    rows, which lose g / (e^sigma - 1) = m' / m times a cross-entropy, the weight is then
+    rows, whose loss is g / (e^sigma - 1) = m' / m times a cross-entropy, the weight is then
     m' / (m + c): the few rows of little noise count for less than in the bound, and so does how
     much their number varies.
     """
@@ -160,7 +162,7 @@ class D3PMAbsorb(Objective):
     Step k of T goes from time k / T to (k - 1) / T: a mask is lifted with probability
     w_k = (m_k - m_(k-1)) / m_k, where m is the move probability, and the last one lifts all that
     are left (w_1 = 1). With the token's law a softmax, the step's divergence is w_k times the
-    cross-entropy of the masked tokens; visible ones are carried over and lose nothing. With the
+    cross-entropy of the masked tokens; visible ones are carried over and have no loss. With the
     log-linear schedule w_k = 1 / k, the paper's own. Training adds the plain cross-entropy,
     `ce_weight` times to each step's divergence (the paper's lambda, 0.01 for text), and divides by
     1 + T lambda: its loss is a mean of the bound and of cross-entropy.

@@ -10,7 +10,7 @@ Both graphs need only a maximum, a sum of exponentials, the logit of x0 and (uni
 the scores are never stored.
 
 Counted columns y: absorb counts all N tokens, and its rows are masked positions only (other
-positions lose nothing); uniform counts every token but x itself. Letters: z logits,
+positions have no loss); uniform counts every token but x itself. Letters: z logits,
 e1 = e^sigma - 1, a = e1 / (e1 + N).
 
 Under uniform the logits may also be those of the clean token's law q = softmax(z) given the noisy

@@ -1,8 +1,8 @@
 """Why a step's loss or gradient is not finite: which weight, which layer, or the exponential.
 
-Looked for only after such a step, whose update was left out: the masters are still those that made
-it, and the working weights are the masters again. So a fault of a master is named on the rank that
-updates it, which has handed it to the others by then; one of a working weight alone is gone.
+Called after a step whose update was skipped. The masters have not changed since; the working
+weights have been refreshed from them. A bad master is therefore still visible on the rank that owns
+it. A bad working weight alone has been overwritten and cannot be found.
 """
 
 from collections.abc import Callable

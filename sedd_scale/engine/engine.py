@@ -98,7 +98,7 @@ class Engine(ABC):
         """Accumulate the gradient over this rank's micro-batches and update the weights.
 
         Where a number is not finite, or `accept` says no, weights, moments and averages stay as
-        they are and only the optimizer's count of steps goes on.
+        they are and only the optimizer's count of steps advances.
 
         Args:
             accept: judges the step's numbers on the host before the weights change, alike on all
@@ -273,8 +273,8 @@ def _deepspeed_config(config: Config, layout: Layout) -> dict[str, Any]:
         "gradient_clipping": 0.0,  # folded into the update, by the gate
         "zero_optimization": _zero_config(config, layout),
         "zero_allow_untested_optimizer": True,
-        # A stage's loss reaches the head's gradient before DeepSpeed starts its own backward pass,
-        # which clears what is not yet in float32: so each gradient goes there at once.
+        # The loss writes the head's gradient during the forward pass. DeepSpeed's backward pass
+        # clears gradients that are not yet in float32, so accumulate each one immediately.
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
         # Without this bf16 gradients accumulate in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -291,8 +291,8 @@ def _zero_config(config: Config, layout: Layout) -> dict[str, Any]:
         "stage": config.parallel.zero_stage,
         # A bucket is reduced to the ranks that own its parts: half of an all-reduce's bytes.
         "use_multi_rank_bucket_allreduce": False,
-        # Buckets travel during the backward pass, if they are small enough for the first to be
-        # ready early. A pipeline's backward passes have its stages to wait for instead.
+        # Reduce gradients during the backward pass; small buckets let the first reduction start
+        # early. Useless in a pipeline, where the backward passes wait for other stages.
         "overlap_comm": layout.data > 1 and layout.pipeline == 1,
         "reduce_bucket_size": REDUCE_BUCKET,
         # Copied next to each other only if they are to travel together.

@@ -2,9 +2,9 @@
 
 DeepSpeed takes the norm of the whole gradient at the start of its optimizer step. This gate stands
 at that place. One all-reduce of three numbers gives every rank the loss, the gradient norm and
-whether any rank wants to stop, in place of the loss's own all-reduce. What follows of them, whether
-the update is made and by how much the gradient is clipped, is handed to the optimizer as tensors on
-the device, which the host does not wait for: it reads the numbers when all of the step is queued.
+whether any rank wants to stop, in place of the loss's own all-reduce. Whether to update and how
+much to clip are passed to the optimizer as device tensors, so that the host does not wait. It reads
+the numbers once the whole step is queued.
 """
 
 import math

@@ -2,9 +2,9 @@
 
 L positions, B sequences, h heads of this rank, D head width, E ends of documents.
 
-Documents packed into a block are told by where they end, [B, E] with E the most of a sequence:
-exclusive positions in growing order, L for the last one and for those that a sequence has fewer.
-The host knows their number with the batch: no layer waits for a device to tell.
+Packed documents are given by their ends, ends_BE: exclusive positions, ascending. E is the largest
+number of documents in a sequence; the last document ends at L, and shorter lists are filled with L.
+The host knows E with the batch: no layer waits for a device to tell.
 """
 
 import contextlib

@@ -77,8 +77,8 @@ def state_bytes(
             update=0,
         )
     touching = FLOAT32 * max(_touching_partitions(numels, data))
-    # Two buckets take turns, but in a pipeline; alone, gradients are not copied into one. A
-    # parameter larger than a bucket travels by itself, and what travels is copied once.
+    # Two buckets alternate (one in a pipeline); with one replica gradients are not copied to a
+    # bucket. A parameter larger than a bucket travels by itself, and what travels is copied once.
     travelling = weight_bytes * min(total, max(REDUCE_BUCKET, *numels))
     buckets = 0
     if data > 1:

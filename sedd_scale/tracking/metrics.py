@@ -43,7 +43,7 @@ class MetricsLog:
         logging_config: the section `logging` of the configuration.
         is_main: whether this process writes.
         total_steps: steps of the whole run.
-        resumed_step: step of the checkpoint that the run goes on from; later lines of metrics.jsonl
+        resumed_step: step of the checkpoint that the run resumes from; later lines of metrics.jsonl
             are dropped, so that the file holds one history. None: a new run, an empty file.
         run_config: the resolved configuration, for trackers.
         utilisation: measures the main process. None: no `mfu` and `memory_bytes`.
@@ -158,7 +158,7 @@ class MetricsLog:
             self._console.say(line)
 
     def close(self, seconds: float | None = None) -> None:
-        """Leave the console, the file and the trackers; these have so long to send what is left."""
+        """Close the console, the file and the trackers; these get `seconds` for what is queued."""
         console, self._console = self._console, None
         if console is None:
             return

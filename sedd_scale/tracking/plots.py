@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 TRAINING_KEYS = ("loss", "grad_norm", "lr", "tokens_per_second")
 VALIDATION_KEYS = ("valid_nats_per_token", "valid_stderr")
-# How far the smoothed loss looks back: this share of a run's lines, and at least so many.
+# How far the smoothed loss looks back: a share of a run's lines, and at least a number of them.
 SMOOTHED_SHARE = 0.05
 SMOOTHED_LINES = 10
 

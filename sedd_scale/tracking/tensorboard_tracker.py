@@ -8,7 +8,7 @@ class TensorBoardTracker:
 
     Args:
         folder: of the event files.
-        resumed_step: step that the run goes on from; what was written of later ones is hidden.
+        resumed_step: step that the run resumes from; what was written of later ones is hidden.
         config: the resolved configuration as YAML.
 
     Raises:

@@ -1,4 +1,4 @@
-"""bad_steps.jsonl: every step that a guard left out, reported or stopped at, and its batch.
+"""bad_steps.jsonl: every step that a guard skipped, reported or stopped at, and its batch.
 
 A line holds what identifies the batch without the layout that made it: its samples in the run's
 order, the fingerprint of the data, and a fingerprint of the noisy batch itself.

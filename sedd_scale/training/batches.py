@@ -298,7 +298,7 @@ class ValidationBatches(_Batches):
     The times of the blocks are stratified over the whole set. Every rank runs the same number of
     micro-batches; blocks that only fill up are dropped again by `bound`.
 
-    Where damaged shards are skipped, other blocks stand for theirs, on all ranks alike, and the
+    Where damaged shards are skipped, other blocks replace theirs, the same on all ranks, and the
     bound is over slightly other text than before: `metrics` tells.
 
     Args:
@@ -306,7 +306,7 @@ class ValidationBatches(_Batches):
 
     Attributes:
         blocks: numbers of the blocks within the validation splits, laid end to end.
-        tokens_n: of text in each block, padding left out; float64.
+        tokens_n: of text in each block, without padding; float64.
         skipped: the damaged shards.
 
     Raises:
@@ -367,7 +367,7 @@ class ValidationBatches(_Batches):
         return dict(zip(TIME_KEYS, (sums / tokens).tolist(), strict=True))
 
     def _choose_blocks(self, reader: JointReader) -> tuple[IntArray, Tensor]:
-        """The blocks, all of them readable, and the text tokens of each; alike on all ranks."""
+        """The blocks, all of them readable, and the text tokens of each; identical on all ranks."""
 
         def read() -> tuple[IntArray, Tensor]:
             blocks = reader.spread(self.config.training.valid_blocks, without=self.skipped)

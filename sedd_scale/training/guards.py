@@ -62,11 +62,11 @@ class StepGuard:
     """Judges every step of a run.
 
     Args:
-        state: what `state` gave, of a run that goes on.
+        state: what `state` gave, of a run that resumes.
 
     Attributes:
         verdict: on the step judged last.
-        skipped: updates left out since the run began.
+        skipped: updates skipped since the run began.
     """
 
     def __init__(self, training: TrainingConfig, state: Mapping[str, Any] | None = None) -> None:
@@ -89,8 +89,8 @@ class StepGuard:
     ) -> StepResult:
         """Make step `step`, counted from 1, in an engine and judge it; once a step, in order.
 
-        What is not finite the engine leaves out by itself; only where the run may leave out others
-        does the update wait for this judgement.
+        The engine skips what is not finite by itself; the update waits for this judgement only
+        where the run may skip others.
         """
         training = self._training
         waits = training.skip_spikes_above is not None or is_listed(step, training.skip_steps)

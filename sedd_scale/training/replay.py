@@ -1,7 +1,7 @@
 """A recorded bad step once more, looked at closely: `sedd-scale train --replay STEP`.
 
 Batches and noise are functions of the seed and the step, so the newest good checkpoint before the
-step is enough: the steps between are made again in memory, each update made or left out as it was
+step is enough: the steps between are made again in memory, each update made or skipped as it was
 then, and the bad step is run without its update. Under the layout of the run its numbers come out
 bit for bit. Nothing is written into the run directory.
 """

@@ -55,7 +55,7 @@ def check_replicas(step: int, fragments: ZeroFragments) -> None:
     """Compare all copies; collective over all processes.
 
     Raises:
-        TrainingError: on every process alike; names a parameter, and the ranks whose copies differ.
+        TrainingError: on every process; names a parameter, and the ranks whose copies differ.
     """
     parameters, layout = fragments.parameters, fragments.layout
     found = [

@@ -1,4 +1,4 @@
-"""Where a run goes on from: which checkpoint, whether it fits, and its state in the engine."""
+"""Where a run resumes: at which checkpoint, whether it fits, and its state in the engine."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ class Start:
 
 
 def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
-    """Where to go on from, a run directory or one checkpoint, or None for a new run.
+    """Where to resume, a run directory or one checkpoint, or None for a new run.
 
     What can be refused without reading a whole checkpoint is refused here; `load_state` finds the
     newest good one.

@@ -51,7 +51,7 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
     def disarm(self) -> None:
-        """From here on signals wait, for good: the run is over, and its exit code is settled."""
+        """Block the stop signals until the process exits, whose exit code is settled."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wants_stop(self) -> bool:
@@ -60,9 +60,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
-        """Within, threads and processes are started that do not take the signals, for good.
+        """Threads and processes started inside never receive the stop signals.
 
-        A signal that arrives meanwhile is taken by the main thread at the end.
+        One that arrives inside reaches the main thread on exit.
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
