@@ -35,7 +35,7 @@ from sedd_scale.checkpoint.directory import (
     publish_checkpoint,
     read_meta,
 )
-from sedd_scale.checkpoint.files import UNREADABLE, HashingWriter
+from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -251,7 +251,7 @@ def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileR
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
         ) from error

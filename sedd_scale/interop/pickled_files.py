@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_scale.checkpoint.files import UNREADABLE
+from sedd_scale.checkpoint.files import READ_ERRORS
 from sedd_scale.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ class PickledFile:
         self._is_whole = not zipfile.is_zipfile(path)
         try:
             self.tree: Any = _load_whole(path) if self._is_whole else _load_tree(path)
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
             weights_only = [line for line in str(error).splitlines() if "Unsupported" in line]
             raise CheckpointError(
