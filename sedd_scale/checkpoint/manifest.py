@@ -70,7 +70,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     return files
 
 
-def wrong_size(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
+def first_wrong_size(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
     """One line on the first file that is missing or has another size, or None."""
     for name, record in files.items():
         path = directory / name
@@ -84,7 +84,7 @@ def wrong_size(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
     return None
 
 
-def wrong_hash(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
+def first_wrong_hash(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
     """One line on the first file whose content is not what was written, or None."""
     if not files:
         return None
@@ -103,7 +103,9 @@ def wrong_hash(directory: Path, files: Mapping[str, FileRecord]) -> str | None:
     return None
 
 
-def share(files: Mapping[str, FileRecord], rank: int, num_ranks: int) -> dict[str, FileRecord]:
+def files_of_rank(
+    files: Mapping[str, FileRecord], rank: int, num_ranks: int
+) -> dict[str, FileRecord]:
     """This rank's part of the files to hash: the largest first, each to whom has least to read."""
     loads = [0] * num_ranks
     own: dict[str, FileRecord] = {}

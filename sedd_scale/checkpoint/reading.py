@@ -25,10 +25,10 @@ from sedd_scale.checkpoint.directory import (
 )
 from sedd_scale.checkpoint.files import READ_ERRORS
 from sedd_scale.checkpoint.manifest import (
+    files_of_rank,
+    first_wrong_hash,
+    first_wrong_size,
     read_manifest,
-    share,
-    wrong_hash,
-    wrong_size,
 )
 from sedd_scale.checkpoint.state import (
     KEYS,
@@ -194,9 +194,9 @@ def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> N
         files = read_manifest(path)
     except ValueError as error:
         raise DamagedCheckpointError(str(error)) from error
-    wrong = wrong_size(path, files)
+    wrong = first_wrong_size(path, files)
     if wrong is None and hashes:
-        wrong = wrong_hash(path, share(files, rank, num_ranks))
+        wrong = first_wrong_hash(path, files_of_rank(files, rank, num_ranks))
     if wrong is not None:
         raise DamagedCheckpointError(wrong)
 

@@ -39,10 +39,10 @@ from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
+    first_wrong_hash,
+    first_wrong_size,
     read_manifest,
     write_manifest,
-    wrong_hash,
-    wrong_size,
 )
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
@@ -115,9 +115,9 @@ class NativeSource(CheckpointSource):
                 files = read_manifest(self.path)
             except ValueError as error:
                 raise CheckpointError(str(error)) from None
-            problem = wrong_size(self.path, files)
+            problem = first_wrong_size(self.path, files)
             if problem is None and hashes:
-                problem = wrong_hash(self.path, files)
+                problem = first_wrong_hash(self.path, files)
             if problem is not None:
                 raise CheckpointError(problem)
         for info in self._metadata.storage_data.values():

@@ -69,7 +69,7 @@ class MetricsLog:
         if not is_main:
             return
         path = Path(run_dir) / "metrics.jsonl"
-        keep_history(path, resumed_step)
+        drop_lines_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._console = open_console(
             stream or sys.stdout,
@@ -174,7 +174,7 @@ class MetricsLog:
             tracker.log(step, values)
 
 
-def keep_history(path: Path, resumed_step: int | None) -> None:
+def drop_lines_after(path: Path, resumed_step: int | None) -> None:
     """Drop the lines of metrics.jsonl after `resumed_step` (None: all), and any cut short."""
     if not path.exists():
         return

@@ -17,7 +17,7 @@ from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.errors import TrainingError
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.tracking.metrics import keep_history
+from sedd_scale.tracking.metrics import drop_lines_after
 from sedd_scale.training.guards import StepGuard, Verdict
 
 FILE_NAME = "bad_steps.jsonl"
@@ -36,7 +36,7 @@ class BadSteps:
         self._path = run_dir / FILE_NAME
         self._config, self._layout, self._fingerprint = config, layout, fingerprint
         if layout.rank == 0:
-            keep_history(self._path, resumed_step)
+            drop_lines_after(self._path, resumed_step)
 
     def record(
         self,

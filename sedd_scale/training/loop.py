@@ -59,7 +59,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         LostRankError: another process ended or cannot be reached.
     """
     stop = stop or StopSignals()
-    config, corpus = fit_to_dataset(config)
+    config, corpus = open_dataset(config)
     source = find_resume(config, run_dir, corpus)
     initial = open_initial_weights(config, corpus) if source is None else None
     engine, graph, schedule = build(config, corpus)
@@ -73,7 +73,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     utilisation = None
     if layout.rank == 0:
         utilisation = Utilisation(config, layout.device, layout.world_size)
-        describe_run(config, run_dir, layout, utilisation)
+        write_run_files(config, run_dir, layout, utilisation)
     with stop.shielded():
         log = MetricsLog(
             run_dir,
@@ -204,7 +204,7 @@ def _due(step: int, every: int) -> bool:
 def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
     """This process's part of the network in its engine, and the noise it is trained with.
 
-    Starts the process groups; the configuration is one of `fit_to_dataset`.
+    Starts the process groups; the configuration is one of `open_dataset`.
     """
     parallel = config.parallel
     layout = initialize_layout(
@@ -220,7 +220,7 @@ def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
     return engine, graph, schedule_of(config)
 
 
-def fit_to_dataset(config: Config) -> tuple[Config, Corpus]:
+def open_dataset(config: Config) -> tuple[Config, Corpus]:
     """Open the dataset, or those of the mixture, and fill in what the configuration leaves to it.
 
     Raises:
@@ -270,7 +270,9 @@ def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, floa
     return validation.bound([part.cpu() for part in nats_of_ranks])
 
 
-def describe_run(config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation) -> None:
+def write_run_files(
+    config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation
+) -> None:
     """Write the resolved configuration and the environment into the run directory."""
     (run_dir / "config.yaml").write_text(config.to_yaml())
     environment: dict[str, Any] = {

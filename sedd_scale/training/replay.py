@@ -26,7 +26,7 @@ from sedd_scale.training.bad_steps import FILE_NAME, batch_fingerprint
 from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate
-from sedd_scale.training.loop import build, fit_to_dataset
+from sedd_scale.training.loop import build, open_dataset
 from sedd_scale.training.resume import Start, check_resume
 
 # Sequences named of each rank, those with the highest loss.
@@ -56,7 +56,7 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
         CheckpointError: no checkpoint before the step can be loaded.
     """
     record = recorded(run_dir, step)
-    config, corpus = fit_to_dataset(config)
+    config, corpus = open_dataset(config)
     if corpus.fingerprint != record["dataset_fingerprint"]:
         raise DataError(
             f"{corpus.location} is not what step {step} of {run_dir} was recorded with: its "

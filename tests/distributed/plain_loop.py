@@ -14,7 +14,7 @@ from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout
-from sedd_scale.training.loop import fit_to_dataset
+from sedd_scale.training.loop import open_dataset
 from tests.diffusion.reference import log_score_score_entropy
 from tests.plain_network import PlainNetwork
 from tests.published import to_logical, to_published
@@ -32,7 +32,7 @@ class PlainRun:
 
 def plain_training(config: Config, dtype: torch.dtype = torch.float32) -> PlainRun:
     """Whole batches, whole log-scores, autograd, torch's AdamW and a hand-written average."""
-    config, corpus = fit_to_dataset(config)
+    config, corpus = open_dataset(config)
     graph = make_graph(config.graph.name, corpus.vocab_size)
     schedule = schedule_of(config)
     scaled = config.resolved_scale_by_sigma

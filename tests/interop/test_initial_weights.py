@@ -21,7 +21,7 @@ from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.training.batches import TrainBatches
-from sedd_scale.training.loop import fit_to_dataset, train
+from sedd_scale.training.loop import open_dataset, train
 from tests.datasets import dataset_of_files, letters
 from tests.distributed.runs import Run, train_runs
 from tests.repository import ROOT
@@ -132,7 +132,7 @@ def grown(dataset: Path, source: Path, *overrides: str) -> tuple[str, ...]:
 def first_loss(model: ScoreModel, run: Run) -> float:
     """The model's own loss on the first batch of a run."""
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
-    config, corpus = fit_to_dataset(config)
+    config, corpus = open_dataset(config)
     batches = TrainBatches(corpus, config, model.graph, model.schedule, model.layout)
     losses = [model.network(*batch) for batch in batches.of_step(0).micro_batches]
     return float(torch.stack(losses).mean().detach())

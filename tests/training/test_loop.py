@@ -15,7 +15,7 @@ from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.tracking.metrics import TIME_KEYS
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
-from sedd_scale.training.loop import fit_to_dataset, train
+from sedd_scale.training.loop import open_dataset, train
 from sedd_scale.training.resume import find_resume
 from tests.datasets import dataset_of_files, letters
 from tests.repository import ROOT
@@ -54,7 +54,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_directory_holds_what_describes_the_run(finished: Path, dataset: Path) -> None:
     held = load_config(finished / "config.yaml")
-    assert held == fit_to_dataset(tiny(dataset))[0]
+    assert held == open_dataset(tiny(dataset))[0]
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "lock"}
     assert (finished / "checkpoints/latest").read_text() == "step-2\n"
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused_by_name(
     dataset: Path, override: str, error: type[Exception], words: list[str]
 ) -> None:
     with pytest.raises(error) as caught:
-        fit_to_dataset(tiny(dataset, override))
+        open_dataset(tiny(dataset, override))
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_by_name(
 
 def test_resume_finds_the_run_or_refuses(finished: Path, dataset: Path, tmp_path: Path) -> None:
     def source(*overrides: str, run_dir: Path = finished, data: Path = dataset) -> Path | None:
-        config, opened = fit_to_dataset(tiny(data, *overrides))
+        config, opened = open_dataset(tiny(data, *overrides))
         return find_resume(config, run_dir, opened)
 
     assert source() == finished
@@ -161,7 +161,7 @@ def layout(data: int, data_rank: int) -> Layout:
 
 @pytest.mark.parametrize("graph_name", ["absorb", "uniform"])
 def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) -> None:
-    config, opened = fit_to_dataset(tiny(dataset, f"graph.name={graph_name}"))
+    config, opened = open_dataset(tiny(dataset, f"graph.name={graph_name}"))
     graph, schedule = make_graph(graph_name, opened.vocab_size), schedule_of(config)
 
     def inputs(data: int, micro_batch: int) -> list[torch.Tensor]:
@@ -182,7 +182,7 @@ def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) ->
 
 
 def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> None:
-    config, opened = fit_to_dataset(tiny(dataset, "training.valid_blocks=13"))
+    config, opened = open_dataset(tiny(dataset, "training.valid_blocks=13"))
     graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
 
     def bound(data: int) -> tuple[float, float]:
@@ -201,7 +201,7 @@ def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> Non
 
 
 def test_validation_loss_by_time_is_that_of_the_blocks_at_those_times(dataset: Path) -> None:
-    config, opened = fit_to_dataset(tiny(dataset, "training.valid_blocks=30"))
+    config, opened = open_dataset(tiny(dataset, "training.valid_blocks=30"))
     graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
 
     def by_time(data: int) -> dict[str, float]:
