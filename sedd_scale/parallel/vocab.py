@@ -254,7 +254,7 @@ def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     """
     aligned = -(-columns // 16) * 16
     whole = torch.empty(rows, aligned, dtype=like.dtype, device=like.device)
-    whole[:, columns:] = 0
+    whole[:, columns:].zero_()
     return whole[:, :columns]
 
 

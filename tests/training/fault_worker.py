@@ -24,7 +24,6 @@ from typing import Any
 warnings.filterwarnings("ignore", module=r"megatron\.")
 
 import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config  # noqa: E402
 from sedd_scale.checkpoint import fault_points  # noqa: E402
@@ -39,6 +38,7 @@ from sedd_scale.training.guards import StepGuard  # noqa: E402
 from sedd_scale.training.loop import train  # noqa: E402
 from sedd_scale.training.replay import replay  # noqa: E402
 from sedd_scale.training.replicas import check_replicas  # noqa: E402
+from tests.training.waits import Waits  # noqa: E402
 
 # Of a matrix that is large enough for ZeRO 3 to spread it.
 WIDE = "model.hidden_size=192"
@@ -85,26 +85,6 @@ def with_a_nan(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [*batches[:-1], batches[-1]._replace(inputs=(noisy_BL, sigma_B, context_BK))]
 
 
-class Waits(TorchFunctionMode):
-    """Notes what makes the host wait for a device, if the tensors were on one, and updates."""
-
-    READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self.events: list[str] = []
-        engine._optimizer.register_step_post_hook(lambda *_: self.events.append("update"))
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(function, "__name__", "")
-        by_mask = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
-        if name in self.READS or by_mask:
-            self.events.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def bad_step(run: SyntheticRun, engine: Engine, layout: Layout, folder: Path) -> dict[str, Any]:
     """Two good steps, one that is not finite because of one rank's data, and a good one."""
     guard = StepGuard(TrainingConfig(on_nonfinite="skip"))
@@ -121,7 +101,9 @@ def bad_step(run: SyntheticRun, engine: Engine, layout: Layout, folder: Path) ->
             waits.events.clear()
             result = guard.train_step(engine, step, batches, lr=1e-3)
         if guard.verdict.cause is not None:
-            lines.append(bad_steps.record(step, result.numbers, guard.verdict, batches, action="skipped"))
+            lines.append(
+                bad_steps.record(step, result.numbers, guard.verdict, batches, action="skipped")
+            )
         results.append([result.numbers.loss, result.numbers.grad_norm, result.applied])
         states.append(bits(engine))
     return {

@@ -1,0 +1,37 @@
+"""Replicas that stay replicas, and hosts that wait for no reduction; two processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.runs import launch
+from tests.repository import ROOT
+
+WORKER = ROOT / "tests/engine/drift_worker.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("drift")
+    launch(2, [str(WORKER), str(folder)])
+    return [json.loads(Path(folder, f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_sum_in_another_order_on_one_rank_moves_no_replica(found: list[dict[str, Any]]) -> None:
+    """By one unit in the last place; if each kept its own gradient, the run would end."""
+    for of_rank in found:
+        assert "tensor-parallel ranks" in of_rank["alone"]
+        assert of_rank["healed"] == "the same"
+
+
+@pytest.mark.parametrize("name", ["ZeRO 1", "ZeRO 2", "ZeRO 2 bf16"])
+def test_streams_wait_for_each_other_and_the_host_for_none(
+    found: list[dict[str, Any]], name: str
+) -> None:
+    for of_rank in found:
+        waits = of_rank[name]
+        assert not [wait for wait in waits if wait.startswith("the host")], waits
+        assert "reduction waits for compute" in waits  # for what is to be reduced
+        assert waits[-1] == "compute waits for reduction"  # for what was reduced
