@@ -101,6 +101,9 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+count = at_least(1)
+
+
 def positive(text: str) -> float:
     """A finite number above 0, as an argument's `type`."""
     try:

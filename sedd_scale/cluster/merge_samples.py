@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import at_least, given_path, make_parser, run_command
+from sedd_scale.cli import count, given_path, make_parser, run_command
 from sedd_scale.errors import DataError
 
 
@@ -79,7 +79,7 @@ def main() -> int:
         "python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4",
     )
     parser.add_argument("output", type=given_path)
-    parser.add_argument("--shards", type=at_least(1), required=True)
+    parser.add_argument("--shards", type=count, required=True)
     parser.add_argument("--prompts", type=given_path)
     return run_command(parser, _command)
 

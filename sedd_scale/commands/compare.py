@@ -2,7 +2,7 @@
 
 import argparse
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser
+from sedd_scale.cli import Command, count, given_path, make_parser
 from sedd_scale.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="run and report only these variants, and the baseline",
     )
-    add("--jobs", type=at_least(1), metavar="K", help="runs at a time (the experiment's)")
+    add("--jobs", type=count, metavar="K", help="runs at a time (the experiment's)")
     return parser
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser
+from sedd_scale.cli import Command, count, given_path, make_parser
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--block-length",
-        type=at_least(1),
+        type=count,
         metavar="L",
         help="tokens per block, for a file (the checkpoint's)",
     )
@@ -96,14 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-blocks",
-        type=at_least(1),
+        type=count,
         metavar="K",
         help="evaluate at most K blocks, evenly spread (all; paper 1024; any-order 64)",
     )
     add("--seed", type=int, default=0, metavar="I", help="seed of all draws (%(default)s)")
     add(
         "--batch-size",
-        type=at_least(1),
+        type=count,
         default=16,
         metavar="B",
         help="sequences at a time (%(default)s)",

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import sys
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser
+from sedd_scale.cli import Command, count, given_path, make_parser
 from sedd_scale.errors import ConfigError
 from sedd_scale.experiments import DAMAGE, GRAPHS, SCHEDULES
 
@@ -35,7 +35,7 @@ def build_coverage_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=at_least(1), default=2000, metavar="K", help="training steps (%(default)s)")
+    add("--steps", type=count, default=2000, metavar="K", help="training steps (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="seeds of each model (0)")
     add("--graphs", nargs="+", choices=GRAPHS, default=GRAPHS)
     add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
@@ -65,7 +65,7 @@ def build_robustness_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
-    add("--steps", type=at_least(1), default=1000, metavar="K", help="training steps (%(default)s)")
+    add("--steps", type=count, default=1000, metavar="K", help="training steps (%(default)s)")
     add(
         "--rates",
         type=float,
@@ -130,7 +130,7 @@ def build_scaling_parser() -> argparse.ArgumentParser:
     )
     add(
         "--steps",
-        type=at_least(1),
+        type=count,
         default=800,
         metavar="K",
         help="training steps of the largest size (%(default)s)",
@@ -138,12 +138,12 @@ def build_scaling_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0], metavar="I", help="seeds of each model (0)")
     add(
         "--block-length",
-        type=at_least(1),
+        type=count,
         default=128,
         metavar="L",
         help="tokens per block (%(default)s)",
     )
-    add("--jobs", type=at_least(1), default=2, metavar="K", help="runs at a time (%(default)s)")
+    add("--jobs", type=count, default=2, metavar="K", help="runs at a time (%(default)s)")
     return parser
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser
+from sedd_scale.cli import Command, at_least, count, given_path, make_parser
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="one record per sample; until it is complete, FILE.jsonl.parts holds what is done",
     )
-    add("--num-samples", type=at_least(1), metavar="K", help="samples without --prompts (1)")
+    add("--num-samples", type=count, metavar="K", help="samples without --prompts (1)")
     add(
         "--prompts",
         type=given_path,
@@ -63,20 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw only part I of N (from 0), for jobs that share the samples; each needs its own "
         "--output (slurm/generate.sh joins them)",
     )
-    add(
-        "--length",
-        type=at_least(1),
-        metavar="L",
-        help="tokens in a sample (the checkpoint's block)",
-    )
+    add("--length", type=count, metavar="L", help="tokens in a sample (the checkpoint's block)")
     add("--seed", type=at_least(0), default=0, metavar="I", help="seed of all draws (%(default)s)")
-    add(
-        "--batch-size",
-        type=at_least(1),
-        default=16,
-        metavar="B",
-        help="samples at a time (%(default)s)",
-    )
+    add("--batch-size", type=count, default=16, metavar="B", help="samples at a time (%(default)s)")
     _add_sampler_options(parser)
     _add_report_options(parser)
     return parser
@@ -91,7 +80,7 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--steps",
-        type=at_least(1),
+        type=count,
         metavar="K",
         help="sampling steps (128; first-hitting, confidence, entropy and margin: one position per "
         "network call)",
@@ -116,7 +105,7 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="keep the likeliest tokens up to this probability (%(default)s)",
     )
-    add("--top-k", type=at_least(1), metavar="K", help="number of likeliest tokens to keep (all)")
+    add("--top-k", type=count, metavar="K", help="number of likeliest tokens to keep (all)")
     add(
         "--remask",
         type=float,
@@ -156,7 +145,7 @@ def _add_report_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--trace-samples",
-        type=at_least(1),
+        type=count,
         metavar="K",
         help=f"number of samples to trace, with --trace ({DEFAULT_TRACED})",
     )

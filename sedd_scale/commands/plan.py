@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser, positive
+from sedd_scale.cli import Command, at_least, count, given_path, make_parser, positive
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
 GB = 1e9
@@ -69,10 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
     parser.add_argument(
-        "--gpus",
-        type=at_least(1),
-        metavar="N",
-        help="number of GPUs; default: the fewest that hold it",
+        "--gpus", type=count, metavar="N", help="number of GPUs; default: the fewest that hold it"
     )
     parser.add_argument(
         "--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU; default: h100"
@@ -99,13 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--vocab-size",
-        type=at_least(1),
+        type=count,
         metavar="N",
         help="tokens; default: the config's or the dataset's",
     )
     parser.add_argument(
         "--block-length",
-        type=at_least(1),
+        type=count,
         metavar="L",
         help="tokens per block; default: the config's or the dataset's",
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser
+from sedd_scale.cli import Command, at_least, count, given_path, make_parser
 from sedd_scale.preparation.inspection import inspect_dataset
 from sedd_scale.preparation.packing import PACKINGS
 from sedd_scale.preparation.prepare import Progress, prepare
@@ -63,18 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--vocab-size",
-        type=at_least(1),
+        type=count,
         metavar="N",
         help=f"tokens of the sentencepiece model to train ({DEFAULT_SENTENCEPIECE_VOCABULARY})",
     )
     add(
         "--tokenizer-sample",
-        type=at_least(1),
+        type=count,
         default=DEFAULT_TOKENIZER_SAMPLE,
         metavar="C",
         help="characters of text to train sentencepiece on (%(default)s)",
     )
-    add("--block-length", type=at_least(1), required=True, metavar="L", help="tokens per block")
+    add("--block-length", type=count, required=True, metavar="L", help="tokens per block")
     add(
         "--output",
         type=given_path,
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--blocks-per-shard",
-        type=at_least(1),
+        type=count,
         default=DEFAULT_BLOCKS_PER_SHARD,
         metavar="K",
         help="blocks per shard (%(default)s)",
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--processes",
-        type=at_least(1),
+        type=count,
         metavar="P",
         help="processes that encode (one for each core; one for a small input)",
     )

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import Command, at_least, given_path, make_parser, positive
+from sedd_scale.cli import Command, count, given_path, make_parser, positive
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
@@ -136,20 +136,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--gpus",
-        type=at_least(1),
+        type=count,
         metavar="N",
         help="processes, one per GPU; default: the fewest that fit",
     )
     add(
         "--gpus-per-node",
-        type=at_least(1),
+        type=count,
         default=8,
         metavar="N",
         help="GPUs per node of the cluster (%(default)s)",
     )
     add(
         "--cpus-per-task",
-        type=at_least(1),
+        type=count,
         default=8,
         metavar="N",
         help="CPU cores per process (%(default)s)",
@@ -172,13 +172,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--vocab-size",
-        type=at_least(1),
+        type=count,
         metavar="N",
         help="tokens; default: the config's or the dataset's",
     )
     add(
         "--block-length",
-        type=at_least(1),
+        type=count,
         metavar="L",
         help="tokens per block; default: the config's or the dataset's",
     )

@@ -99,7 +99,6 @@ class SeddScaleLM(LM):
         """Of each (context, continuation): log-probability in nats, from below, and `is_greedy`."""
         spans = [self._encoded(*request.args) for request in requests]
         found = self._log_probabilities(spans)
-
         pairs = list(zip(found, self._are_greedy(spans), strict=True))
         for request, pair in zip(requests, pairs, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, pair)
@@ -122,9 +121,7 @@ class SeddScaleLM(LM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Text behind each context, up to the first of the strings that end it."""
-
-        fillings = [self._continuation(*request.args) for request in requests]
-        drawn = self._filled(fillings)
+        drawn = self._filled([self._continuation(*request.args) for request in requests])
         return [
             self._text(tokens, request.args[1])
             for tokens, request in zip(drawn, requests, strict=True)
@@ -162,7 +159,9 @@ class SeddScaleLM(LM):
         length = len(given) + num_free
         num_tokens = self.model.graph.num_tokens
         prefix = infill_from_tokens(given, range(len(given)), num_tokens, length)
-        return Request(0, prefix, seed, 0, settings_for(self.model, options))
+        # The same draws for every request, as for the likelihoods.
+        settings = settings_for(self.model, options)
+        return Request(id=0, given=prefix, seed=seed, number=0, settings=settings)
 
     def _filled(self, requests: Sequence[Request]) -> list[list[int]]:
         """The tokens drawn behind the given ones of each request; collective."""

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sedd_scale.cli import at_least, given_path
+from sedd_scale.cli import count, given_path
 from sedd_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensor",
-        type=at_least(1),
+        type=count,
         default=1,
         metavar="N",
         help="processes that share one model; the others work on other samples (%(default)s)",

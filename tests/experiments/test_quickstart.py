@@ -112,10 +112,10 @@ def test_a_link_is_not_followed(tmp_path: Path):
     target = tmp_path / "elsewhere"
     start_over(target)
     (tmp_path / "link").symlink_to(target)
-    with pytest.raises(ConfigError, match="no directory of its own"):
+    with pytest.raises(ConfigError, match="not a directory of its own"):
         start_over(tmp_path / "link")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="no directory of its own"):
+    with pytest.raises(ConfigError, match="not a directory of its own"):
         start_over(tmp_path / "file")
     keep = tmp_path / "keep"
     keep.mkdir()
