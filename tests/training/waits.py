@@ -24,6 +24,8 @@ _READS = {
     _ATEN.lift_fresh.default,
     _ATEN.repeat_interleave.Tensor,
 }
+# A number set where a mask says: on a GPU a fill under the mask, with the number in its arguments.
+_FILLS = ("megatron/core/tensor_parallel/layers.py",)
 _BY_INDEX = {_ATEN.index.Tensor, _ATEN.index_put_.default}
 # Not seen by the dispatcher where the tensor lies on the host already.
 _METHODS = ("tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
@@ -84,7 +86,7 @@ class _Operations(TorchDispatchMode):
         by_mask = function in _BY_INDEX and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        if by_mask or function in _READS:
+        if (by_mask or function in _READS) and not _place().startswith(_FILLS):
             self._events.append(f"{function} at {_place()}")
         return function(*args, **(kwargs or {}))
 
