@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from sedd_scale.cli import Command, at_least, count, given_path, make_parser, positive
+from sedd_scale.cli import Command, at_least, make_parser, positive
+from sedd_scale.planning.arguments import add_plan_arguments
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
 GB = 1e9
@@ -64,56 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
         "of its model needs, without starting it.",
         "sedd-scale plan configs/runs/openwebtext_small.yaml --vocab-size 50257 --gpus 8",
     )
-    parser.add_argument("config", type=given_path, help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
-    )
-    parser.add_argument(
-        "--gpus", type=count, metavar="N", help="number of GPUs; default: the fewest that hold it"
-    )
-    parser.add_argument(
-        "--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU; default: h100"
-    )
-    parser.add_argument(
-        "--gpu-memory-gb", type=positive, metavar="GB", help="its memory, if other than --gpu has"
-    )
-    parser.add_argument(
-        "--peak-tflops", type=positive, metavar="T", help="its peak, if other than --gpu has"
-    )
-    parser.add_argument(
+    add_plan_arguments(parser)
+    add = parser.add_argument
+    add("--gpu-memory-gb", type=positive, metavar="GB", help="its memory, if other than --gpu has")
+    add("--peak-tflops", type=positive, metavar="T", help="its peak, if other than --gpu has")
+    add(
         "--usable",
         type=positive,
         metavar="SHARE",
         default=0.9,
-        help="share of that memory to fill; default: 0.9",
+        help="share of the memory to fill (%(default)s)",
     )
-    parser.add_argument(
-        "--mfu",
-        type=positive,
-        metavar="SHARE",
-        default=0.4,
-        help="share of the peak that is reached; default: 0.4",
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=count,
-        metavar="N",
-        help="tokens; default: the config's or the dataset's",
-    )
-    parser.add_argument(
-        "--block-length",
-        type=count,
-        metavar="L",
-        help="tokens per block; default: the config's or the dataset's",
-    )
-    parser.add_argument(
-        "--rows",
-        type=at_least(0),
-        metavar="K",
-        default=20,
-        help="layouts to show; 0: all; default: 20",
-    )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add("--rows", type=at_least(0), metavar="K", default=20, help="layouts to show, 0: all (20)")
+    add("--json", action="store_true", help="end with one JSON object")
     return parser
 
 

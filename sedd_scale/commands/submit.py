@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sedd_scale.cli import Command, count, given_path, make_parser, positive
 from sedd_scale.errors import ConfigError
+from sedd_scale.planning.arguments import add_plan_arguments
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
 GB = 1e9
@@ -125,20 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
         "sedd-scale submit configs/runs/openwebtext_xl.yaml --run-dir runs/xl --gpus 32 "
         "--vocab-size 50257 --sbatch=--account=NAME --dry-run",
     )
+    add_plan_arguments(parser)
     add = parser.add_argument
-    add("config", type=given_path, help="YAML file of the run")
-    add("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     add(
         "--run-dir",
         type=given_path,
         required=True,
         help="run directory, on storage that all nodes share",
-    )
-    add(
-        "--gpus",
-        type=count,
-        metavar="N",
-        help="processes, one per GPU; default: the fewest that fit",
     )
     add(
         "--gpus-per-node",
@@ -154,33 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU cores per process (%(default)s)",
     )
-    add("--gpu", choices=sorted(PEAK_FLOPS), default="h100", help="kind of GPU (%(default)s)")
     add("--cpu", action="store_true", help="processes without GPUs, to try things out")
-    add(
-        "--mfu",
-        type=positive,
-        default=0.4,
-        metavar="SHARE",
-        help="share of the peak that is reached (%(default)s)",
-    )
     add(
         "--longest",
         type=positive,
         default=24.0,
         metavar="HOURS",
         help="time limit of a start; a longer run requeues itself (%(default)s)",
-    )
-    add(
-        "--vocab-size",
-        type=count,
-        metavar="N",
-        help="tokens; default: the config's or the dataset's",
-    )
-    add(
-        "--block-length",
-        type=count,
-        metavar="L",
-        help="tokens per block; default: the config's or the dataset's",
     )
     add(
         "--launcher",
