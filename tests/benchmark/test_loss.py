@@ -12,6 +12,7 @@ from sedd_scale.parallel.vocab import linear_score_entropy
 from tests.model.small_network import relative
 from tests.parallel.vocab_worker import KINDS, make_problem
 from tests.repository import ROOT
+from tests.tolerance import GRADIENT, NETWORK
 
 
 @pytest.mark.parametrize(("name", "scaled"), KINDS)
@@ -28,11 +29,11 @@ def test_the_textbook_side_is_the_same_loss(name: str, scaled: bool) -> None:
         scaled=scaled,
         mean=problem.mean,
     )
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss, expected, rtol=NETWORK, atol=0.0)
     loss.backward()
     expected.backward()
     for leaf, same in zip(leaves, expected_leaves):
-        assert relative(leaf.grad, same.grad) < 1e-5
+        assert relative(leaf.grad, same.grad) < GRADIENT
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from sedd_scale.parallel.layout import initialize_layout
 from tests.distributed.plain_loop import plain_training
 from tests.distributed.runs import Run, train_runs
 from tests.repository import ROOT
+from tests.tolerance import NETWORK
 
 CLIP = 0.5
 
@@ -147,12 +148,8 @@ def weight_difference(found: Weights, expected: Weights) -> float:
     return max(weight_differences(found, expected).values())
 
 
-# Of losses and gradient norms: forty times what float32 makes of the plain loop's, beside float64.
-TOLERANCE = 1e-5
-
-
 def weight_tolerances(run: Run) -> dict[str, float]:
-    """TOLERANCE, or 16 times what float32 makes of a tensor in the plain loop where that is more.
+    """NETWORK, or 16 times what float32 makes of a tensor in the plain loop where that is more.
 
     Adam divides a gradient by its size. Where that is nothing but roundings, as in rows of the
     embedding under uniform noise, the direction of its steps is the processor's.
@@ -160,7 +157,7 @@ def weight_tolerances(run: Run) -> dict[str, float]:
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     single, double = (plain_training(config, dtype) for dtype in (torch.float32, torch.float64))
     rounded = weight_differences(single.weights, double.weights)
-    return {name: max(TOLERANCE, 16 * error) for name, error in rounded.items()}
+    return {name: max(NETWORK, 16 * error) for name, error in rounded.items()}
 
 
 def excess(found: Weights, expected: Weights, tolerances: dict[str, float]) -> float:
@@ -178,9 +175,9 @@ def test_layouts_agree_in_float32(
     steps = len(losses)
     assert max(norms) > CLIP, "clipping must be active for the comparison to mean something"
     masters, averages = weights(single), weights(single, "ema")
-    # The plain loop has no dropout and whole sequences; 1e-5 serves where it says nothing.
+    # The plain loop has no dropout and whole sequences; NETWORK serves where it says nothing.
     tolerances = (
-        dict.fromkeys(masters, TOLERANCE) if "dropout" in variant else weight_tolerances(single)
+        dict.fromkeys(masters, NETWORK) if "dropout" in variant else weight_tolerances(single)
     )
     rows = []
     for name in LAYOUTS:
@@ -205,7 +202,7 @@ def test_layouts_agree_in_float32(
         for name, *differences in rows:
             print(f"{name:<25}" + "".join(f"{value:>10.1e}" for value in differences))
     for name, loss, norm, _, _, valid in rows:
-        assert max(loss, norm, valid) < TOLERANCE, name
+        assert max(loss, norm, valid) < NETWORK, name
 
 
 def test_bf16_follows_float32_under_every_layout(runs: dict[tuple[str, str], Run]) -> None:
@@ -223,8 +220,8 @@ def test_one_process_agrees_with_a_plain_pytorch_loop(
     run = runs["TP1 PP1", variant]
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     plain = plain_training(config)
-    assert relative(run.series("loss"), plain.losses) < TOLERANCE
-    assert relative(run.series("grad_norm"), plain.grad_norms) < TOLERANCE
+    assert relative(run.series("loss"), plain.losses) < NETWORK
+    assert relative(run.series("grad_norm"), plain.grad_norms) < NETWORK
     tolerances = weight_tolerances(run)
     assert excess(weights(run), plain.weights, tolerances) < 1
     assert excess(weights(run, "ema"), plain.averages, tolerances) < 1

@@ -17,7 +17,7 @@ from tests.diffusion.reference import log_score_score_entropy
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.plain_network import PlainNetwork
 from tests.published import to_published
-from tests.tolerance import ROUNDING
+from tests.tolerance import GRADIENT, NETWORK, ROUNDING
 
 HIDDEN, HEADS, COND, BLOCKS = 32, 4, 24, 2
 KINDS = [("absorb", True), ("absorb", False), ("uniform", False)]
@@ -68,13 +68,13 @@ def test_a_plain_transformer_gives_the_same(
         hidden_LBH = network.hidden(noisy_BL, sigma_B)
         logits_LBV = network.head.logits(hidden_LBH.flatten(0, 1)).view(12, 4, -1)
         expected_BLV = plain(noisy_BL, sigma_B)
-    assert relative(logits_LBV.transpose(0, 1), expected_BLV) < 1e-5
+    assert relative(logits_LBV.transpose(0, 1), expected_BLV) < NETWORK
 
     expected_BL = plain_losses(plain, graph, scaled, noisy_BL, clean_BL, targets.noise_B3)
     loss = network(inputs, targets)
-    torch.testing.assert_close(loss, expected_BL.mean().to(loss.dtype), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss, expected_BL.mean().to(loss.dtype), rtol=NETWORK, atol=0.0)
     loss_B = network(inputs, targets, per_sequence=True)
-    torch.testing.assert_close(loss_B, expected_BL.sum(1).to(loss.dtype), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss_B, expected_BL.sum(1).to(loss.dtype), rtol=NETWORK, atol=0.0)
 
     weights_B = torch.tensor([1.0, -0.5, 2.0, 0.25])
     for found_loss, expected_loss in (
@@ -88,7 +88,7 @@ def test_a_plain_transformer_gives_the_same(
         found = to_published(gradients(network, layout), num_layers=BLOCKS, num_heads=HEADS)
         for key, parameter in plain.named_parameters():
             assert parameter.grad.norm() > 0, key
-            assert relative(found[key], parameter.grad) < 1e-4, key
+            assert relative(found[key], parameter.grad) < GRADIENT, key
 
 
 def test_attention_reads_both_ways(layout: Layout) -> None:
@@ -203,4 +203,4 @@ def test_only_rotation_tells_positions_apart(layout: Layout, rotary_base: float)
     with torch.no_grad():
         whole_LBH = network.hidden(noisy_BL, sigma_B)
         permuted_LBH = network.hidden(noisy_BL[:, order], sigma_B)
-    assert (relative(permuted_LBH, whole_LBH[order]) < 1e-5) == (rotary_base == 0)
+    assert (relative(permuted_LBH, whole_LBH[order]) < NETWORK) == (rotary_base == 0)

@@ -13,6 +13,7 @@ from sedd_scale.errors import DataError
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.diffusion.reference import log_score_score_entropy, noise_columns
+from tests.tolerance import NETWORK
 
 KINDS = [
     ("absorb", True, "loglinear"),
@@ -73,7 +74,7 @@ def test_logits_are_the_log_scores_before_the_shift(model: ScoreModel) -> None:
     shift_M = shift_B[rows_M // LENGTH] if model.scaled else torch.zeros(4)
     expected = (logits - shift_M[:, None].float()).scatter(1, xt_BL.flatten()[rows_M, None], 0.0)
     found = model.log_score(xt_BL, sigma_B).flatten(0, 1)[rows_M]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=NETWORK, atol=NETWORK)
 
 
 def test_losses_are_the_score_entropy_of_the_log_scores(model: ScoreModel) -> None:
@@ -82,7 +83,7 @@ def test_losses_are_the_score_entropy_of_the_log_scores(model: ScoreModel) -> No
     noise = RowNoise(*noise_columns(model.schedule, t_B).unbind(1))
     log_score_BLV = model.log_score(xt_BL, noise.sigma)
     expected_BL = log_score_score_entropy(log_score_BLV, xt_BL, x0_BL, noise, graph=model.graph)
-    torch.testing.assert_close(loss_B, expected_BL.sum(1), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss_B, expected_BL.sum(1), rtol=NETWORK, atol=0.0)
 
 
 def test_a_small_step_down_the_gradient_lowers_the_loss_by_its_square(model: ScoreModel) -> None:
