@@ -15,7 +15,8 @@ def plan_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.config import load_config
     from sedd_scale.planning.layouts import ASSUMPTIONS, fit_layouts, plan, smallest_fit
     from sedd_scale.planning.sizes import sizes_for_plan
-    from sedd_scale.planning.table import as_json, print_layouts, print_plan
+    from sedd_scale.planning.step_time import DEVICES, step_time
+    from sedd_scale.planning.table import as_json, print_layouts, print_plan, print_step_time
 
     config = load_config(arguments.config, arguments.overrides)
     gpu = PEAK_FLOPS[arguments.gpu]
@@ -44,6 +45,9 @@ def plan_command(arguments: argparse.Namespace) -> None:
         peak=peak,
         mfu=arguments.mfu,
     )
+    predicted = None
+    if arguments.gpu in DEVICES and config.training.precision == "bf16":
+        predicted = step_time(config, planned, **sizes, device=DEVICES[arguments.gpu], peak=peak)
     assumptions = (
         *ASSUMPTIONS,
         f"{arguments.usable:.0%} of {memory / GB:g} GB per GPU usable, the rest for CUDA, NCCL and "
@@ -51,10 +55,22 @@ def plan_command(arguments: argparse.Namespace) -> None:
         f"{arguments.mfu:.0%} of {peak / 1e12:g} TFLOP/s per GPU reached",
     )
     print_plan(config, planned, usable=usable, seconds=seconds)
+    if predicted is not None:
+        print_step_time(predicted, arguments.gpu)
     print_layouts(fits, arguments.rows)
     print("\nassumptions: " + ";\n  ".join(assumptions))
     if arguments.json:
-        print(json.dumps(as_json(planned, fits, seconds=seconds, assumptions=assumptions)))
+        print(
+            json.dumps(
+                as_json(
+                    planned,
+                    fits,
+                    seconds=seconds,
+                    predicted=predicted,
+                    assumptions=assumptions,
+                )
+            )
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,9 +6,22 @@ from typing import Any
 
 from sedd_scale.config import Config, ParallelConfig
 from sedd_scale.planning.layouts import LayoutFit, Plan
-from sedd_scale.quantities import format_duration
+from sedd_scale.planning.step_time import StepTime
+from sedd_scale.quantities import format_count, format_duration
 
 GB = 1e9
+
+
+def print_step_time(predicted: StepTime, gpu: str) -> None:
+    """Where the time of a step goes, and what limits the layout."""
+    print(
+        f"\npredicted step on {gpu}s: {predicted.seconds * 1e3:.0f} ms, "
+        f"{format_count(predicted.tokens_per_second)} tokens/s, MFU {predicted.mfu:.0%}; "
+        f"limited by {predicted.limit}"
+    )
+    for name, part in sorted(predicted.parts.items(), key=lambda item: -item[1]):
+        if part > 0:
+            print(f"  {name:<36}{part * 1e3:>9.1f} ms")
 
 
 def print_plan(config: Config, planned: Plan, *, usable: float, seconds: float) -> None:
@@ -114,10 +127,12 @@ def as_json(
     fits: Sequence[LayoutFit],
     *,
     seconds: float,
+    predicted: StepTime | None,
     assumptions: Sequence[str],
 ) -> dict[str, Any]:
     """Everything printed, in bytes, FLOPs and seconds."""
     return {
+        "predicted_step": None if predicted is None else dataclasses.asdict(predicted),
         "parameters": planned.total_parameters,
         "parameters_by_part": planned.parameters,
         **plan_json(planned),

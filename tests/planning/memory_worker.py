@@ -22,9 +22,9 @@ import torch  # noqa: E402
 
 from sedd_scale.config import Config, load_config  # noqa: E402
 from sedd_scale.diffusion.graphs import Graph, make_graph  # noqa: E402
+from sedd_scale.diffusion.schedules import schedule_of  # noqa: E402
 from sedd_scale.engine.engine import MicroBatch, make_engine  # noqa: E402
 from sedd_scale.model.network import layer_builders  # noqa: E402
-from sedd_scale.model.score_model import schedule_of  # noqa: E402
 from sedd_scale.parallel.layout import (  # noqa: E402
     Layout,
     initialize_layout,

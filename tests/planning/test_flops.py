@@ -5,8 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sedd_scale.config import load_config
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.model.network import ScoreNetwork, layer_builders
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.planning.flops import head_rows, move_probability, run_seconds, step_flops
 from tests.model.small_network import noisy_batch

@@ -1,0 +1,210 @@
+"""Seconds of a training step by arithmetic: products, passes over memory, exchange and waits.
+
+Each part is a number of operations or bytes over what a device reaches of its peak. The figures of
+`DEVICES` are what published measurements and data sheets lead one to expect; measured ones may be
+given in their place. Predictions are for finding what limits a layout, and are to be checked
+against a measurement before anything is promised.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sedd_scale.config import Config
+from sedd_scale.planning.activations import GPU_CHUNK_BYTES, MIN_CHUNK_ROWS
+from sedd_scale.planning.flops import StepFlops
+from sedd_scale.planning.layouts import Plan
+from sedd_scale.planning.model_states import BYTES
+from sedd_scale.planning.parameters import num_states
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one device reaches; FLOP/s, bytes/s and seconds.
+
+    Attributes:
+        products: matrix products in the training's precision.
+        attention, attention_backward: the L x L products, forward and backward.
+        memory: bytes that passes over memory read and write.
+        node: bytes that one device sends to others of its node.
+        network: bytes that one device's port sends to other nodes.
+        launch: the host's time to start one kernel.
+        per_node: devices that share a node.
+    """
+
+    products: float
+    attention: float
+    attention_backward: float
+    memory: float
+    node: float
+    network: float
+    launch: float = 5e-6
+    per_node: int = 8
+
+
+# bf16. Products: 0.65 to 0.7 of the peak; memory: 0.85 of the data sheet; a 400 Gb/s port per GPU.
+DEVICES = {
+    "a100": Device(210e12, 160e12, 130e12, 1.3e12, 2.0e11, 2.0e10),
+    "h100": Device(670e12, 480e12, 400e12, 2.9e12, 3.0e11, 4.0e10),
+    "h200": Device(670e12, 480e12, 400e12, 4.1e12, 3.0e11, 4.0e10),
+    "b200": Device(1500e12, 1000e12, 850e12, 6.8e12, 6.0e11, 4.0e10),
+}
+
+# Of the launches that are left on the host's side in a micro-batch's block, forward and backward.
+LAUNCHES_PER_BLOCK = 60
+# The outcome of a step is read once, with an empty queue behind it.
+WAIT_SECONDS = 1.0e-3
+
+
+def block_bytes(*, residual: int, weight: int, dropout: bool) -> dict[str, int]:
+    """Bytes that one block's passes read and write, per position and channel of its stream.
+
+    Args:
+        residual, weight: bytes of a number of the stream, and of weights and activations.
+    """
+    kept_update = weight if dropout else 0  # what dropout leaves, written for the backward pass
+    return {
+        # Stream in; modulated norm and normed stream (float32) out.
+        "norms forward": 2 * (residual + weight + 4),
+        # Two gradients and the normed stream in, one out; the sums over positions read once more.
+        "norms backward": 2 * (weight + residual + 4 + residual) + 2 * (weight + 4),
+        # Stream and update in, stream out; the MLP's update is kept with its bias.
+        "gates forward": 2 * (2 * residual + weight) + kept_update + weight,
+        # Gradient and update in, the update's gradient out, for the MLP read again for its bias.
+        "gates backward": 2 * (residual + 2 * weight) + residual + weight,
+        "rotary turns": 2 * (2 * weight + 2 * weight) + 2 * weight,
+        # Four times as wide: forward in and out; backward two in, one out, which its sum reads.
+        "GELU": 4 * (2 * weight + 3 * weight + weight),
+    }
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of one optimizer step of a layout, on its busiest device.
+
+    Attributes:
+        parts: seconds by part; they add up to `seconds`.
+        seconds: of a step.
+        tokens_per_second: over all devices.
+        mfu: required FLOPs over the peak of all devices.
+    """
+
+    parts: Mapping[str, float]
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def limit(self) -> str:
+        """What takes the most time besides the products and attention, which are the work."""
+        others = {name: part for name, part in self.parts.items() if name not in WORK}
+        return max(others, key=lambda name: others[name])
+
+
+WORK = ("products", "attention", "head's products")
+
+
+def step_time(
+    config: Config,
+    planned: Plan,
+    *,
+    vocab_size: int,
+    block_length: int,
+    device: Device,
+    peak: float,
+) -> StepTime:
+    """Predict a step of `planned`.
+
+    Args:
+        vocab_size: N, the number of real tokens.
+        block_length: L.
+        device: what one of its devices reaches.
+        peak: FLOP/s that `mfu` is taken of.
+    """
+    model, parallel, training = config.model, planned.parallel, config.training
+    weight, residual = BYTES[training.precision], BYTES[model.residual_dtype]
+    width, blocks = model.hidden_size, -(-model.num_layers // parallel.pipeline)
+    tokens = training.micro_batch * block_length
+    count = planned.accumulation
+    heaviest = planned.heaviest
+    # A whole block's forward pass once more, of every k-th.
+    again = 1 / parallel.recompute_every if parallel.recompute_every else 0.0
+    products_again = again if parallel.recompute_mode == "full" else 0.0
+
+    linear = 2 * width * width * (4 + 2 * model.mlp_ratio) * tokens * blocks / parallel.tensor
+    attention = 4 * block_length * width * tokens * blocks / parallel.tensor
+    rows = planned.flops.head_rows * tokens
+    states = -(-num_states(config, vocab_size) // parallel.tensor)
+    head = 2 * width * states * rows
+    passes = block_bytes(residual=residual, weight=weight, dropout=model.dropout > 0)
+    forward = sum(size for name, size in passes.items() if "forward" in name)
+    # Norms and gates are shared over the sequence; turns and GELU over the tensor ranks' heads.
+    shared = parallel.tensor if parallel.sequence_parallel else 1
+    streamed = (sum(passes.values()) - passes["rotary turns"] - passes["GELU"]) / shared
+    split = (passes["rotary turns"] + passes["GELU"]) / parallel.tensor
+    elements = tokens * width * blocks
+    chunk = max(MIN_CHUNK_ROWS, GPU_CHUNK_BYTES // (4 * states))
+    chunks = -(-rows // chunk)
+    of_micro_batch = {
+        "products": linear * (3 + products_again) / device.products,
+        "attention": attention * (1 + products_again) / device.attention
+        + 2.5 * attention / device.attention_backward,
+        "passes over memory": elements * (streamed + split + again * forward) / device.memory,
+        # Statistics read the logits; the gradient reads and writes them.
+        "head's products": 3 * head / device.products,
+        "head's passes": (3 * weight * rows * states + chunks * 8 * states * width) / device.memory,
+        "gradients to float32": 18 * heaviest.parameters / device.memory,
+        "tensor ranks": _tensor_seconds(config, planned, tokens * width * weight, device),
+    }
+    queued = blocks * LAUNCHES_PER_BLOCK * device.launch
+    busy = sum(of_micro_batch.values())
+    of_micro_batch["launches that the device waits for"] = max(0.0, queued - busy)
+    parts = {name: count * seconds for name, seconds in of_micro_batch.items()}
+    if parallel.pipeline > 1:
+        parts["pipeline's bubble"] = sum(parts.values()) * (parallel.pipeline - 1) / count
+    update = (32 + 12) * heaviest.parameters / planned.data + 4 * heaviest.parameters
+    parts["update"] = update / device.memory
+    parts["exchange of gradients and weights"] = _exchange_seconds(planned, weight, count, device)
+    parts["waits of the host"] = WAIT_SECONDS
+    seconds = sum(parts.values())
+    return StepTime(
+        parts=parts,
+        seconds=seconds,
+        tokens_per_second=training.global_batch * block_length / seconds,
+        mfu=_utilisation(planned.flops, planned.gpus, seconds, peak),
+    )
+
+
+def _utilisation(flops: StepFlops, gpus: int, seconds: float, peak: float) -> float:
+    return flops.required / (gpus * seconds * peak)
+
+
+def _tensor_seconds(config: Config, planned: Plan, stream: float, device: Device) -> float:
+    """Collectives of the tensor ranks in one micro-batch; they stay within a node."""
+    parallel = planned.parallel
+    if parallel.tensor == 1:
+        return 0.0
+    blocks = -(-config.model.num_layers // parallel.pipeline)
+    rings = blocks * (8 + 2 * parallel.sequence_parallel)
+    if parallel.recompute_every:
+        rings += 4 * blocks // parallel.recompute_every
+    return rings * stream * (parallel.tensor - 1) / parallel.tensor / device.node
+
+
+def _exchange_seconds(planned: Plan, weight: int, count: int, device: Device) -> float:
+    """Reductions and gathers over the data-parallel ranks, none of it under the computation."""
+    data, parallel = planned.data, planned.parallel
+    if data == 1:
+        return 0.0
+    parameters = planned.heaviest.parameters
+    sent = {
+        1: (4 + weight) * parameters,
+        2: (count + 1) * weight * parameters,
+        3: 3 * count * weight * parameters,
+    }[parallel.zero_stage]
+    if planned.gpus <= device.per_node:
+        bandwidth = device.node
+    else:
+        # Rings run through the ports of all of a node's ranks that are in the group.
+        of_node = max(1, device.per_node // parallel.tensor)
+        bandwidth = min(device.node, of_node * device.network)
+    return sent * (data - 1) / data / bandwidth

@@ -1,0 +1,102 @@
+"""The model of a step's time: its bytes are counted, its parts move as they must."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sedd_scale.config import Config, load_config
+from sedd_scale.model import fused
+from sedd_scale.model.dropout import dropout
+from sedd_scale.planning import plan
+from sedd_scale.planning.step_time import DEVICES, StepTime, block_bytes, step_time
+from tests.repository import CONFIGS
+
+SIZES = {"vocab_size": 50257, "block_length": 1024}
+LENGTH, BATCH, WIDTH = 256, 8, 512
+# Vectors of a sequence, hashes of rows and sums over positions, beside [L, B, H].
+SMALL = 0.03
+
+
+def predicted(name: str, gpus: int, *overrides: str, device: str = "h100") -> StepTime:
+    config = load_config(CONFIGS / f"runs/openwebtext_{name}.yaml", overrides)
+    planned = plan(config, gpus, **SIZES)
+    return step_time(config, planned, **SIZES, device=DEVICES[device], peak=989e12)
+
+
+def moved(function: Any, *arguments: Any) -> float:
+    """Bytes of the tensors that go in and come out, per position and channel."""
+    results = function(*arguments)
+    tensors = [part for part in (*arguments, *results) if isinstance(part, Tensor)]
+    distinct = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.nbytes for tensor in distinct.values()) / (LENGTH * BATCH * WIDTH)
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_bytes_are_those_that_the_passes_take_and_give(residual: torch.dtype, rate: float) -> None:
+    """Inputs and outputs of every pass; sums that read again come on top, as the model says."""
+    bf16 = torch.bfloat16
+    stream = torch.randn(LENGTH, BATCH, WIDTH).to(residual)
+    update, vector = torch.randn(LENGTH, BATCH, WIDTH).to(bf16), torch.randn(BATCH, WIDTH)
+    bias, gate = torch.randn(WIDTH).to(bf16), vector.to(residual)
+    keys = torch.arange(BATCH)
+    drops = dropout(keys, length=LENGTH, width=WIDTH, rate=rate, site=0, first_position=0)
+    hashes = drops[1:] if rate else ()
+    _, normed, rstd = fused._norm_forward(stream, vector, vector, 1e-5, bf16)
+    weight, stream_bytes = 2, residual.itemsize
+    model = block_bytes(residual=stream_bytes, weight=weight, dropout=rate > 0)
+
+    norms = 2 * moved(fused._norm_forward, stream, vector, vector, 1e-5, bf16)
+    assert norms == pytest.approx(model["norms forward"], rel=SMALL)
+    back = (update, stream.clone(), normed, rstd, vector, residual)
+    norms = 2 * moved(fused._norm_backward, *back) + 2 * (weight + 4)  # read again for two sums
+    assert norms == pytest.approx(model["norms backward"], rel=SMALL)
+    gates = moved(fused._gate_forward, stream, update, gate, rate, *hashes)
+    gates += moved(fused._bias_gate_forward, stream, update, bias, gate, rate, *hashes)
+    assert gates == pytest.approx(model["gates forward"], rel=SMALL)
+    given = (stream, update, gate, rate, *hashes)
+    gates = moved(fused._gate_backward, *given) + moved(fused._bias_gate_backward, *given)
+    gates += stream_bytes + weight  # read again for the bias's sum
+    assert gates == pytest.approx(model["gates backward"], rel=SMALL)
+    inner, wide = update.repeat(1, 1, 4), bias.repeat(4)
+    gelu = moved(lambda *a: (fused._gelu_forward(*a),), inner, wide)
+    gelu += moved(fused._gelu_backward, inner.clone(), inner, wide) + 4 * weight
+    assert gelu == pytest.approx(model["GELU"], rel=SMALL)
+
+
+def test_parts_add_up_and_utilisation_is_of_the_required_work() -> None:
+    config = load_config(CONFIGS / "runs/openwebtext_small.yaml")
+    planned = plan(config, 8, **SIZES)
+    found = predicted("small", 8)
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+    assert found.tokens_per_second == pytest.approx(512 * 1024 / found.seconds)
+    assert found.mfu == pytest.approx(planned.flops.required / (8 * found.seconds * 989e12))
+    assert found.limit in found.parts and 0 < found.mfu < 0.7
+
+
+def test_what_is_added_costs_time_and_what_is_faster_takes_less() -> None:
+    plain = predicted("xl", 32)
+    again = predicted("xl", 32, "parallel.recompute_every=1")
+    assert again.parts["products"] == pytest.approx(4 / 3 * plain.parts["products"])
+    split = predicted("xl", 32, "parallel.tensor=2")
+    assert plain.parts["tensor ranks"] == 0.0 < split.parts["tensor ranks"]
+    assert predicted("xl", 32, device="h200").seconds < plain.seconds
+    wide = predicted("xl", 32, "model.residual_dtype=fp32")
+    assert wide.parts["passes over memory"] > plain.parts["passes over memory"]
+    stages = predicted("xl", 32, "parallel.pipeline=2", "training.micro_batch=4")
+    assert stages.parts["pipeline's bubble"] > 0
+    slow = dataclasses.replace(DEVICES["h100"], launch=1e-3)
+    config = Config().override("training.precision=bf16", "training.global_batch=8")
+    planned = plan(config, 1, **SIZES)
+    bound = step_time(config, planned, **SIZES, device=slow, peak=989e12)
+    assert bound.limit == "launches that the device waits for"
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64, 512, 4096])
+def test_every_number_of_gpus_has_a_prediction(gpus: int) -> None:
+    batch = max(512, 8 * gpus)
+    found = predicted("small", gpus, f"training.global_batch={batch}", "training.micro_batch=8")
+    assert 0 < found.mfu < 0.7 and found.tokens_per_second > 0
