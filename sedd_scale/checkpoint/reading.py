@@ -2,7 +2,7 @@
 
 Each process writes and reads its own ZeRO fragments as boxes of the logical tensors NAME/master,
 NAME/exp_avg, NAME/exp_avg_sq and NAME/ema (float32, without padding); nothing is gathered. The
-directory is described in `checkpoint_directory`, saving in the background in `checkpoint_writer`.
+directory is described in `checkpoint.directory`, saving in the background in `checkpoint.writer`.
 """
 
 import contextlib

@@ -8,7 +8,7 @@
                 writer.save(meta)                       # returns once the state is copied
         writer.wait()
 
-What the threads in the background do is in `checkpoint_save`. How a save ended is agreed by the
+What the threads in the background do is in `checkpoint.saving`. How a save ended is agreed by the
 main threads at step boundaries.
 """
 

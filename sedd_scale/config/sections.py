@@ -8,7 +8,7 @@ from typing import Any
 def _key(default: Any, sentence: str, *, choices: Sequence[Any] = (), **limits: float) -> Any:
     """A dataclass field with its sentence, its choices and its limits.
 
-    Limits are `at_least`, `above` and `below`, as `config_rules.LIMITS` reads them.
+    Limits are `at_least`, `above` and `below`, as `config.rules.LIMITS` reads them.
     """
     metadata = {"sentence": sentence, "choices": tuple(choices), "limits": limits}
     return field(default=default, metadata=metadata)
