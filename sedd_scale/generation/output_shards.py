@@ -114,7 +114,7 @@ class ShardDirectory:
                         f"{path} is still being written by another process: wait for its end"
                     )
                 good_end = 0
-                for line in self._finished_lines(path, stream):
+                for line in self._finished_lines(stream):
                     finished.add(self._batch_of[line.sample])
                     good_end = line.offset + line.size
                 _refuse_damage(path, stream, good_end, max(map(len, self.batches)))
@@ -146,7 +146,7 @@ class ShardDirectory:
         file_of, offset_of, size_of = (array("q", [-1]) * count for _ in range(3))
         for number, path in enumerate(files):
             with open(path, "rb") as stream:
-                for line in self._finished_lines(path, stream):
+                for line in self._finished_lines(stream):
                     if file_of[line.sample] < 0:
                         file_of[line.sample] = number
                         offset_of[line.sample], size_of[line.sample] = line.offset, line.size
@@ -198,7 +198,7 @@ class ShardDirectory:
             remedy="give the same command to continue it, or remove it",
         )
 
-    def _finished_lines(self, path: Path, stream: BinaryIO) -> Iterator["_Line"]:
+    def _finished_lines(self, stream: BinaryIO) -> Iterator["_Line"]:
         """The lines of finished batches from the file's start, up to the first that is not one."""
         pending: list[_Line] = []
         offset = 0
