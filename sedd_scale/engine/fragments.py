@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from sedd_scale.model.parameters import LogicalParameter
@@ -69,11 +72,6 @@ class ZeroFragments:
     """
 
     def __init__(self, engine: Any, parameters: Sequence[LogicalParameter], layout: Layout) -> None:
-        # Imported here, as the engine must choose DeepSpeed's device before its first import.
-        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
         self.parameters, self.layout = parameters, layout
         self._zero: Any = engine.optimizer
         self._stage_3 = isinstance(self._zero, DeepSpeedZeroOptimizer_Stage3)

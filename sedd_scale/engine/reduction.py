@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from sedd_scale.parallel.layout import Layout
@@ -19,11 +22,6 @@ from sedd_scale.parallel.layout import Layout
 
 def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
     """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait."""
-    # Imported here, as the engine must choose DeepSpeed's device before its first import.
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
     if isinstance(engine.optimizer, BF16_Optimizer):
         partitions = _Bf16Partitions(engine.optimizer, layout)
         engine.buffered_allreduce_fallback = partitions.reduce

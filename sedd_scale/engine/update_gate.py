@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 from sedd_scale.parallel.layout import Layout
@@ -86,11 +89,6 @@ class UpdateGate:
         return StepResult(numbers, numbers.finite and not self._refused)
 
     def _stand_before_update(self, zero: Any) -> None:
-        # Imported here, as the engine must choose DeepSpeed's device before its first import.
-        from deepspeed.runtime import bf16_optimizer
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-        from deepspeed.runtime.zero import stage3, stage_1_and_2
-
         for module in (bf16_optimizer, stage_1_and_2, stage3):
             # The verdict is this gate's, and DeepSpeed would wait for the device to give its own.
             module.is_invalid_grad_norm = lambda norm: False
