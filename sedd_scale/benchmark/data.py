@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     from sedd_scale.data.corpus import Corpus
     from sedd_scale.data.shards import Dataset
     from sedd_scale.diffusion.graphs import make_graph
-    from sedd_scale.model.score_model import schedule_of
+    from sedd_scale.diffusion.schedules import schedule_of
     from sedd_scale.parallel.layout import initialize_layout, shutdown
     from sedd_scale.training.batches import TrainBatches
 

@@ -9,11 +9,11 @@ from sedd_scale.config import Config, load_config
 from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.engine.engine import Engine, MicroBatch, make_engine
 from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.files.package import CONFIGS
 from sedd_scale.model.network import layer_builders
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import micro_batch_of
 from sedd_scale.training.loop import make_optimizer

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sedd_scale.config import Config
 from sedd_scale.errors import ConfigError
 
 
@@ -210,6 +211,14 @@ def make_schedule(
     if name == Linear.name:
         return Linear(sigma_max)
     raise ConfigError(f"noise.name={name!r}: choose loglinear, geometric, cosine or linear")
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The noise schedule a configuration names."""
+    noise = config.noise
+    return make_schedule(
+        noise.name, eps=noise.eps, sigma_min=noise.sigma_min, sigma_max=noise.sigma_max
+    )
 
 
 def _check_eps(eps: float) -> None:

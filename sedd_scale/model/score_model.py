@@ -9,21 +9,13 @@ from torch import Tensor, nn
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.objectives import make_objective, shifted
-from sedd_scale.diffusion.schedules import Schedule, make_schedule
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
 from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
-
-
-def schedule_of(config: Config) -> Schedule:
-    """The noise schedule a configuration names."""
-    noise = config.noise
-    return make_schedule(
-        noise.name, eps=noise.eps, sigma_min=noise.sigma_min, sigma_max=noise.sigma_max
-    )
 
 
 class ScoreModel(nn.Module):

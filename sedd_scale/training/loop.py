@@ -21,12 +21,11 @@ from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import Graph, make_graph
-from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.diffusion.schedules import Schedule, schedule_of
 from sedd_scale.engine.engine import Engine, make_engine
 from sedd_scale.errors import ConfigError
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
 from sedd_scale.tracking.metrics import MetricsLog
 from sedd_scale.tracking.utilisation import Utilisation

@@ -14,8 +14,8 @@ from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.engine.engine import MicroBatch
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import initialize_layout, shutdown
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 

@@ -14,8 +14,8 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import BadShardError
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import DataError
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
 from tests.data.skip_worker import damage

@@ -10,8 +10,8 @@ import torch
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
-from sedd_scale.model.score_model import schedule_of
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.tracking.metrics import TIME_KEYS
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
