@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(path: Path, num_bytes: int) -> float:
-    """Seconds to write and fsync a plain file of so many bytes."""
+    """Seconds to write and fsync a plain file of this size."""
     chunk = os.urandom(_CHUNK)
     begun = time.perf_counter()
     with path.open("wb", buffering=0) as stream:

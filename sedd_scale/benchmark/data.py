@@ -69,7 +69,7 @@ def write_dataset(arguments: argparse.Namespace, folder: Path) -> Path:
     words = random.Random(0)
     wanted, written, documents = 1.1 * arguments.num_blocks * arguments.block_length, 0, 0
     with (folder / "text.jsonl").open("w") as lines:
-        while written < wanted or documents < 100:  # so many that each split gets some
+        while written < wanted or documents < 100:  # enough for each split to get some
             text = " ".join(words.choices(WORDS, k=400))
             lines.write(f'{{"text": "{text}"}}\n')
             written, documents = written + len(text), documents + 1

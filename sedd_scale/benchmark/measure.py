@@ -13,7 +13,7 @@ def median_seconds(
 ) -> list[float]:
     """Median seconds of each program over `repeats` rounds, after `warm_up` uncounted ones.
 
-    A round runs every program once, so that a slow minute of the machine slows them all alike.
+    A round runs every program once, so that a slow minute of the machine slows each of them.
     """
     seconds: list[list[float]] = [[] for _ in programs]
     for turn in range(warm_up + repeats):

@@ -91,7 +91,7 @@ def required_traffic(
     keep (arXiv 2205.05198); gradients of what is replicated are summed. Data ranks: gradients to
     their owners and weights back (arXiv 1910.02054); ZeRO 2 and 3 reduce each micro-batch, and
     ZeRO 3 gathers weights for each pass where they are more than `MAX_LIVE_PARAMETERS`. Pipeline
-    stages: the hidden states with the conditioning and back. Scalars are left out.
+    stages: the hidden states with the conditioning and back. Scalars are not counted.
 
     Args:
         parameters: numbers that this process holds, before ZeRO.

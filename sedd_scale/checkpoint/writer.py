@@ -136,7 +136,7 @@ class CheckpointWriter:
         if error_type is None:
             self.close()
             return
-        # The other ranks may not be there to agree; what needs no agreement goes on for a while.
+        # The other ranks may not be there to agree; what needs no agreement may run on for a while.
         if self._save is not None:
             if issubclass(error_type, LostRankError):
                 # The lost rank may have written its part; if not, it is of no use to wait for it.

@@ -159,7 +159,7 @@ class ScoreNetwork(nn.Module):
 
     @contextlib.contextmanager
     def caching(self, capacity: int) -> Iterator[None]:
-        """Inside, `hidden` of a causal network takes the next positions, up to so many in all."""
+        """Inside, `hidden` of a causal network takes the next positions, `capacity` in all."""
         cores = [module for module in self.modules() if isinstance(module, CoreAttention)]
         for core in cores:
             core.cache = KeyValueCache(capacity)

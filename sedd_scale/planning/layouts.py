@@ -63,8 +63,8 @@ class Plan:
         gpus: processes in all, one a GPU.
         data: model replicas.
         accumulation: micro-batches of one rank in one step.
-        parameters: of the whole network by part, padding left out.
-        stages: one entry a pipeline stage; ranks of one stage are alike up to padding.
+        parameters: of the whole network by part, without padding.
+        stages: one entry a pipeline stage; ranks of one stage differ in padding only.
         flops: of one step over all GPUs.
         sent_bytes: estimate of what one rank of the busiest stage sends in one step.
     """

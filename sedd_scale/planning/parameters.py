@@ -96,7 +96,7 @@ def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
 
 
 def count_by_part(layers: list[Layer]) -> dict[str, int]:
-    """Parameters of each part of the whole network, padding left out."""
+    """Parameters of each part of the whole network, without padding."""
     counts: dict[str, int] = {}
     for layer in layers:
         for parameter in layer:

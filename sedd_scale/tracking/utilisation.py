@@ -48,7 +48,7 @@ class Utilisation:
         )
 
     def mfu(self, step_seconds: float) -> float:
-        """Share of the peak at so many seconds a step; recomputed activations do not count."""
+        """Share of the peak, given the seconds of a step; recomputed activations do not count."""
         return self._flops_of_process / step_seconds / self.peak.flops_per_second
 
     def memory_bytes(self) -> int:
