@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling.chunks import rows_per_chunk
 from sedd_scale.sampling.logits import LogitModel
 
-CHUNK_BYTES = 48 * 2**20
-_SMALLEST_CHUNK_ROWS = 16
+CPU_CHUNK_BYTES = 48 * 2**20
 
 
 class HeadOutputs:
@@ -34,12 +34,14 @@ class HeadOutputs:
         shape: torch.Size,
         *,
         ends_BE: Tensor | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int = CPU_CHUNK_BYTES,
     ) -> None:
         self.model = model
         self.ends_BE = ends_BE
         self.calls = self.sequences = self.rows = 0
-        self.chunk_rows = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
+        self.chunk_rows = rows_per_chunk(
+            model.device, row_bytes=4 * model.graph.num_states, cpu_bytes=chunk_bytes
+        )
         self._tokens_BL = torch.full(shape, -1, dtype=torch.int64, device=model.device)
         self._sigma_B = torch.full(shape[:1], -1.0, dtype=torch.float64, device=model.device)
         self._kept_RW: Tensor | None = None

@@ -10,9 +10,9 @@ from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.errors import CheckpointError
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.sampling.chunks import rows_per_chunk
 
-CHUNK_BYTES = 16 * 2**20
-_SMALLEST_CHUNK_ROWS = 16
+CPU_CHUNK_BYTES = 16 * 2**20
 
 
 class LogitModel(Protocol):
@@ -56,7 +56,7 @@ def logit_chunks(
     rows_M: Tensor,
     *,
     ends_BE: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = CPU_CHUNK_BYTES,
 ) -> Iterator[tuple[slice, Tensor]]:
     """One network call, then (slice of `rows_M`, logits [m, V]) chunk by chunk.
 
@@ -65,14 +65,15 @@ def logit_chunks(
         sigma_B: total noise of each sequence, nats.
         rows_M: positions of the flattened [B * L]; none: no network call is made.
         ends_BE: where each sequence's documents end, for attention within documents.
-        chunk_bytes: memory for a chunk of logits, counted in float32.
+        chunk_bytes: memory for a chunk of logits on a CPU, counted in float32.
 
     Raises:
         CheckpointError: an output is not a finite number.
     """
     if not len(rows_M):
         return
-    step = max(_SMALLEST_CHUNK_ROWS, chunk_bytes // (4 * model.graph.num_states))
+    row_bytes = 4 * model.graph.num_states
+    step = rows_per_chunk(model.device, row_bytes=row_bytes, cpu_bytes=chunk_bytes)
     chunks = [slice(start, start + step) for start in range(0, len(rows_M), step)]
     if isinstance(model, ScoreModel):
         hidden_MH = model.network.hidden_of_rows(tokens_BL, sigma_B, rows_M, ends_BE)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sedd_scale.diffusion.reverse import draw_categorical
 from sedd_scale.errors import CheckpointError
+from sedd_scale.sampling.chunks import rows_per_chunk
 from sedd_scale.sampling.settings import SamplerSettings
 
-_DRAW_BYTES = 16 * 2**20
+CPU_DRAW_BYTES = 16 * 2**20
 
 
 class TokenLaw:
@@ -60,7 +61,9 @@ class TokenLaw:
     def _draw(
         self, rows_MN: Tensor, uniform_M: Tensor, weights: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        step = max(1, _DRAW_BYTES // (8 * rows_MN.shape[1]))
+        step = rows_per_chunk(
+            rows_MN.device, row_bytes=8 * rows_MN.shape[1], cpu_bytes=CPU_DRAW_BYTES
+        )
         tokens = [
             draw_categorical(
                 weights(rows_MN[at : at + step]), uniform_M[at : at + step], dtype=self.dtype
