@@ -155,6 +155,6 @@ def steps_per_second(make: Any, seconds: float) -> float:
 
 def resident_megabytes() -> float:
     """Memory that this process holds now."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return float(psutil.Process().memory_info().rss) / 1e6
