@@ -4,8 +4,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
-from sedd_scale.cli import EXIT_USER_ERROR, make_parser, nearest, run_one_of
+from sedd_scale.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, make_parser, run_one_of
 from sedd_scale.commands import COMMANDS
 from sedd_scale.errors import LostRankError
 
@@ -29,10 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = words
     name = name.replace("-", "_")
     if name not in COMMANDS:
-        guess = nearest(name, list(COMMANDS))
-        print(f"{PROG}: error: no command {name}; did you mean {guess}?", file=sys.stderr)
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"`{PROG} --help` lists them"
+        print(f"{PROG}: error: no command {name}; {hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    code = run_one_of(importlib.import_module(f"sedd_scale.commands.{name}").COMMANDS, rest)
+    try:
+        command = importlib.import_module(f"sedd_scale.commands.{name}")
+    except KeyboardInterrupt:
+        print(f"{PROG} {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    code = run_one_of(command.COMMANDS, rest)
     if code == LostRankError.exit_code:
         # What is left open waits for a rank that is gone.
         sys.stdout.flush()

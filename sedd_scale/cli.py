@@ -5,7 +5,9 @@ import math
 import os
 import select
 import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -147,6 +149,10 @@ def _add_common(
     exit_codes: Mapping[int, str] | None,
     notes: str = "",
 ) -> None:
+    # argparse wraps no text of a parser whose epilog keeps its lines.
+    width = max(shutil.get_terminal_size().columns - 2, 11)
+    lines = (parser.description or "").splitlines()
+    parser.description = "\n".join(textwrap.fill(line, width) for line in lines)
     parser.epilog = _epilog(example, exit_codes, notes)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")

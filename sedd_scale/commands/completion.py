@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = make_parser(
         "sedd-scale completion",
-        "Print a script that lets a shell complete the commands of sedd-scale, their options and\n"
+        "Print a script that lets a shell complete the commands of sedd-scale, their options and "
         "their values. zsh and tcsh: see docs/commands.md.",
         'eval "$(sedd-scale completion bash)"',
     )

@@ -76,6 +76,20 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert main(["evalppl"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no command evalppl; did you mean eval_ppl" in error
+    assert main(["zzz"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no command zzz; `sedd-scale --help` lists them" in error
+
+
+def test_descriptions_fit_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        _, description, *_ = capsys.readouterr().out.split("\n\n")
+        assert max(map(len, description.splitlines())) <= 60, description
 
 
 def test_the_list_of_commands_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
