@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["sedd_scale", "sedd_scale.*"]),
     # configs and slurm are links to the folders beside the package.
-    package_data={"sedd_scale": ["py.typed", "configs/*/*.yaml", "slurm/*.sh"]},
+    package_data={"sedd_scale": ["py.typed", "configs/*/*.yaml", "slurm/*.sh", "benchmark/*.json"]},
     entry_points={"console_scripts": ["sedd-scale = sedd_scale.__main__:main"]},
     python_requires=">=3.10,<3.13",
     install_requires=[

@@ -137,9 +137,8 @@ def add_command(
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=help, description=description or f"{help[:1].upper()}{help[1:]}."
     )
-    _add_common(parser, example, exit_codes)
     # Another default would overwrite a --debug given before the subcommand.
-    parser.set_defaults(debug=argparse.SUPPRESS)
+    _add_common(parser, example, exit_codes, debug_default=argparse.SUPPRESS)
     return parser
 
 
@@ -148,6 +147,7 @@ def _add_common(
     example: str,
     exit_codes: Mapping[int, str] | None,
     notes: str = "",
+    debug_default: Any = False,
 ) -> None:
     # argparse wraps no text of a parser whose epilog keeps its lines.
     width = max(shutil.get_terminal_size().columns - 2, 11)
@@ -155,7 +155,12 @@ def _add_common(
     parser.description = "\n".join(textwrap.fill(line, width) for line in lines)
     parser.epilog = _epilog(example, exit_codes, notes)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=debug_default,
+        help="show a traceback with an error",
+    )
     parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
 
 

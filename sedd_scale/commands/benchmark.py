@@ -7,6 +7,7 @@ from sedd_scale.benchmark import (
     communication,
     data,
     evaluation,
+    gpu,
     loss,
     optimizer,
     sample,
@@ -14,7 +15,7 @@ from sedd_scale.benchmark import (
 )
 from sedd_scale.cli import Command, make_parser
 
-SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint, evaluation)
+SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint, evaluation, gpu)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from sedd_scale import __version__
 from sedd_scale.__main__ import main
 from sedd_scale.cli import Command, make_parser, run_command
 from sedd_scale.commands import COMMANDS
+from sedd_scale.errors import ConfigError
 from tests.repository import ROOT
 
 HEAVY = ("torch", "deepspeed", "megatron", "matplotlib", "wandb", "transformers", "rich")
@@ -129,6 +130,21 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]):
 
     assert run_command(make_parser("fetch", "Fetch.", "fetch"), command, []) == 2
     assert capsys.readouterr().err == "fetch: error: pipe:fetch broke: try again\n"
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_an_error_of_a_subcommand_is_one_line_unless_asked(
+    debug: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["loss", "--mean"]  # of the other graph
+    for words in ([*debug, *wrong], [*wrong, *debug]):
+        if debug:
+            with pytest.raises(ConfigError, match="--graph uniform"):
+                main(["benchmark", *words])
+            continue
+        assert main(["benchmark", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sedd-scale benchmark: error: --mean") and error.count("\n") == 1
 
 
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]):
