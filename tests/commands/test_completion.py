@@ -38,7 +38,7 @@ def completed(path: Path, *words: str) -> set[str]:
     COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
     COMP_CWORD={len(words) - 1} COMP_LINE='{line}' COMP_POINT={len(line)}
     compopt() {{ :; }}
-    _shtab_sedd_scale
+    _sedd_scale
     printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(
@@ -61,7 +61,17 @@ def completed(path: Path, *words: str) -> set[str]:
         (["convert_ckpt", "verify", "--tol"], {"--tolerance"}),
         (["submit", "status", "--j"], {"--json"}),
         (["experiment", "cov"], {"coverage"}),
+        (["submit", "sta"], {"status"}),
+        (["convert_ckpt", "ver"], {"verify"}),
+        (["convert-ckpt", "verify", "--tol"], {"--tolerance"}),
+        (["prepare_data", "--input", "READ"], {"README.md"}),
         (["train", "a.yaml", "training.prec"], {"training.precision="}),
+        (["train", "a.yaml", "training.precision", "=", "b"], {"bf16"}),
+        (["train", "a.yaml", "graph.name", "="], {"absorb", "uniform"}),
+        (["train", "a.yaml", "model.document_attention", "=", "t"], {"true"}),
+        (["train", "a.yaml", "model.scale_by_sigma", "=", "n"], {"null"}),
+        (["train", "a.yaml", "data.path", "=", "READ"], {"README.md"}),
+        (["generate", "--output", "=", "READ"], {"README.md"}),
     ],
     ids=" ".join,
 )
