@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedd_scale.config.rules import check_combinations, check_value
-from sedd_scale.config.shipped import find_config
+from sedd_scale.config.shipped import find_base, find_config
 from sedd_scale.config.tree import ConfigTree, config_keys, sections
 from sedd_scale.config.yaml_text import parse_yaml, read_yaml, scalar_text
 from sedd_scale.errors import ConfigError
@@ -50,8 +50,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, the files its `base:` names, and dotted overrides.
 
     Bases (a path or a list, relative to the file) come first, later over earlier; the file comes
-    over its bases, and overrides such as `parallel.tensor=2` over everything. A path that is not
-    there may name a shipped file, as configs/runs/tiny.yaml does.
+    over its bases, and overrides such as `parallel.tensor=2` over everything. A path or base that
+    is not there may name a shipped file, as configs/runs/tiny.yaml does.
 
     Raises:
         ConfigError: a file is missing, empty or no YAML; bases form a circle; a key is unknown; a
@@ -92,7 +92,7 @@ def _load_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: base={bases!r} is neither a path nor a list of paths")
     values: dict[str, Any] = {}
     for base in bases:
-        values.update(_load_file(path.parent / base, (*chain, resolved)))
+        values.update(_load_file(find_base(path, base), (*chain, resolved)))
     values.update(_flatten(tree, str(path)))
     return values
 

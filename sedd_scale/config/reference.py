@@ -15,8 +15,9 @@ INTRODUCTION = """\
 # Configuration
 
 A run is described by one tree of sections and keys. A YAML file gives some of them; `base:` names
-files (one or a list, relative to the file) that come first; what no file gives has the default
-below. On the command line `section.key=value` comes over all files:
+files that come first: one or a list, relative to the file, or shipped ones such as
+`configs/models/tiny.yaml`. What no file gives has the default below. On the command line
+`section.key=value` comes over all files:
 
 ```sh
 torchrun --nproc-per-node 2 -m sedd_scale train configs/runs/tiny.yaml --run-dir runs/first \\

@@ -184,6 +184,15 @@ def test_bases_compose_in_order(tmp_path: Path):
     assert (model.hidden_size, model.num_layers, model.num_heads) == (8, 9, 4)
 
 
+def test_a_base_may_be_a_shipped_file_unless_there_is_one_beside(tmp_path: Path):
+    path = write(tmp_path / "run.yaml", "base: configs/models/tiny.yaml\n")
+    shipped = load_config("configs/models/tiny.yaml")
+    assert load_config(path) == shipped
+    (tmp_path / "configs/models").mkdir(parents=True)
+    write(tmp_path / "configs/models/tiny.yaml", "model: {num_heads: 3}\n")
+    assert load_config(path) == Config().override("model.num_heads=3") != shipped
+
+
 # --- refusals: what is written, and what the message has to name
 
 UNREADABLE = [
@@ -216,7 +225,7 @@ def test_unreadable_file_is_refused(text: str, named: list[str], tmp_path: Path)
     path = write(tmp_path / "config.yaml", text)
     with pytest.raises(ConfigError) as error:
         load_config(path)
-    for part in ["config.yaml" if "base: nowhere" not in text else "nowhere.yaml", *named]:
+    for part in ["config.yaml", *named]:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
