@@ -73,7 +73,10 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     yield f"path        {source.path}"
     yield f"format      {source.format}"
     yield f"holds       {', '.join(holds)}"
-    yield f"step        {described.step} (optimizer {described.optimizer_step})"
+    if described.step or "exp_avg" in source.holds:
+        yield f"step        {described.step}, {described.optimizer_step} updates of the optimizer"
+    else:
+        yield "step        not known"
     yield (
         f"model       {num_parameters:,} parameters: hidden_size {model.hidden_size}, num_layers "
         f"{model.num_layers}, num_heads {model.num_heads}, cond_dim {model.cond_dim}, mlp_ratio "

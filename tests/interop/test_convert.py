@@ -194,6 +194,9 @@ def test_verify_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "format      native" in text and "absorb, 50 tokens" in text
     assert "blocks.*.attention.linear_qkv.weight/exp_avg" in text
+    assert "step        0, 0 updates of the optimizer" in text
+    assert run("inspect", source) == 0
+    assert "step        not known" in capsys.readouterr().out
 
 
 def test_a_damaged_native_source_is_refused(tmp_path: Path) -> None:
