@@ -85,7 +85,8 @@ def parts(*, rehearse: bool) -> Iterator[Part]:
         dropped = [*changes, "model.dropout=0.1"]
         yield Part(f"step of {model}, {batch} sequences", 2, [*step, *sizes, *dropped])
     sample = [*benchmark, "sample", "--json", "--timed-steps", "4", "--precision", "bf16"]
-    yield Part("samplers", 2, [*sample, *(TINY if rehearse else ("--model", "small"))])
+    few = ["--model", "tiny", "--length", "16", "--vocab-size", "64", "--steps", "4"]
+    yield Part("samplers", 2, [*sample, *(few if rehearse else ["--batch-size", "64"])])
     profile = [*benchmark, "step", "--json", "--profile", "--precision", "bf16", "--repeats", "1"]
     sizes = list(TINY) if rehearse else ["--model", "small", "--batch-size", "32"]
     yield Part("profile of small", 1, [*profile, *sizes, "model.dropout=0.1"])
