@@ -1,1 +1,1 @@
-"""Runs on a Slurm cluster: task environment, node health, job scripts, restarts and status."""
+"""Runs on a Slurm cluster: node health, job scripts, restarts and status."""

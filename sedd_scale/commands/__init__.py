@@ -1,4 +1,4 @@
-"""The commands: arguments and one call each, as `sedd-scale NAME` or sedd-scale NAME.
+"""The commands of `sedd-scale NAME`: arguments and one call each.
 
 A module has `COMMANDS`: its subcommands by name, the one under "" where none is named.
 """
