@@ -164,6 +164,13 @@ def _add_common(
     parser.add_argument("--version", action="version", version=f"sedd_scale {__version__}")
 
 
+def _words(error: Exception) -> str:
+    """What an error says; of a file, its name and what was wrong, without the system's number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _nobody_reads_stdout() -> bool:
     """Whether standard output is a pipe without a reader; other pipes and sockets break too."""
     poll = select.poll()
@@ -222,7 +229,7 @@ def run_command(
             return EXIT_CLOSED_PIPE
         if arguments.debug:
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(_words(error).split())
         rank = os.environ.get("RANK", "0")
         if rank == "0" or "WORLD_SIZE" not in os.environ:
             print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)

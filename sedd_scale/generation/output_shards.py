@@ -75,7 +75,9 @@ class ShardDirectory:
             self.path.mkdir(exist_ok=True)
             lock: BinaryIO = (self.path / LOCK_FILE).open("a+b")
         except OSError as error:
-            raise DataError(f"--output {self.output} cannot be written: {error}") from error
+            raise DataError(
+                f"--output {self.output} cannot be written: {error.strerror}"
+            ) from error
         if not _locked(lock):
             lock.close()
             raise DataError(

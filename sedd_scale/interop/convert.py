@@ -127,7 +127,7 @@ def _write_beside(temporary: Path, target: Path, write: Callable[[], None]) -> N
         write()
         temporary.rename(target)
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ import importlib
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from collections import defaultdict
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]):
 
     assert run_command(make_parser("fetch", "Fetch.", "fetch"), command, []) == 2
     assert capsys.readouterr().err == "fetch: error: pipe:fetch broke: try again\n"
+
+
+def test_an_error_of_the_system_names_the_file_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+
+    def command(_: argparse.Namespace) -> None:
+        gone.read_text()
+
+    assert run_command(make_parser("fetch", "Fetch.", "fetch"), command, []) == 2
+    assert capsys.readouterr().err == f"fetch: error: {gone}: No such file or directory\n"
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
