@@ -5,8 +5,8 @@ import importlib
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
