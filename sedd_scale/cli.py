@@ -203,9 +203,7 @@ def run_command(
     that fails says so and leaves at once, so that the launcher stops the others. A reader of the
     output that has seen enough, as in `... | head`, ends it without a word.
     """
-    # Megatron-core warns of every optional package that is not installed, in every process, and
     # DeepSpeed calls collectives under names that torch is about to retire.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args
     words = sys.argv[1:] if argv is None else argv
