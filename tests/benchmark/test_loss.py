@@ -1,5 +1,6 @@
 """The benchmark of the loss: both of its sides compute the same, and it reports what it says."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -75,4 +76,4 @@ def test_the_command_reports_one_json_object_last(options: tuple[str, ...]) -> N
     assert report["loss"] == pytest.approx(report["baseline_loss"], rel=1e-3)
     if "uniform" not in options:
         assert 0 < report["extra_mb"] < report["baseline_extra_mb"]
-    assert report["device"] and report["versions"]["torch"] == torch.__version__
+    assert report["device"] and report["versions"]["torch"] == importlib.metadata.version("torch")

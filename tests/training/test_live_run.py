@@ -115,7 +115,9 @@ def test_a_frozen_rank_ends_the_others_with_their_stacks(story: Story) -> None:
     assert "train_step" in story.stacks and "Thread" in story.stacks
     assert not story.stacks_of_frozen
     # Thawed, it finds that it is alone, and says so in one line.
-    assert frozen.count("\n") == 1 and "rank 1: a rank was lost" in frozen, frozen
+    # A CUDA build of torch warns of a machine without a GPU.
+    said = [line for line in frozen.splitlines() if not line.startswith("W")]
+    assert len(said) == 1 and "rank 1: a rank was lost" in said[0], frozen
 
 
 def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_goes_on(story: Story) -> None:
