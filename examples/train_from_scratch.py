@@ -36,5 +36,6 @@ for step in range(1, steps + 1):
     if step % 20 == 0:
         print(f"step {step}: {nats:.3f} nats/token")
 
-print(sedd_scale.evaluate(model, texts[0], max_blocks=16, draws=4).perplexity)
+held_out = sedd_scale.evaluate(model, texts[0], max_blocks=16, draws=4)
+print(f"held-out text: perplexity at most {held_out.perplexity:.2f} per byte")
 sedd_scale.save_pretrained(model, "example-model")

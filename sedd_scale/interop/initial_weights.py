@@ -90,11 +90,9 @@ class InitialWeights:
     def description(self) -> str:
         """One line for the log of the run."""
         described = self.source.described
+        step = f", step {described.step}" if described.step else ""
         grown = f", {self.grown} tokens added" if self.grown else ""
-        return (
-            f"initialised from {self.source.path} ({self.source.format}, step {described.step}"
-            f"{grown})"
-        )
+        return f"initialised from {self.source.path} ({self.source.format}{step}{grown})"
 
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """One parameter, whole, float32, in the run's shape, and which of its numbers are given.
