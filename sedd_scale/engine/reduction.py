@@ -26,6 +26,7 @@ def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
         partitions = _Bf16Partitions(engine.optimizer, layout)
         engine.buffered_allreduce_fallback = partitions.reduce
         engine.optimizer.get_grads_for_norm = partitions.for_norm_or_clipping
+        engine.optimizer._update_hp_grad = functools.partial(_add_gradient, engine.optimizer)
     elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         zero = engine.optimizer
         zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
@@ -161,6 +162,26 @@ def _move_to(place: Tensor, weight: Tensor) -> None:
     if weight.grad is not None and weight.grad is not place:
         place.copy_(weight.grad)
         weight.grad = place
+
+
+@torch.no_grad()
+def _add_gradient(zero: Any, weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+    """Add a bf16 gradient to the float32 one, in one pass, and let its memory go.
+
+    DeepSpeed makes a float32 copy first, and fills the bf16 gradient with zeros for the next one to
+    be added to.
+    """
+    if weight.grad is None:
+        return
+    total = zero.fp32_groups_gradients[group][index]
+    gradient = weight.grad.view(total.shape)
+    if zero.fp32_groups_has_gradients[group][index]:
+        total.add_(gradient)
+    else:
+        total.copy_(gradient)
+    zero.fp32_groups_has_gradients[group][index] = True
+    weight._hp_grad = total  # type: ignore[attr-defined]
+    weight.grad = None
 
 
 class _Bf16Partitions:

@@ -152,7 +152,7 @@ def step_time(
         # Statistics read the logits; the gradient reads and writes them.
         "head's products": 3 * head / device.products,
         "head's passes": (3 * weight * rows * states + chunks * 8 * states * width) / device.memory,
-        "gradients to float32": 18 * heaviest.parameters / device.memory,
+        "gradients to float32": 10 * heaviest.parameters / device.memory,
         "tensor ranks": _tensor_seconds(config, planned, tokens * width * weight, device),
     }
     queued = blocks * LAUNCHES_PER_BLOCK * device.launch
