@@ -69,8 +69,8 @@ def render(
     ]
     lines = [
         "#!/usr/bin/env bash",
-        f"# {size.tasks} processes; about {size.run_seconds / 3600:.1f} hours in all, in "
-        f"{size.starts} start{'s' * (size.starts > 1)}.",
+        f"# {size.tasks} process{'es' * (size.tasks > 1)}; about {size.run_seconds / 3600:.1f} "
+        f"hours in all, in {size.starts} start{'s' * (size.starts > 1)}.",
         *(f"#SBATCH {flag}" for flag in flags),
         "set -euo pipefail",
         f"export SEDD_HOME={shlex.quote(str(folder / 'code'))}",

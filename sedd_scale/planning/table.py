@@ -33,8 +33,9 @@ def print_plan(config: Config, planned: Plan, *, usable: float, seconds: float) 
         print(f"  {part:<18}{count:>14,}")
     verdict = "fits" if heaviest.peak <= usable else "does NOT fit"
     print(
-        f"\n{planned.gpus} GPUs: {layout_text(planned)}, {training.precision}, "
-        f"{planned.accumulation} micro-batches of {training.micro_batch} a rank\n"
+        f"\n{planned.gpus} GPU{'s' * (planned.gpus > 1)}: {layout_text(planned)}, "
+        f"{training.precision}, {planned.accumulation} micro-batch{'es' * (planned.accumulation > 1)} of "
+        f"{training.micro_batch} a rank\n"
         f"heaviest rank, stage {planned.stages.index(heaviest)} of {len(planned.stages)} with "
         f"{heaviest.parameters:,} parameters, in GB:"
     )
