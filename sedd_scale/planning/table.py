@@ -34,8 +34,8 @@ def print_plan(config: Config, planned: Plan, *, usable: float, seconds: float) 
     verdict = "fits" if heaviest.peak <= usable else "does NOT fit"
     print(
         f"\n{planned.gpus} GPU{'s' * (planned.gpus > 1)}: {layout_text(planned)}, "
-        f"{training.precision}, {planned.accumulation} micro-batch{'es' * (planned.accumulation > 1)} of "
-        f"{training.micro_batch} a rank\n"
+        f"{training.precision}, {planned.accumulation} "
+        f"micro-batch{'es' * (planned.accumulation > 1)} of {training.micro_batch} a rank\n"
         f"heaviest rank, stage {planned.stages.index(heaviest)} of {len(planned.stages)} with "
         f"{heaviest.parameters:,} parameters, in GB:"
     )
