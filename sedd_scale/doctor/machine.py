@@ -9,6 +9,7 @@ from typing import Any
 from sedd_scale.cluster.node_checks import MIN_FREE_SHARE, available_memory
 from sedd_scale.doctor.findings import BAD, GOOD, NOTICE, OPTIONAL, Finding
 from sedd_scale.doctor.processes import run_trial, run_trials
+from sedd_scale.files.compiler import compiler_fault
 
 GB = 1e9
 LOW_DISK_GB, LOW_MEMORY_GB, LOW_SHARED_GB = 5.0, 2.0, 1.0
@@ -20,7 +21,9 @@ def check_devices() -> tuple[list[Finding], int]:
     if not output:
         return [Finding("CUDA", BAD, f"torch cannot be asked: it {error}")], 0
     found = json.loads(output[-1])
-    return [judge_cuda(found), judge_nccl(found), judge_gloo(found)], len(found["names"])
+    num_gpus = len(found["names"])
+    compiler = judge_compiler(compiler_fault(), on_gpu=num_gpus > 0)
+    return [judge_cuda(found), judge_nccl(found), judge_gloo(found), compiler], num_gpus
 
 
 def judge_cuda(found: dict[str, Any]) -> Finding:
@@ -57,6 +60,13 @@ def judge_cuda(found: dict[str, Any]) -> Finding:
     if not found["bf16"]:
         return Finding("CUDA", NOTICE, f"{detail}, without bf16", "training.precision=fp32")
     return Finding("CUDA", GOOD, detail)
+
+
+def judge_compiler(fault: str | None, *, on_gpu: bool) -> Finding:
+    """What to say of the compiler that Triton's kernels need where they first run."""
+    if fault is None:
+        return Finding("compiler", GOOD, "a C compiler and the headers of this Python")
+    return Finding("compiler", BAD if on_gpu else OPTIONAL, f"for kernels on a GPU: {fault}")
 
 
 def judge_nccl(found: dict[str, Any]) -> Finding:

@@ -142,6 +142,13 @@ def test_verdicts_on_devices():
     assert machine.judge_gloo(gpus(has_gloo=False)).verdict == BAD
 
 
+def test_verdicts_on_the_compiler():
+    assert machine.judge_compiler(None, on_gpu=True).verdict == GOOD
+    missing = "no C compiler (gcc): install gcc"
+    assert machine.judge_compiler(missing, on_gpu=True).verdict == BAD
+    assert machine.judge_compiler(missing, on_gpu=False).verdict == OPTIONAL
+
+
 def test_the_last_line():
     assert verdict([Finding("a", GOOD, ""), Finding("b", OPTIONAL, "")]) == "ready"
     assert verdict([Finding("a", NOTICE, "")]) == "ready; look at a"
