@@ -116,10 +116,8 @@ sedd_environment() {
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$SEDD_CACHE/extensions}
   # Megatron-core overlaps its collectives with products only where both share one queue.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  # Sizes change with the number of masked tokens: segments that grow do not fragment. (torch before
-  # 2.9 knows the second name.)
+  # Sizes change with the number of masked tokens: segments that grow do not fragment.
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-$PYTORCH_ALLOC_CONF}
   # A rank's own compilations: its share of the node's cores, not all of them.
   export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$OMP_NUM_THREADS}
   # No reduction whose shape is chosen by timing: ranks that share a tensor would part by a bit.
