@@ -73,7 +73,7 @@ def completed(path: Path, *words: str) -> set[str]:
         (["train", "a.yaml", "data.path", "=", "READ"], {"README.md"}),
         (["generate", "--output", "=", "READ"], {"README.md"}),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(sorted(words) if isinstance(words, set) else words),
 )
 def test_bash_completes(words: list[str], offered: set[str], bash: Path) -> None:
     assert completed(bash, "sedd-scale", *words) == offered
