@@ -147,8 +147,9 @@ def test_an_error_of_the_system_names_the_file_first(
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
 def test_an_error_of_a_subcommand_is_one_line_unless_asked(
-    debug: list[str], capsys: pytest.CaptureFixture[str]
+    debug: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)  # other tests' too
     wrong = ["loss", "--mean"]  # of the other graph
     for words in ([*debug, *wrong], [*wrong, *debug]):
         if debug:

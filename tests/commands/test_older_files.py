@@ -19,7 +19,8 @@ WRITTEN = ROOT / "tests/data/written/before_rooms.tar.xz"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(WRITTEN) as archive:
-        archive.extractall(tmp_path, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+        archive.extractall(tmp_path, **safely)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
