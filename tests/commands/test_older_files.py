@@ -1,6 +1,9 @@
 """Datasets, runs and exports that an earlier commit wrote are read, resumed and repeated."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 
 from sedd_scale.__main__ import main
+from sedd_scale.files.package import environment_for
 from tests.repository import ROOT
 
 # A dataset of bytes, a run of six steps on two tensor-parallel processes whose checkpoint of step 3
@@ -30,7 +34,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_resumes_with_the_losses_it_had(folder: Path) -> None:
-    assert main(["train", "run/config.yaml", "--run-dir", "run", "parallel.tensor=1"]) == 0
+    # In a process of its own, which blocks signals at its end.
+    words = ["train", "run/config.yaml", "--run-dir", "run", "parallel.tensor=1"]
+    command = [sys.executable, "-m", "sedd_scale", *words]
+    subprocess.run(command, env=environment_for(os.environ), check=True)
     before, after = lines(folder / "metrics.jsonl"), lines(folder / "run/metrics.jsonl")
     assert [line["step"] for line in after] == [line["step"] for line in before]
     for old, new in zip(before, after):
