@@ -43,14 +43,7 @@ def test_two_processes_add_up_and_one_trains(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("sedd-doctor-*"))
 
 
-# Its parts are tried one by one above and below; all of them in one more process take a while.
-@pytest.fixture
-def full(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--full"):
-        pytest.skip("the whole examination runs with --full")
-
-
-def test_the_whole_examination(full: None):
+def test_the_whole_examination():
     code, lines = doctor("--json")
     found = json.loads(lines[-1])
     assert code == 0 and found["ready"]
