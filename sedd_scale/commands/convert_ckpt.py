@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         "target",
         type=given_path,
         metavar="DST",
-        help="directory to make; of sedd-train or file.pth",
+        help="directory to make; sedd-train may also be one file, such as model.pth",
     )
     return parser
 

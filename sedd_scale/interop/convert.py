@@ -44,7 +44,7 @@ def convert(
         source_format: native, sedd-hf, sedd-train or mdlm.
         target_format: native, sedd-hf or sedd-train. native and sedd-train take everything that
             the source has: weights, averages, moments, steps.
-        target: the directory to make; of sedd-train also a file that ends in .pth.
+        target: the directory to make; sedd-train may also be one file that ends in .pth or .pt.
         weights: "ema" or "master": take these weights alone, as of a run that has yet to begin;
             None: everything, and the averages where the target has room for one kind of weights.
         shard_bytes: largest size of one file's tensors, of sedd-hf.
