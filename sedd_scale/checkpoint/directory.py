@@ -12,15 +12,18 @@ crash picks, a directory with a final name is whole.
 """
 
 import contextlib
+import functools
 import json
+import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sedd_scale.checkpoint import fault_points
-from sedd_scale.checkpoint.manifest import MANIFEST, read_manifest, record_of
+from sedd_scale.checkpoint.manifest import MANIFEST, first_wrong_size, read_manifest, record_of
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.files.atomic import sync_to_disk, write_atomically
 from sedd_scale.version import __version__
@@ -41,6 +44,10 @@ META_KEYS = {
 }
 
 _STEP_NAME = re.compile(r"step-(\d+)")
+# Names of directories that are not whole, or not for long.
+_UNFINISHED = re.compile(r"step-\d+\.(tmp|purge)")
+_PARTS = (".metadata", "meta.json", MANIFEST)
+T = TypeVar("T")
 
 
 def begin_checkpoint(folder: Path, step: int) -> Path:
@@ -122,76 +129,175 @@ def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
 
     The first is what `latest` names; then come older ones, newest first. Newer ones belong to an
     abandoned continuation, or `latest` had not named them yet when the run crashed. Where `latest`
-    is missing or names nothing, every finished checkpoint counts, newest first.
+    is missing or names nothing, every finished checkpoint counts, newest first. Nothing is changed:
+    what a crash left between the two renames of a replacement is read as step-N.old.
+
+    Args:
+        run_dir: a run directory, or its checkpoints/ folder.
     """
-    folder = Path(run_dir) / "checkpoints"
-    restore_replaced(folder)
-    steps = saved_steps(folder)
+    folder = _folder_of(Path(run_dir))
+    there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
+    for old in folder.glob("step-*.old"):
+        if match := _STEP_NAME.fullmatch(old.stem):
+            there.setdefault(int(match[1]), old)
     # What `latest` names may be removed by hand, or damaged: it tells nothing of the others then.
-    named, complaint = read_latest(folder)
-    newest = max(steps, default=0) if named is None else named
-    return [folder / f"step-{step}" for step in reversed(steps) if step <= newest], complaint
+    named, complaint = _read_latest(folder, there)
+    newest = max(there, default=0) if named is None else named
+    return [there[step] for step in sorted(there, reverse=True) if step <= newest], complaint
 
 
-def read_latest(folder: Path) -> tuple[int | None, str | None]:
+def first_good(
+    run_dir: str | Path,
+    candidates: Iterable[Path],
+    complaint: str | None,
+    use: Callable[[Path], T],
+) -> tuple[Path, T, list[str]]:
+    """The first of a run's candidates that `use` does not find damaged.
+
+    Returns its directory, what `use` made of it, and a line on everything that was passed over.
+
+    Raises:
+        CheckpointError: naming what is wrong with each, where none is good; or as `use` does.
+    """
+    failures = [complaint] if complaint else []
+    for path in candidates:
+        try:
+            return path, use(path), failures
+        except DamagedCheckpointError as error:
+            failures.append(str(error))
+    folder = _folder_of(Path(run_dir))
+    if not failures:
+        raise CheckpointError(f"no checkpoint in {folder}: it has no directory step-N")
+    raise CheckpointError(
+        f"no good checkpoint in {folder}: {'; '.join(failures)}; restore one from a copy, or start "
+        "anew with another --run-dir"
+    )
+
+
+def newest_whole(run_dir: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint that a run goes on from, as far as names and sizes of files tell.
+
+    Returns its directory, its meta.json, and a line on everything that was passed over.
+
+    Args:
+        run_dir: a run directory, or its checkpoints/ folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+
+    def use(path: Path) -> dict[str, Any]:
+        meta = read_meta(path)
+        wrong = first_wrong_size(path, read_manifest(path))
+        if wrong is not None:
+            raise DamagedCheckpointError(wrong)
+        return meta
+
+    return first_good(run_dir, *resume_candidates(run_dir), use)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one checkpoint, be it damaged, and not a run or a run's folder."""
+    if (path / "checkpoints").is_dir() or saved_steps(path):
+        return False
+    is_named = _STEP_NAME.fullmatch(path.name.removesuffix(".old")) is not None
+    is_run = (path / "config.yaml").exists()  # one that has saved nothing yet
+    return any((path / name).exists() for name in _PARTS) or (is_named and not is_run)
+
+
+def _folder_of(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def _read_latest(folder: Path, there: Iterable[int]) -> tuple[int | None, str | None]:
     """The step that `latest` names, or None and what is wrong with it."""
     latest = folder / "latest"
     try:
-        name = latest.read_text(errors="replace").strip()
+        # A file of ours, or a link that somebody set.
+        name = latest.resolve().name if latest.is_dir() else latest.read_text(errors="replace")
     except OSError as error:
-        return None, f"{latest} cannot be read: {error.strerror}"
-    match = _STEP_NAME.fullmatch(name)
+        missing = isinstance(error, FileNotFoundError)
+        # Where nothing was ever saved, its absence tells nothing.
+        nothing = missing and not there
+        return None, None if nothing else f"{latest} cannot be read: {error.strerror}"
+    match = _STEP_NAME.fullmatch(name.strip())
     if match is None:
-        return None, f"{latest} holds {name!r}, not the name of a checkpoint"
-    if not (folder / name).is_dir():
-        return None, f"{latest} names {name}, which is missing"
+        return None, f"{latest} holds {name.strip()!r}, not the name of a checkpoint"
+    if int(match[1]) not in there:
+        return None, f"{latest} names {match[0]}, which is missing"
     return int(match[1]), None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The step-N directory that `path` means: itself, or what its `latest` names.
+    """The directory of the checkpoint that `path` means, by what is in it, whatever its name.
+
+    Where `latest` names none, or one that is not whole, the newest whole one is meant; a warning
+    says so.
 
     Args:
-        path: a run directory, its checkpoints/ folder, or one step-N directory.
+        path: a run directory, its checkpoints/ folder, `latest` in that, or one checkpoint.
 
     Raises:
         CheckpointError: naming what is missing.
     """
     path = Path(path)
+    if path.name == "latest" and not path.is_dir() and is_ours(path):
+        path = path.parent
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: there is no such directory")
-    if _STEP_NAME.match(path.name):
-        if not _STEP_NAME.fullmatch(path.name):
+    if _is_checkpoint(path):
+        if _UNFINISHED.fullmatch(path.name):
             raise CheckpointError(f"{path} is no checkpoint: its writing or removal was cut short")
-        missing = [name for name in (".metadata", "meta.json") if not (path / name).is_file()]
-        if missing:
-            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: it has no {missing[0]}")
+        for name in _PARTS:
+            if not (path / name).is_file():
+                raise DamagedCheckpointError(f"checkpoint {path} is incomplete: it has no {name}")
         return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = saved_steps(folder)
-    instead = f"; name one of its checkpoints, such as {folder}/step-{steps[-1]}" if steps else ""
-    if not (folder / "latest").is_file():
-        raise CheckpointError(f"no checkpoint in {folder}: it has no file 'latest'{instead}")
-    step, complaint = read_latest(folder)
-    if step is None:
-        raise CheckpointError(f"{complaint}{instead}")
-    return find_checkpoint(folder / f"step-{step}")
+    found, _, passed_over = newest_whole(path)
+    for failure in passed_over:
+        _warn_once(f"warning: {failure}; {found} is read instead")
+    return found
+
+
+def run_of(path: Path) -> Path:
+    """The run directory that `path` means: itself, or what its checkpoints/ folder lies in.
+
+    Args:
+        path: what `find_checkpoint` takes.
+    """
+    if not is_ours(path) or (path / "checkpoints").is_dir():
+        return path
+    found = path.resolve()
+    if not found.is_dir() or _is_checkpoint(found):
+        found = found.parent
+    return found.parent if found.name == "checkpoints" else path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` is a run directory, its folder of checkpoints, `latest` or a checkpoint."""
+    if not path.is_dir():
+        return path.name == "latest" and bool(saved_steps(path.parent))
+    if _is_checkpoint(path):
+        return True
+    folder = _folder_of(path)
+    return bool(saved_steps(folder) or [*folder.glob("step-*.old")]) or (folder / "latest").exists()
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself, meta.json.
 
     Args:
-        path: a run directory, its checkpoints/ folder, or one step-N directory.
+        path: what `find_checkpoint` takes.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another format.
     """
     path = find_checkpoint(path) / "meta.json"
-    if not (path.parent / MANIFEST).is_file():
-        raise DamagedCheckpointError(
-            f"checkpoint {path.parent} is incomplete: it has no {MANIFEST}"
-        )
     try:
         if record_of(path) != read_manifest(path.parent).get("meta.json"):
             raise ValueError("its size or SHA-256 is not what was written")
@@ -219,4 +325,6 @@ def saved_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     matches = [_STEP_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
-    return sorted(int(match[1]) for match in matches if match)
+    # A run directory may have any name, such as step-2.
+    steps = [int(match[1]) for match in matches if match]
+    return sorted(step for step in steps if not (folder / f"step-{step}" / "checkpoints").exists())

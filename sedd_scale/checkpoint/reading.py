@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.checkpoint.directory import (
     find_checkpoint,
+    first_good,
     read_meta,
     resume_candidates,
 )
@@ -66,23 +67,18 @@ def load_newest(
             another model or refused by `check`.
     """
     candidates, complaint = from_first(lambda: resume_candidates(run_dir))
-    failures = [complaint] if complaint else []
-    for path in candidates:
-        try:
-            meta = load_checkpoint(path, fragments, verify=verify, check=check)
-        except DamagedCheckpointError as error:
-            failures.append(str(error))
-            continue
-        for failure in failures:
-            line = f"warning: {failure}; went on from {path} instead"
-            say(line)
-            if fragments.layout.rank == 0:
-                print(line, file=sys.stderr, flush=True)
-        return path, meta
-    raise CheckpointError(
-        f"no good checkpoint in {Path(run_dir) / 'checkpoints'}: {'; '.join(failures)}; restore "
-        "one from a copy, or start anew with another --run-dir"
+    path, meta, failures = first_good(
+        run_dir,
+        candidates,
+        complaint,
+        lambda path: load_checkpoint(path, fragments, verify=verify, check=check),
     )
+    for failure in failures:
+        line = f"warning: {failure}; went on from {path} instead"
+        say(line)
+        if fragments.layout.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+    return path, meta
 
 
 def load_checkpoint(

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.checkpoint.directory import newest_whole
 from sedd_scale.cli import EXIT_USER_ERROR, add_command, given_path, make_parser, run_command
-from sedd_scale.errors import ConfigError
+from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.version import now
 
@@ -43,12 +44,14 @@ class Verdict:
 def progress_of(path: Path) -> int:
     """How far the work at `path` is: a number that grows.
 
-    The step of a run directory's newest checkpoint, or else the bytes of an output: a file, a
+    The step of the checkpoint that a run goes on from, or else the bytes of an output: a file, a
     directory, and the PATH.parts of an unfinished one.
     """
-    latest = path / "checkpoints" / "latest"
-    if latest.is_file():
-        return int(latest.read_text().strip().removeprefix("step-"))
+    if (path / "checkpoints").is_dir():
+        try:
+            return int(newest_whole(path)[1]["step"])
+        except CheckpointError:  # none yet, or none that is whole: training says which
+            return 0
     places = [path, path.with_name(path.name + ".parts")]
     files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
     if (path / "slurm").is_dir():  # a run directory before its first checkpoint

@@ -168,12 +168,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def generate_command(arguments: argparse.Namespace) -> None:
     """Draw the samples; the first process writes the report and prints it."""
     from sedd_scale.generation.batch import requests_of_shard
-    from sedd_scale.generation.generate import checkpoint_digest, generate
+    from sedd_scale.generation.generate import generate
     from sedd_scale.generation.judge import check_judge
     from sedd_scale.generation.output_shards import refuse_existing_output
     from sedd_scale.generation.prompts_file import read_prompt_lines
     from sedd_scale.generation.samples_file import report_path
     from sedd_scale.generation.trace_page import write_trace_page
+    from sedd_scale.interop.fingerprint import checkpoint_digest
     from sedd_scale.parallel.layout import shutdown
     from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
     from sedd_scale.sampling.settings import SamplerSettings

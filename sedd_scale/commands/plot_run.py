@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def plot_command(arguments: argparse.Namespace) -> None:
     """Read the runs, draw or serve them, and print where."""
+    from sedd_scale.checkpoint.directory import run_of
     from sedd_scale.tracking.plots import RunMetrics, plot_runs, read_run
     from sedd_scale.tracking.run_page import make_server, run_page
 
@@ -55,7 +56,7 @@ def plot_command(arguments: argparse.Namespace) -> None:
     if output is None and not arguments.watch:
         if len(arguments.runs) > 1:
             raise ConfigError(f"{len(arguments.runs)} runs have no one place: give --output")
-        output = arguments.runs[0] / "curves.png"
+        output = run_of(arguments.runs[0]) / "curves.png"
     is_page = output is None or output.suffix == ".html"
     if arguments.samples is not None and not is_page:
         raise ConfigError("--samples is for a page: give --output FILE.html or --watch")
@@ -67,7 +68,7 @@ def plot_command(arguments: argparse.Namespace) -> None:
         traces = trace_page(traced_samples(arguments.samples))
 
     def read() -> list[RunMetrics]:
-        return [read_run(path, name=str(path)) for path in arguments.runs]
+        return [read_run(run_of(path), name=str(path)) for path in arguments.runs]
 
     runs = read()
     if output is None:

@@ -145,12 +145,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 def send_to_trackers(samples: Path, run_dir: Path) -> None:
     """Send samples to the trackers of a run, at the step of its last checkpoint."""
-    from sedd_scale.checkpoint.directory import find_checkpoint, read_meta
+    from sedd_scale.checkpoint.directory import read_meta, run_of
     from sedd_scale.config import load_config
     from sedd_scale.generation.samples_file import read_samples
     from sedd_scale.tracking.trackers import open_trackers
 
-    step = int(read_meta(find_checkpoint(run_dir))["step"])
+    step = int(read_meta(run_dir)["step"])
+    run_dir = run_of(run_dir)
     config = load_config(run_dir / "config.yaml")
     trackers = open_trackers(
         run_dir, config.logging, config.to_dict(), resumed_step=config.training.steps

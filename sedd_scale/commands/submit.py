@@ -111,9 +111,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def status_command(arguments: argparse.Namespace) -> None:
     """Print the state of a run."""
+    from sedd_scale.checkpoint.directory import run_of
     from sedd_scale.cluster.run_status import format_status, run_status
 
-    status = run_status(arguments.run_dir)
+    status = run_status(run_of(arguments.run_dir))
     print(json.dumps(status) if arguments.json else format_status(status))
 
 

@@ -4,14 +4,12 @@ A sample depends on its request alone: batches are cut the same way on any numbe
 draw is keyed, so which rank takes which batch changes nothing but its time.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from sedd_scale.checkpoint.directory import find_checkpoint
 from sedd_scale.errors import ConfigError
 from sedd_scale.generation.batch import (
     Request,
@@ -34,7 +32,6 @@ from sedd_scale.parallel.layout import Layout
 from sedd_scale.tokenizers.base import Tokenizer
 
 FORMAT_VERSION = 1
-_DIGEST_BYTES = 2**16
 
 
 class Generated(NamedTuple):
@@ -194,22 +191,3 @@ def _draw(
     finally:
         if writer is not None:
             writer.close()
-
-
-def checkpoint_digest(path: Path) -> str:
-    """A fingerprint (hex) of a checkpoint's files: names, sizes, and both ends of each.
-
-    Raises:
-        CheckpointError: no checkpoint is there.
-    """
-    directory = path if (path / "config.json").exists() else find_checkpoint(path)
-    digest = hashlib.sha256()
-    for file in sorted(directory.rglob("*")):
-        if file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(directory)}\0{size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(_DIGEST_BYTES))
-                stream.seek(max(0, size - _DIGEST_BYTES))
-                digest.update(stream.read(_DIGEST_BYTES))
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sedd_scale.checkpoint.directory import is_ours
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
@@ -66,6 +67,8 @@ def detect_format(path: Path) -> str:
     Raises:
         CheckpointError: it looks like none of them.
     """
+    if is_ours(path):
+        return "native"
     if path.is_dir():
         if (path / FILE_NAME).is_file():
             return "sedd-train"

@@ -1,6 +1,5 @@
 """Where a run resumes: at which checkpoint, whether it fits, and its state in the engine."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,16 @@ from typing import Any
 from sedd_scale.checkpoint.directory import (
     find_checkpoint,
     has_checkpoint,
+    newest_whole,
     read_meta,
-    resume_candidates,
+    run_of,
 )
 from sedd_scale.checkpoint.reading import load_checkpoint, load_newest
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.engine.engine import Engine
-from sedd_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.initial_weights import check_same_model
 
 
@@ -60,6 +60,11 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
         CheckpointError: none where one is expected, or one of another run's data, batch or seed.
         ConfigError: a new run is asked for where one already is.
     """
+    if run_of(run_dir) != run_dir:
+        raise ConfigError(
+            f"--run-dir {run_dir} is within the run {run_of(run_dir)}: give that; "
+            "training.resume names one of its checkpoints"
+        )
     resume = config.training.resume
     if resume == "never" or (resume == "auto" and not has_checkpoint(run_dir)):
         if has_checkpoint(run_dir):
@@ -69,9 +74,8 @@ def find_resume(config: Config, run_dir: Path, corpus: Corpus) -> Path | None:
             )
         return None
     if resume == "auto":
-        with contextlib.suppress(DamagedCheckpointError):  # another may do in its place
-            for source in resume_candidates(run_dir)[0][:1]:
-                check_resume(config, corpus, source, read_meta(source))
+        source, meta, _ = newest_whole(run_dir)
+        check_resume(config, corpus, source, meta)
         return run_dir
     source = find_checkpoint(Path(resume))
     check_resume(config, corpus, source, read_meta(source))

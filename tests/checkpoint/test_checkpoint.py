@@ -261,7 +261,7 @@ def test_what_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
     assert not has_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such directory"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no file 'latest'"):
+    with pytest.raises(CheckpointError, match="it has no directory step-N"):
         find_checkpoint(tmp_path)
 
     run = tmp_path / "run"
@@ -269,15 +269,7 @@ def test_what_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
     folder, step = run / "checkpoints", run / "checkpoints" / "step-3"
     (folder / "latest").unlink()
     assert has_checkpoint(run)
-    with pytest.raises(CheckpointError, match=r"no file 'latest'; name one .*step-3"):
-        find_checkpoint(run)
-    (folder / "latest").write_text("step-8\n")
-    with pytest.raises(CheckpointError, match="names step-8, which is missing"):
-        find_checkpoint(run)
-    (folder / "latest").write_text("\x00")
-    with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
-        find_checkpoint(run)
-    (folder / "latest").write_text("step-3\n")
+    assert find_checkpoint(run) == step
     step.rename(folder / "step-3.tmp")
     assert not (folder / "step-3").exists()
     with pytest.raises(CheckpointError, match="cut short"):

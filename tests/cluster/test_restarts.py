@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.checkpoint.directory import FORMAT, FORMAT_VERSION, META_KEYS
+from sedd_scale.checkpoint.manifest import write_manifest
 from sedd_scale.cluster.restarts import count_stalled, judge, progress_of, read_ledger
 
 
@@ -19,6 +21,16 @@ def end(restart: int, progress: int, *bad_nodes: str) -> dict[str, Any]:
         "code": 3 if bad_nodes else 75,
         "bad_nodes": list(bad_nodes),
     }
+
+
+def step_directory(path: Path, step: int) -> None:
+    """What tells a checkpoint's step: its description and its manifest."""
+    path.mkdir(parents=True)
+    meta = dict.fromkeys((*META_KEYS, "optimizer_step", "versions", "shapes"))
+    about = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step}
+    (path / "meta.json").write_text(json.dumps({**meta, **about}))
+    (path / ".metadata").touch()
+    write_manifest(path, {})
 
 
 def verdict(lines: list[dict[str, Any]], progress: int, restarts: int) -> Any:
@@ -62,7 +74,7 @@ def test_progress_of_runs_and_outputs(tmp_path: Path) -> None:
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/attempts-1.jsonl").write_text("{}\n")
     assert progress_of(run) == 0
-    (run / "checkpoints").mkdir()
+    step_directory(run / "checkpoints/step-70", 70)
     (run / "checkpoints/latest").write_text("step-70\n")
     assert progress_of(run) == 70
     (tmp_path / "samples.jsonl.parts").mkdir()
