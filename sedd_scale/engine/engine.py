@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sedd_scale.config import Config
 from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
-from sedd_scale.engine.reduction import reduce_no_more_than_needed
+from sedd_scale.engine.reduction import exchange_buckets, reduce_no_more_than_needed
 from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
@@ -32,7 +32,7 @@ from sedd_scale.parallel.layout import Layout, ModelParallelUnit
 from sedd_scale.parallel.vocab import ScoreTargets
 from sedd_scale.planning.model_states import REDUCE_BUCKET
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 class MicroBatch(NamedTuple):
@@ -64,7 +64,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: "ScoreNetwork | PipelineStage",
         layout: Layout,
         config: Config,
         make_optimizer: OptimizerFactory,
@@ -72,7 +72,10 @@ class Engine(ABC):
         mpu: ModelParallelUnit | None = None,
     ) -> None:
         self.layout = layout
-        self._optimizer = make_optimizer(network.parameters())
+        weights: Any = network.parameters()
+        if layout.data > 1 and config.parallel.zero_stage == 1 and config.training.precision == "bf16":
+            weights = exchange_buckets(weights)
+        self._optimizer = make_optimizer(weights)
         self._deepspeed: Any
         self._deepspeed, *_ = deepspeed.initialize(
             model=network,
@@ -80,7 +83,7 @@ class Engine(ABC):
             config=_deepspeed_config(config, layout),
             mpu=mpu,
         )
-        reduce_no_more_than_needed(self._deepspeed, layout)
+        reduce_no_more_than_needed(self._deepspeed, layout, network.stack)
         self._gate = UpdateGate(
             self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
         )

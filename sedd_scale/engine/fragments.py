@@ -13,7 +13,7 @@ from a parameter to that flat tensor in three ways; here it is one question with
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +69,16 @@ class ZeroFragments:
     Attributes:
         parameters: all of the engine's parameters.
         layout: where this process stands.
+        finish_gathers: waits for the working weights that travel after a step; whoever reads them
+            but in the network's forward pass calls it first.
     """
 
     def __init__(self, engine: Any, parameters: Sequence[LogicalParameter], layout: Layout) -> None:
         self.parameters, self.layout = parameters, layout
         self._zero: Any = engine.optimizer
+        self.finish_gathers: Callable[[], None] = getattr(
+            engine.optimizer, "finish_gathers", lambda: None
+        )
         self._stage_3 = isinstance(self._zero, DeepSpeedZeroOptimizer_Stage3)
         self._partitions: list[Tensor]
         if self._stage_3:
@@ -114,6 +119,7 @@ class ZeroFragments:
         place = self._places[parameter.name]
         if place is None:
             return []
+        self.finish_gathers()
         tensor, copies = parameter.parameter, []
         if tuple(tensor.shape) == parameter.local_shape:
             copies.append(tensor.detach().reshape(-1).narrow(0, place.start, place.numel))
@@ -150,6 +156,7 @@ class ZeroFragments:
         zero = self._zero
         if not self._stage_3:
             zero.update_lp_params()
+            self.finish_gathers()
             return
         # As after a step: parameters that are whole somewhere are stale, the small persistent ones
         # for good, so all are released, rewritten from the masters and those gathered again.

@@ -1,13 +1,14 @@
 """Gradients after the backward pass: what ZeRO needs to send and read, where DeepSpeed does more.
 
 ZeRO 1 needs each rank to hold the sum of its own partition: a reduce-scatter. DeepSpeed's bf16
-optimizer all-reduces the whole gradient instead. With one replica its other optimizer still copies
-every gradient into buckets and back to reduce it over itself, joins all of them in a second copy
-for the update, and for the norm it makes a float64 copy of each.
+optimizer all-reduces the whole gradient instead, after the backward pass, and gathers the weights
+before the next forward pass; here both travel under the passes. With one replica its other
+optimizer still copies every gradient into buckets and back to reduce it over itself, joins all of
+them in a second copy for the update, and for the norm it makes a float64 copy of each.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,46 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import EXCHANGE_BUCKET
+
+# A small network's are cut as well, for its exchange to lie under its passes.
+_FEWEST_BUCKETS = 4
 
 
-def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
-    """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait."""
+def exchange_buckets(weights: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Neighbouring weights as groups of an optimizer: ZeRO 1 reduces and gathers one at a time."""
+    weights = list(weights)
+    most = min(EXCHANGE_BUCKET, sum(weight.numel() for weight in weights) // _FEWEST_BUCKETS)
+    buckets: list[list[nn.Parameter]] = []
+    filled = most
+    for weight in weights:
+        if filled >= most:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(weight)
+        filled += weight.numel()
+    return [{"params": bucket} for bucket in buckets]
+
+
+def reduce_no_more_than_needed(engine: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
+    """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait.
+
+    Args:
+        layers: the network's, in the order in which they compute.
+    """
     if isinstance(engine.optimizer, BF16_Optimizer):
-        partitions = _Bf16Partitions(engine.optimizer, layout)
+        partitions = _Bf16Partitions(engine, layout)
         engine.buffered_allreduce_fallback = partitions.reduce
         engine.optimizer.get_grads_for_norm = partitions.for_norm_or_clipping
-        engine.optimizer._update_hp_grad = functools.partial(_add_gradient, engine.optimizer)
+        engine.optimizer.clear_hp_grads = partitions.forget
+        engine.optimizer._update_hp_grad = partitions.add
+        if layout.data > 1:
+            gathers = Bf16Gathers(engine.optimizer, layout, layers)
+            engine.optimizer.update_lp_params = gathers.start
+            engine.optimizer.finish_gathers = gathers.finish
     elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         zero = engine.optimizer
         zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
@@ -164,52 +193,89 @@ def _move_to(place: Tensor, weight: Tensor) -> None:
         weight.grad = place
 
 
-@torch.no_grad()
-def _add_gradient(zero: Any, weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
-    """Add a bf16 gradient to the float32 one, in one pass, and let its memory go.
-
-    DeepSpeed makes a float32 copy first, and fills the bf16 gradient with zeros for the next one to
-    be added to.
-    """
-    if weight.grad is None:
-        return
-    total = zero.fp32_groups_gradients[group][index]
-    gradient = weight.grad.view(total.shape)
-    if zero.fp32_groups_has_gradients[group][index]:
-        total.add_(gradient)
-    else:
-        total.copy_(gradient)
-    zero.fp32_groups_has_gradients[group][index] = True
-    weight._hp_grad = total  # type: ignore[attr-defined]
-    weight.grad = None
-
-
 class _Bf16Partitions:
-    """The part of the float32 gradient that this rank updates, reduced, measured and clipped.
+    """The part of the float32 gradient that this rank updates: added up, reduced and measured.
+
+    A bucket's sum over the data-parallel ranks starts as soon as the last micro-batch has given its
+    last gradient, and lies under the rest of the backward pass. Every rank starts them in the same
+    order, from the last layers to the first.
 
     Args:
-        optimizer: DeepSpeed's `BF16_Optimizer` (ZeRO 1).
+        engine: with DeepSpeed's `BF16_Optimizer` (ZeRO 1).
     """
 
-    def __init__(self, optimizer: Any, layout: Layout) -> None:
+    def __init__(self, engine: Any, layout: Layout) -> None:
+        optimizer = engine.optimizer
         self.layout = layout
+        self._weights: list[list[nn.Parameter]] = optimizer.bf16_groups
+        self._sums: list[list[Tensor]] = optimizer.fp32_groups_gradients
         self._whole: list[Tensor] = optimizer.fp32_groups_gradients_flat
         self._mine: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
+        self._times: list[int] = [0 for _ in self._weights]
+        self._complete = [len(group) * engine.gradient_accumulation_steps() for group in self._sums]
+        self._started: list[Any] = []
         self._counted: list[Tensor] = []
-        for parameters, mine in zip(optimizer.bf16_groups, self._mine, strict=True):
+        for parameters, mine in zip(self._weights, self._mine, strict=True):
             for parameter in parameters:
                 if parameter._hp_mapping is not None and _is_counted(parameter, layout):
                     place = parameter._hp_mapping.hp_fragment_address
                     self._counted.append(mine.narrow(0, place.start, place.numel))
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a step: the first gradient that a weight gets takes the place of what was."""
+        self._has = [[False] * len(group) for group in self._sums]
+        self._times = [0] * len(self._sums)
+        self._started = []
+
+    @torch.no_grad()
+    def add(self, weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        """Add a bf16 gradient to the float32 one, in one pass, and let its memory go.
+
+        DeepSpeed makes a float32 copy first, and fills the bf16 gradient with zeros for the next
+        one to be added to.
+        """
+        if weight.grad is None:
+            return
+        total = self._sums[group][index]
+        gradient = weight.grad.view(total.shape)
+        if self._has[group][index]:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+        self._has[group][index] = True
+        weight._hp_grad = total  # type: ignore[attr-defined]
+        weight.grad = None
+        self._times[group] += 1
+        while self._next >= 0 and self._times[self._next] == self._complete[self._next]:
+            self._start()
+
+    @property
+    def _next(self) -> int:
+        return len(self._sums) - 1 - len(self._started)
+
+    def _start(self) -> None:
+        """Add up the next bucket over the data-parallel ranks, each its own part."""
+        bucket, work = self._next, None
+        for has, total in zip(self._has[bucket], self._sums[bucket], strict=True):
+            if not has:  # the loss never used the weight
+                total.zero_()
+        if self.layout.data > 1:
+            whole, mine = self._whole[bucket], self._mine[bucket]
+            work = dist.reduce_scatter_tensor(
+                mine, whole, group=self.layout.data_group, async_op=True
+            )
+        self._started.append(work)
 
     @torch.no_grad()
     def reduce(self, *_: Any, **__: Any) -> None:
         """Average this rank's partition over the data-parallel ranks; the rest is left as it is."""
-        if self.layout.data == 1:
-            return
-        for whole, mine in zip(self._whole, self._mine, strict=True):
-            dist.reduce_scatter_tensor(mine, whole, group=self.layout.data_group)
-            mine.div_(self.layout.data)
+        while self._next >= 0:
+            self._start()
+        for work, mine in zip(self._started, reversed(self._mine), strict=True):
+            if work is not None:
+                work.wait()
+                mine.div_(self.layout.data)
 
     @torch.no_grad()
     def for_norm_or_clipping(self, for_clipping: bool = False) -> Any:
@@ -220,3 +286,57 @@ class _Bf16Partitions:
         if for_clipping:
             return self._mine
         return [_sum_of_squares(self._counted, self.layout).sqrt()], {}
+
+
+class Bf16Gathers:
+    """The bf16 weights of all ranks' partitions, on their way under the next forward pass.
+
+    Before a layer computes, it waits for the buckets that its weights lie in. Whoever else reads
+    the weights calls `finish` first.
+
+    Args:
+        optimizer: DeepSpeed's `BF16_Optimizer` (ZeRO 1).
+        layers: the network's, in the order in which they compute.
+    """
+
+    def __init__(self, optimizer: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
+        self._group = layout.data_group
+        self._whole: list[Tensor] = optimizer.bf16_groups_flat
+        self._masters: list[Tensor] = optimizer.fp32_groups_flat_partition
+        self._mine: list[Tensor] = [
+            partitions[layout.data_rank] for partitions in optimizer.bf16_partitioned_groups
+        ]
+        self._on_their_way: dict[int, Any] = {}
+        bucket_of = {
+            weight: bucket
+            for bucket, weights in enumerate(optimizer.bf16_groups)
+            for weight in weights
+        }
+        needs = [sorted({bucket_of[weight] for weight in layer.parameters()}) for layer in layers]
+        layers[0].register_forward_pre_hook(lambda *_: self._wait(needs[0]))
+        # After the layer before, since a head is not always called as a module.
+        for layer, buckets in zip(layers, needs[1:]):
+            layer.register_forward_hook(functools.partial(self._wait_after, buckets))
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Round this rank's masters to its part of the weights, and begin to gather the others'."""
+        self.finish()
+        for bucket, mine in enumerate(self._mine):
+            mine.copy_(self._masters[bucket])
+            self._on_their_way[bucket] = dist.all_gather_into_tensor(
+                self._whole[bucket], mine, group=self._group, async_op=True
+            )
+
+    def finish(self) -> None:
+        """Wait for all that is on its way; on a GPU the stream does, not the host."""
+        self._wait(list(self._on_their_way))
+
+    def _wait(self, buckets: Iterable[int]) -> None:
+        for bucket in buckets:
+            work = self._on_their_way.pop(bucket, None)
+            if work is not None:
+                work.wait()
+
+    def _wait_after(self, buckets: Iterable[int], *_: Any) -> None:
+        self._wait(buckets)

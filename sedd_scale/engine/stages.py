@@ -66,6 +66,11 @@ class PipelineStage(PipelineModule):
         ]
 
     @property
+    def stack(self) -> list[nn.Module]:
+        """The stage's layers, in order."""
+        return list(self.forward_funcs)
+
+    @property
     def grid(self) -> PipeModelDataParallelTopology:
         """DeepSpeed's own view of the process groups."""
         return self._grid

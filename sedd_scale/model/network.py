@@ -138,6 +138,11 @@ class ScoreNetwork(nn.Module):
         self.layers = nn.ModuleList(build() for build in builders)
 
     @property
+    def stack(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self.layers)
+
+    @property
     def head(self) -> Head:
         """The last layer."""
         head = self.layers[-1]

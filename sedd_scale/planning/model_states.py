@@ -20,6 +20,8 @@ from dataclasses import dataclass
 # What the engine asks DeepSpeed for, or its defaults, in numbers (not bytes). The first is how many
 # gradients travel between data-parallel ranks at once.
 REDUCE_BUCKET = 50_000_000
+# The same of ZeRO 1 in bf16: enough for full bandwidth, few enough for the first to start early.
+EXCHANGE_BUCKET = 25_000_000
 PERSISTENT_PARAMETER = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 SUB_GROUP = 1_000_000_000

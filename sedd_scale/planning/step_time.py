@@ -13,7 +13,7 @@ from sedd_scale.config import Config
 from sedd_scale.planning.activations import GPU_CHUNK_BYTES, MIN_CHUNK_ROWS
 from sedd_scale.planning.flops import StepFlops
 from sedd_scale.planning.layouts import Plan
-from sedd_scale.planning.model_states import BYTES
+from sedd_scale.planning.model_states import BYTES, EXCHANGE_BUCKET
 from sedd_scale.planning.parameters import num_states
 
 
@@ -163,7 +163,9 @@ def step_time(
         parts["pipeline's bubble"] = sum(parts.values()) * (parallel.pipeline - 1) / count
     update = (32 + 12) * heaviest.parameters / planned.data + 4 * heaviest.parameters
     parts["update"] = update / device.memory
-    parts["exchange of gradients and weights"] = _exchange_seconds(planned, weight, count, device)
+    parts["exchange of gradients and weights"] = _exchange_seconds(
+        planned, weight, count, device, forward=sum(of_micro_batch.values()) / 3
+    )
     parts["waits of the host"] = WAIT_SECONDS
     seconds = sum(parts.values())
     return StepTime(
@@ -190,21 +192,37 @@ def _tensor_seconds(config: Config, planned: Plan, stream: float, device: Device
     return rings * stream * (parallel.tensor - 1) / parallel.tensor / device.node
 
 
-def _exchange_seconds(planned: Plan, weight: int, count: int, device: Device) -> float:
-    """Reductions and gathers over the data-parallel ranks, none of it under the computation."""
+def _exchange_seconds(
+    planned: Plan, weight: int, count: int, device: Device, *, forward: float
+) -> float:
+    """Reductions and gathers over the data-parallel ranks, less what lies under the passes.
+
+    Args:
+        forward: seconds of a forward pass; a backward pass takes twice that.
+    """
     data, parallel = planned.data, planned.parallel
     if data == 1:
         return 0.0
     parameters = planned.heaviest.parameters
-    sent = {
-        1: (4 + weight) * parameters,
-        2: (count + 1) * weight * parameters,
-        3: 3 * count * weight * parameters,
-    }[parallel.zero_stage]
     if planned.gpus <= device.per_node:
         bandwidth = device.node
     else:
         # Rings run through the ports of all of a node's ranks that are in the group.
         of_node = max(1, device.per_node // parallel.tensor)
         bandwidth = min(device.node, of_node * device.network)
-    return sent * (data - 1) / data / bandwidth
+    copy = weight * parameters * (data - 1) / data / bandwidth  # once around, in the weights' type
+    if parallel.zero_stage == 3:
+        return 3 * count * copy  # what DeepSpeed prefetches of it is not counted
+    # The first layers' bucket is reduced when the backward pass has ended, and gathered before the
+    # forward pass begins.
+    bare = min(1.0, EXCHANGE_BUCKET / parameters)
+    if parallel.zero_stage == 2:
+        return count * _not_hidden(copy, 2 * forward, bare) + copy
+    if weight == 4:
+        return 2 * copy
+    return _not_hidden(2 * copy, 2 * forward, bare) + _not_hidden(copy, forward, bare)
+
+
+def _not_hidden(exchange: float, under: float, bare: float) -> float:
+    """Seconds of an exchange beyond the pass it lies under, of which a part lies bare."""
+    return max(exchange * bare, exchange - under * (1 - bare))

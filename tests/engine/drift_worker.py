@@ -8,13 +8,14 @@ import json
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore", module=r"megatron\.")
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config  # noqa: E402
@@ -139,16 +140,79 @@ def waits_of_a_step(*overrides: str) -> list[str]:
     return found
 
 
+class Late:
+    """A collective that is made when it is waited for: what reads too early reads what was."""
+
+    def __init__(self, name: str, events: list[str], collective: Callable[[], Any]) -> None:
+        self.name, self.events, self.collective = name, events, collective
+        events.append(f"{name} starts")
+
+    def wait(self) -> None:
+        self.events.append(f"{self.name} ends")
+        with torch.no_grad():
+            self.collective()
+
+
+@contextlib.contextmanager
+def late_exchange(events: list[str]) -> Iterator[None]:
+    """Reductions and gathers of ZeRO 1 as late as they may be."""
+    names = {"reduce_scatter_tensor": "reduction", "all_gather_into_tensor": "gather"}
+    kept = {name: getattr(dist, name) for name in names}
+
+    def late(name: str) -> Callable[..., Any]:
+        def collective(*tensors: Any, async_op: bool = False, **options: Any) -> Any:
+            if not async_op:
+                return kept[name](*tensors, **options)
+            return Late(names[name], events, lambda: kept[name](*tensors, **options))
+
+        return collective
+
+    for name in names:
+        setattr(dist, name, late(name))
+    try:
+        yield
+    finally:
+        for name, was in kept.items():
+            setattr(dist, name, was)
+
+
+def exchange_of_steps(*overrides: str, late: bool) -> dict[str, Any]:
+    """Losses of three steps of bf16 and ZeRO 1, and what happened in the second."""
+    events: list[str] = []
+    run = run_of("training.precision=bf16", *overrides)
+    engine = run.engine()
+    stack = engine._deepspeed.module.stack
+    for index, layer in enumerate(stack):
+        layer.register_forward_pre_hook(lambda *_, index=index: events.append(f"layer {index}"))
+    first = next(stack[0].parameters())
+    first.register_hook(lambda _: events.append("the first layer's gradient"))
+    losses = []
+    with late_exchange(events) if late else contextlib.nullcontext():
+        for step in (1, 2, 3):
+            if step == 3:
+                second = list(events)
+            events.clear()
+            losses.append(engine.train_step(run.micro_batches(step), lr=1e-2).numbers)
+        found = {"losses": losses, "events": second}
+        with engine.fragments.ema_weights():
+            found["average"] = engine.evaluate(run.micro_batches(1)).tolist()
+        engine.train_step(run.micro_batches(4), lr=1e-2)
+        check_replicas(4, engine.fragments)
+    leave_layout()
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    found = {
+    found: dict[str, Any] = {
         "alone": drifted(healed=False),
         "healed": drifted(healed=True),
         "ZeRO 1": waits_of_a_step("parallel.zero_stage=1"),
         "ZeRO 2": waits_of_a_step("parallel.zero_stage=2"),
         "ZeRO 2 bf16": waits_of_a_step("parallel.zero_stage=2", "training.precision=bf16"),
     }
-    rank = torch.distributed.get_rank()
+    found |= {"late": exchange_of_steps(late=True), "at once": exchange_of_steps(late=False)}
+    rank = dist.get_rank()
     Path(sys.argv[1], f"found-{rank}.json").write_text(json.dumps(found))
 
 

@@ -35,3 +35,29 @@ def test_streams_wait_for_each_other_and_the_host_for_none(
         assert not [wait for wait in waits if wait.startswith("the host")], waits
         assert "reduction waits for compute" in waits  # for what is to be reduced
         assert waits[-1] == "compute waits for reduction"  # for what was reduced
+
+
+def test_a_layer_reads_no_weight_before_it_was_gathered(found: list[dict[str, Any]]) -> None:
+    """Losses, averages and replicas are the same however late reductions and gathers come."""
+    for of_rank in found:
+        late, at_once = of_rank["late"], of_rank["at once"]
+        assert late["losses"] == at_once["losses"]
+        assert late["average"] == at_once["average"]
+
+
+def test_zero_1_exchanges_under_the_passes(found: list[dict[str, Any]]) -> None:
+    for of_rank in found:
+        events = of_rank["late"]["events"]
+        buckets = events.count("reduction starts")
+        assert buckets >= 3 and events.count("gather starts") == buckets
+        # Weights of the step before: the first layers compute while the last ones' still travel.
+        gathered = [at for at, event in enumerate(events) if event == "gather ends"]
+        assert len(gathered) == buckets
+        assert gathered[0] < events.index("layer 0") < events.index("layer 1") < gathered[-1]
+        # Two micro-batches: reductions begin within the second backward pass, and not before.
+        last_pass = [at for at, event in enumerate(events) if event == "layer 0"][1]
+        backward = [at for at, event in enumerate(events) if event.startswith("the first")]
+        reduced = [at for at, event in enumerate(events) if event == "reduction starts"]
+        assert last_pass < reduced[0] and sum(at < backward[1] for at in reduced) >= buckets - 2
+        # The next step's gathers begin once the gradient is whole.
+        assert max(reduced) < events.index("gather starts")
