@@ -8,13 +8,17 @@ Each prints one JSON object. They run on a CPU as well, where kernels are PyTorc
 import argparse
 import json
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config
+from sedd_scale.parallel import score_kernel
 from sedd_scale.parallel.layout import initialize_layout, local_device, shutdown
+from sedd_scale.parallel.score_kernel import Coefficients, LawCoefficients, RowColumns
 
 STORED = Path(__file__).with_name("cpu_losses.json")
 STEPS = 50
@@ -22,35 +26,39 @@ STEPS = 50
 
 def kernels() -> dict[str, Any]:
     """Largest differences of the loss's kernels from PyTorch's path, relative to the largest."""
-    from sedd_scale.parallel import score_kernel
-    from sedd_scale.parallel.score_kernel import Coefficients, RowColumns
-
     device = local_device()
     found: dict[str, Any] = {"has_kernels": False}
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
         logits = 4 * torch.randn(257, 50264, generator=generator)
         logits_mW = logits.to(device, dtype)[:, :50257]
-        target_m, own_m = torch.randint(50257, (2, 257), generator=generator).to(device)
-        columns = RowColumns(target_m, own_m)
-        coefficients = Coefficients(*torch.randn(3, 257, generator=generator).to(device))
+        columns = RowColumns(*torch.randint(50257, (2, 257), generator=generator).to(device))
+        numbers_4m = torch.randn(4, 257, generator=generator).to(device)
         found["has_kernels"] = score_kernel.has_kernel(logits_mW)
-        both = []
-        for path in ((score_kernel.chunk_statistics, score_kernel.chunk_gradient), _by_torch()):
-            statistics = path[0](logits_mW.clone(), columns)
-            gradient, sums = path[1](statistics, columns, coefficients)
-            both.append((statistics.sum_exp, statistics.total, gradient.float(), sums))
-        names = ("sum_exp", "total", "gradient", "column_sums")
-        for name, ours, plain in zip(names, *both, strict=True):
-            difference = float((ours - plain).abs().max() / plain.abs().max())
+        ours = _chunk(logits_mW, columns, numbers_4m)
+        with unittest.mock.patch.object(score_kernel, "has_kernel", lambda table_mW: False):
+            plain = _chunk(logits_mW, columns, numbers_4m)
+        for name, part in ours.items():
+            difference = float((part - plain[name]).abs().max() / plain[name].abs().max())
             found[f"{name} {str(dtype).removeprefix('torch.')}"] = difference
     return found
 
 
-def _by_torch() -> tuple[Any, Any]:
-    from sedd_scale.parallel import score_kernel
-
-    return score_kernel._torch_statistics, score_kernel._torch_gradient
+def _chunk(logits_mW: Tensor, columns: RowColumns, numbers_4m: Tensor) -> dict[str, Tensor]:
+    """What the passes over one chunk find, in float32."""
+    table_mW, gradient_mW = logits_mW.clone(), torch.empty_like(logits_mW)
+    statistics = score_kernel.chunk_statistics(table_mW, columns)
+    found = {"sum_exp": statistics.sum_exp, "total": statistics.total}
+    _, found["column_sums"] = score_kernel.chunk_gradient(
+        statistics, columns, Coefficients(*numbers_4m[:3]), gradient_mW
+    )
+    found["gradient"] = gradient_mW.float()
+    statistics = score_kernel.chunk_statistics(logits_mW.clone(), columns)
+    law = score_kernel.chunk_law(statistics, columns, numbers_4m[3].exp())
+    statistics, found["log_total"], found["share_total"] = law
+    score_kernel.chunk_gradient(statistics, columns, LawCoefficients(*numbers_4m), gradient_mW)
+    found["law's gradient"] = gradient_mW.float()
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def run_of(precision: str) -> SyntheticRun:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
-from torch import Tensor, nn
+from torch import Tensor
 
 from sedd_scale.config import Config
 from sedd_scale.engine.diagnosis import explain_failure
@@ -73,7 +73,11 @@ class Engine(ABC):
     ) -> None:
         self.layout = layout
         weights: Any = network.parameters()
-        if layout.data > 1 and config.parallel.zero_stage == 1 and config.training.precision == "bf16":
+        if (
+            layout.data > 1
+            and config.parallel.zero_stage == 1
+            and config.training.precision == "bf16"
+        ):
             weights = exchange_buckets(weights)
         self._optimizer = make_optimizer(weights)
         self._deepspeed: Any

@@ -31,7 +31,7 @@ def modulated_norm(
     """(hidden - mean) / sqrt(variance + epsilon) * scale + shift over H, and `hidden` again.
 
     The first is [L, B, H] of `dtype`, computed in float32; what is kept for the backward pass is
-    one tensor of the size of `hidden`. The second is for whatever else uses the stream: its
+    one such tensor. The second is for whatever else uses the stream: its
     gradient is added to the norm's in the norm's own backward pass.
     """
     normed_LBH, hidden_LBH = _ModulatedNorm.apply(
@@ -48,7 +48,8 @@ def _norm_forward(
     normed_LBH, _, rstd_LB1 = torch.native_layer_norm(
         hidden_LBH.float(), width, None, None, epsilon
     )
-    return torch.addcmul(shift_BH, normed_LBH, scale_BH).to(dtype), normed_LBH, rstd_LB1
+    output_LBH = torch.addcmul(shift_BH, normed_LBH, scale_BH)
+    return output_LBH.to(dtype), normed_LBH.to(dtype), rstd_LB1
 
 
 @compiled_on_gpu
@@ -60,7 +61,7 @@ def _norm_backward(
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_LBH = grad_LBH.float()
+    grad_LBH, normed_LBH = grad_LBH.float(), normed_LBH.float()
     grad_scale_BH = (grad_LBH * normed_LBH).sum(0)
     # The gradient of a norm whose input has mean 0 and deviation 1 is that of any other but for its
     # deviation: so the input itself need not be kept.

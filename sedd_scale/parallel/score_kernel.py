@@ -1,8 +1,8 @@
-"""Statistics of a chunk of logits, and their gradient written over them.
+"""Statistics of a chunk of logits, and the gradient that follows from them.
 
-Two passes over the chunk, with room between them for the statistics to cross tensor ranks. Plain
-PyTorch defines both; on a GPU with Triton two kernels do the same, which read the logits once for
-the statistics, then read and write them once for the gradient.
+Two passes over the chunk, three under the mean parametrisation, with room between them for the
+statistics to cross tensor ranks. Plain PyTorch defines them; on a GPU with Triton a kernel each
+does the same, which reads the logits once, the last to write the gradient.
 
 m rows of a chunk, W columns of this rank's vocabulary shard.
 """
@@ -43,7 +43,7 @@ class ChunkStatistics(NamedTuple):
     total: Tensor | None
     """Sum of counted logits; None without an own column."""
     table: Tensor
-    """What `chunk_gradient` works on [m, W]: e^(z - max), or the logits still."""
+    """What later passes work on [m, W]: e^(z - max), or the logits still."""
     bias: Tensor | None = None
     """What is to be added to a table that holds logits still, [W]."""
 
@@ -54,6 +54,18 @@ class Coefficients(NamedTuple):
     exp: Tensor
     rest: Tensor
     target: Tensor
+
+
+class LawCoefficients(NamedTuple):
+    """d/dz_y = w_y (w - share / (1 + w_y)) + target * [y = target], but `own` for the own column.
+
+    Where w_y = e^(z_y - max), with the `max` that `chunk_law` returns.
+    """
+
+    w: Tensor
+    share: Tensor
+    target: Tensor
+    own: Tensor
 
 
 def chunk_statistics(
@@ -72,15 +84,36 @@ def chunk_statistics(
     return _torch_statistics(logits_mW, columns)
 
 
-def chunk_gradient(
-    statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> tuple[Tensor, Tensor]:
-    """The gradient [m, W] that the coefficients describe, written over `statistics.table`.
+def chunk_law(
+    statistics: ChunkStatistics, columns: RowColumns, scale_m: Tensor
+) -> tuple[ChunkStatistics, Tensor, Tensor]:
+    """The statistics with a `max` that takes in a row's scale, and two sums over counted columns.
 
-    And the sums of its columns [W], before they are rounded to the table's type.
+    With w = scale * e^(z - max) they are those of ln(1 + w) and of w / (1 + w), [m] each.
     """
-    gradient = _kernel_gradient if has_kernel(statistics.table) else _torch_gradient
-    return gradient(statistics, columns, coefficients)
+    law = _kernel_law if has_kernel(statistics.table) else _torch_law
+    return law(statistics, columns, scale_m)
+
+
+def chunk_gradient(
+    statistics: ChunkStatistics,
+    columns: RowColumns,
+    coefficients: Coefficients | LawCoefficients,
+    out_mW: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradient [m, W] that the coefficients describe, written to `out_mW`, which is returned.
+
+    That may be where the logits were. And the sums of its columns [W], before they are rounded.
+    """
+    if has_kernel(statistics.table):
+        return out_mW, _kernel_gradient(statistics, columns, coefficients, out_mW)
+    if isinstance(coefficients, LawCoefficients):
+        grad_mW = _torch_law_gradient(statistics.table, columns, coefficients)
+    else:
+        grad_mW = _torch_gradient(statistics.table, columns, coefficients)
+    if not grad_mW.is_set_to(out_mW):
+        out_mW.copy_(grad_mW)
+    return out_mW, grad_mW.sum(0)
 
 
 def has_kernel(table_mW: Tensor) -> bool:
@@ -106,8 +139,7 @@ def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics
         lowest_m = torch.full_like(nothing_m, _LOWEST)
         total_m = None if columns.own is None else nothing_m
         return ChunkStatistics(lowest_m, nothing_m, nothing_m, total_m, table_mW)
-    target_m1 = table_mW.gather(1, columns.target.clamp_min(0)[:, None])
-    target_m = torch.where(columns.target >= 0, target_m1.squeeze(1), 0.0)
+    target_m = entries(table_mW, columns.target)
     total_m = None
     if columns.own is not None:
         set_entries(table_mW, columns.own, 0.0)
@@ -118,12 +150,9 @@ def _torch_statistics(logits_mW: Tensor, columns: RowColumns) -> ChunkStatistics
     return ChunkStatistics(max_m, exp_mW.sum(1), target_m, total_m, exp_mW)
 
 
-def _torch_gradient(
-    statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> tuple[Tensor, Tensor]:
-    grad_mW = statistics.table
+def _torch_gradient(grad_mW: Tensor, columns: RowColumns, coefficients: Coefficients) -> Tensor:
     if not grad_mW.shape[1]:
-        return grad_mW, grad_mW.sum(0)
+        return grad_mW
     grad_mW.mul_(coefficients.exp[:, None])
     if columns.own is not None:
         grad_mW.add_(coefficients.rest[:, None])
@@ -131,7 +160,36 @@ def _torch_gradient(
     grad_mW.scatter_add_(1, columns.target.clamp_min(0)[:, None], added_m[:, None])
     if columns.own is not None:
         set_entries(grad_mW, columns.own, 0.0)
-    return grad_mW, grad_mW.sum(0)
+    return grad_mW
+
+
+def _torch_law(
+    statistics: ChunkStatistics, columns: RowColumns, scale_m: Tensor
+) -> tuple[ChunkStatistics, Tensor, Tensor]:
+    w_mW = statistics.table.mul_(scale_m[:, None])  # 0 for the own column, which adds nothing
+    passing_mW = w_mW.log1p()
+    log_total_m = passing_mW.sum(1)
+    return statistics, log_total_m, passing_mW.neg_().expm1_().sum(1).neg_()
+
+
+def _torch_law_gradient(w_mW: Tensor, columns: RowColumns, coefficients: LawCoefficients) -> Tensor:
+    slope_mW = w_mW.add(1.0)
+    w_m1, share_m1 = coefficients.w[:, None], coefficients.share[:, None]
+    torch.addcdiv(w_m1, share_m1, slope_mW, value=-1.0, out=slope_mW)
+    grad_mW = w_mW.mul_(slope_mW)
+    at_target_m = entries(grad_mW, columns.target) + coefficients.target
+    set_entries(grad_mW, columns.target, at_target_m)
+    assert columns.own is not None
+    set_entries(grad_mW, columns.own, coefficients.own)
+    return grad_mW
+
+
+def entries(table_mW: Tensor, column_m: Tensor, missing: float = 0.0) -> Tensor:
+    """Each row's entry at its column, `missing` where another rank holds it, [m]."""
+    if not table_mW.shape[1]:
+        return torch.full_like(table_mW.sum(1), missing)
+    entry_m = table_mW.gather(1, column_m.clamp_min(0)[:, None]).squeeze(1)
+    return torch.where(column_m >= 0, entry_m, missing)
 
 
 def set_entries(table_mW: Tensor, column_m: Tensor, value_m: Tensor | float) -> None:
@@ -175,18 +233,49 @@ def _kernel_statistics(
     return ChunkStatistics(max_m, sum_exp_m, target_m, counted_m, logits_mW, bias_W)
 
 
+def _kernel_law(
+    statistics: ChunkStatistics, columns: RowColumns, scale_m: Tensor
+) -> tuple[ChunkStatistics, Tensor, Tensor]:
+    from sedd_scale.parallel.score_kernel_triton import law_kernel
+
+    table_mW = statistics.table
+    num_rows, num_columns = table_mW.shape
+    statistics = statistics._replace(max=statistics.max - scale_m.log())
+    log_total_m, share_total_m = (torch.empty_like(statistics.max) for _ in range(2))
+    law_kernel[(num_rows,)](
+        table_mW,
+        table_mW.stride(0),
+        num_columns,
+        statistics.bias,
+        columns.own,
+        statistics.max,
+        log_total_m,
+        share_total_m,
+        HAS_BIAS=statistics.bias is not None,
+        BLOCK=STATISTICS_BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return statistics, log_total_m, share_total_m
+
+
 def _kernel_gradient(
-    statistics: ChunkStatistics, columns: RowColumns, coefficients: Coefficients
-) -> tuple[Tensor, Tensor]:
+    statistics: ChunkStatistics,
+    columns: RowColumns,
+    coefficients: Coefficients | LawCoefficients,
+    out_mW: Tensor,
+) -> Tensor:
     from sedd_scale.parallel.score_kernel_triton import gradient_kernel
 
     table_mW = statistics.table
     num_rows, num_columns = table_mW.shape
     groups = -(-num_rows // GRADIENT_ROWS)
     sums_gW = torch.empty(groups, num_columns, dtype=torch.float32, device=table_mW.device)
+    of_law = isinstance(coefficients, LawCoefficients)
     gradient_kernel[(groups, -(-num_columns // GRADIENT_BLOCK))](
         table_mW,
         table_mW.stride(0),
+        out_mW,
+        out_mW.stride(0),
         num_rows,
         num_columns,
         statistics.bias,
@@ -194,11 +283,13 @@ def _kernel_gradient(
         columns.own,
         statistics.max,
         *coefficients,
+        *(() if of_law else (None,)),
         sums_gW,
         HAS_BIAS=statistics.bias is not None,
         HAS_OWN=columns.own is not None,
+        OF_LAW=of_law,
         ROWS=GRADIENT_ROWS,
         BLOCK=GRADIENT_BLOCK,
         num_warps=NUM_WARPS,
     )
-    return table_mW, sums_gW.sum(0)
+    return sums_gW.sum(0)

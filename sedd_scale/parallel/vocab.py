@@ -118,17 +118,19 @@ def _chunk_loss(
     noise_m3: Tensor,
     shard: VocabShard,
     weight_m: Tensor | None,
-    bias_W: Tensor | None = None,
+    bias_W: Tensor | None,
+    gradient_mW: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Per-row losses of one chunk, and with `weight_m` the gradient of sum(weight * loss).
 
-    That is [m, W], with the sums of its columns [W]. The logits are overwritten; `bias_W` is still
-    to be added to them, if given.
+    That is `gradient_mW`, written, with the sums of its columns [W]. The logits are overwritten;
+    `bias_W` is still to be added to them, if given.
     """
     uniform = isinstance(shard.graph, Uniform) and not shard.cross_entropy
     if uniform and shard.mean:
-        loss_m, grad_mW = mean_chunk_loss(logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m)
-        return loss_m, None if grad_mW is None else (grad_mW, grad_mW.sum(0))
+        return mean_chunk_loss(
+            logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m, bias_W, gradient_mW
+        )
     columns = RowColumns(
         target=shard.column_of(clean_m), own=shard.column_of(noisy_m) if uniform else None
     )
@@ -157,7 +159,7 @@ def _chunk_loss(
         rest=row.grad_rest * weight_m,
         target=row.grad_target * weight_m,
     )
-    return row.loss, chunk_gradient(chunk, columns, coefficients)
+    return row.loss, chunk_gradient(chunk, columns, coefficients, gradient_mW)
 
 
 class _Gradients(NamedTuple):
@@ -195,17 +197,18 @@ def _losses(
         gradients.weight[shard.length if num_rows else 0 :].zero_()
     num_chunks = -(-num_rows // shard.chunk_rows(len(weight), weight.device.type))
     chunk_rows = -(-num_rows // max(1, num_chunks))  # even chunks: a small rest is a slow product
-    buffer = _aligned_rows(chunk_rows, shard.length, weight)  # one for all chunks
-    kernels = has_kernel(buffer) and not (shard.mean and not shard.cross_entropy)
+    # One buffer for all chunks. Where logits are wider than the weights their gradient has its own.
+    buffer = _aligned_rows(chunk_rows, shard.length, weight, _logits_dtype(weight))
+    gradient_buffer = buffer
+    if gradients is not None and buffer.dtype != weight.dtype:
+        gradient_buffer = _aligned_rows(chunk_rows, shard.length, weight, weight.dtype)
+    kernels = has_kernel(buffer)
     for start in range(0, num_rows, max(1, chunk_rows)):
         chunk = slice(start, min(start + chunk_rows, num_rows))
         hidden_mH = hidden.index_select(0, targets.rows_M[chunk])
         logits_mW = buffer[: len(hidden_mH)]
-        if kernels:
-            # With a bias the product would first be filled with it, then read again.
-            torch.mm(hidden_mH, columns.t(), out=logits_mW)
-        else:
-            torch.addmm(column_bias, hidden_mH, columns.t(), out=logits_mW)
+        # The kernels add the bias: the product would first be filled with it, then read again.
+        _linear(hidden_mH, columns, None if kernels else column_bias, logits_mW)
         losses_M[chunk], made = _chunk_loss(
             logits_mW,
             targets.clean_M[chunk],
@@ -214,14 +217,13 @@ def _losses(
             shard,
             None if row_weight_M is None else row_weight_M[chunk],
             column_bias if kernels else None,
+            gradient_buffer[: len(hidden_mH)],
         )
         if gradients is None:
             continue
         assert made is not None
         grad_mW, sums_W = made
         gradients.bias[: shard.length] += sums_W
-        if grad_mW.dtype != weight.dtype:
-            grad_mW = logits_mW.copy_(grad_mW)
         torch.mm(grad_mW, columns, out=gradients.hidden[chunk])
         weight_grad = gradients.weight[: shard.length]
         _add_product(weight_grad, grad_mW.t(), hidden_mH, first=start == 0)
@@ -245,7 +247,24 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         total += left @ right
 
 
-def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+def _linear(rows_mH: Tensor, weight: Tensor, bias: Tensor | None, out_mW: Tensor) -> None:
+    """rows @ weight^T + bias, in the type of `out`, which on a GPU may be wider."""
+    if out_mW.dtype != weight.dtype:
+        torch.mm(rows_mH, weight.t(), out_dtype=out_mW.dtype, out=out_mW)
+        if bias is not None:
+            out_mW += bias
+    elif bias is None:
+        torch.mm(rows_mH, weight.t(), out=out_mW)
+    else:
+        torch.addmm(bias, rows_mH, weight.t(), out=out_mW)
+
+
+def _logits_dtype(weight: Tensor) -> torch.dtype:
+    """Of the head's products: a GPU hands out its float32 sums of bfloat16 products."""
+    return torch.float32 if weight.is_cuda and weight.dtype == torch.bfloat16 else weight.dtype
+
+
+def _aligned_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """An unset matrix whose rows start on whole cache lines, with zeros between them.
 
     The product that writes it is up to 1.4 times faster than with rows of an odd length. Products
@@ -253,7 +272,7 @@ def _aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     times zeros add nothing there, but what memory held before may be NaN.
     """
     aligned = -(-columns // 16) * 16
-    whole = torch.empty(rows, aligned, dtype=like.dtype, device=like.device)
+    whole = torch.empty(rows, aligned, dtype=dtype, device=like.device)
     whole[:, columns:].zero_()
     return whole[:, :columns]
 
@@ -363,10 +382,10 @@ def gathered_logits(
 ) -> Tensor:
     """The head's outputs [M, num_columns] for the given rows, gathered over tensor ranks.
 
-    For inference: no gradient crosses ranks.
+    For inference: no gradient crosses ranks. In float32 on a GPU whatever the weights are.
     """
-    logits = _aligned_rows(len(rows_MH), len(weight), weight)
-    torch.addmm(bias, rows_MH, weight.t(), out=logits)
+    logits = _aligned_rows(len(rows_MH), len(weight), weight, _logits_dtype(weight))
+    _linear(rows_MH, weight, bias, logits)
     if tensor_group is not None and tensor_group.size() > 1:
         parts = [torch.empty_like(logits) for _ in range(tensor_group.size())]
         dist.all_gather(parts, logits.contiguous(), group=tensor_group)

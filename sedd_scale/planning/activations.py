@@ -17,7 +17,7 @@ from sedd_scale.planning.parameters import num_states
 
 # Of the loss on a GPU: the memory that says how many rows of logits, counted in float32, make a
 # chunk, and the fewest.
-GPU_CHUNK_BYTES = 512 * 2**20
+GPU_CHUNK_BYTES = 2**30
 MIN_CHUNK_ROWS = 16
 
 
@@ -77,7 +77,7 @@ def stage_activations(
     workspace += block if recomputed else 0
     if layers[-1] == model.num_layers + 1:
         # The norm's output, and the linear map's input at every position.
-        kept += FLOAT32 * stream + weight_bytes * tokens * model.hidden_size
+        kept += weight_bytes * (stream + tokens * model.hidden_size)
         rows = -(-num_states(config, vocab_size) // parallel.tensor)
         loss, loss_gradients = _loss_bytes(config, rows, tokens)
         workspace = max(loss, workspace + loss_gradients)
@@ -93,7 +93,7 @@ def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
     model = config.model
     weight_bytes = BYTES[config.training.precision]
     per_branch = {
-        "norm's output": FLOAT32,
+        "norm's output": weight_bytes,
         "modulated norm, the linear map's input": weight_bytes,
         "branch before its gate": weight_bytes,
     }
@@ -125,7 +125,8 @@ def _log_sum_bytes(config: Config, tokens: int) -> int:
 def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:
     """Bytes at the loss's peak, and of the gradients it keeps for the backward pass.
 
-    Every row counts, and logits become their gradient in place (the Triton kernels).
+    Every row counts. Logits of float32 become their gradient in place (the Triton kernels); beside
+    those of bfloat16 weights, in float32 too, it has a place of its own.
 
     Args:
         rows: rows of the head's weight on this rank.
@@ -134,8 +135,14 @@ def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:
     chunk_rows = min(tokens, max(MIN_CHUNK_ROWS, GPU_CHUNK_BYTES // (FLOAT32 * rows)))
     hidden, weight = weight_bytes * tokens * width, weight_bytes * rows * width
     # The weight's gradient adds up in float32; beside it a chunk's part, or its copy at the end.
-    peak = hidden + FLOAT32 * rows * width + weight + weight_bytes * chunk_rows * rows
+    chunk = logit_bytes(weight_bytes) * chunk_rows * rows
+    peak = hidden + FLOAT32 * rows * width + weight + chunk
     return peak, hidden + weight
+
+
+def logit_bytes(weight_bytes: int) -> int:
+    """Bytes of a logit and its gradient on a GPU."""
+    return FLOAT32 if weight_bytes == FLOAT32 else FLOAT32 + weight_bytes
 
 
 def _boundary_bytes(

@@ -63,10 +63,10 @@ def block_bytes(*, residual: int, weight: int, dropout: bool) -> dict[str, int]:
     """
     kept_update = weight if dropout else 0  # what dropout leaves, written for the backward pass
     return {
-        # Stream in; modulated norm and normed stream (float32) out.
-        "norms forward": 2 * (residual + weight + 4),
+        # Stream in; modulated norm and normed stream out.
+        "norms forward": 2 * (residual + 2 * weight),
         # Two gradients and the normed stream in, one out; the sums over positions read once more.
-        "norms backward": 2 * (weight + residual + 4 + residual) + 2 * (weight + 4),
+        "norms backward": 2 * (2 * weight + 2 * residual) + 2 * (2 * weight),
         # Stream and update in, stream out; the MLP's update is kept with its bias.
         "gates forward": 2 * (2 * residual + weight) + kept_update + weight,
         # Gradient and update in, the update's gradient out, for the MLP read again for its bias.

@@ -1,14 +1,19 @@
 """Small score networks and noisy batches, the same in every process that asks for them."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.config import Config, ModelConfig
 from sedd_scale.config.sections import GraphConfig, ParallelConfig, TrainingConfig
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import make_schedule
+from sedd_scale.model import dropout
+from sedd_scale.model.fused import rotary_table
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout
@@ -81,3 +86,20 @@ def gradients(network: nn.Module, layout: Layout) -> dict[str, Tensor]:
 def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """A fake mode that leaves none of its tensors in the model's caches."""
+    caches = (rotary_table, dropout._site_key, dropout._positions, dropout._channel_hashes)
+
+    def forget() -> None:
+        for cached in caches:
+            cached.cache_clear()
+
+    forget()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        forget()

@@ -6,7 +6,6 @@ Where torch is a CUDA build; it needs no GPU. A backward pass would start a thre
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.config import Config
 from sedd_scale.model import attention, compiled
@@ -14,6 +13,7 @@ from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel import score_kernel, vocab
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.parallel.vocab import ScoreTargets
+from tests.model.small_network import fake_tensors
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
 SMALL = (
@@ -36,7 +36,7 @@ def test_nothing_leaves_the_device(
     # Summed in float32 by the product, which these tensors cannot be asked for.
     monkeypatch.setattr(vocab, "_add_product", lambda total, left, right, first: None)
     model = ScoreModel(Config().override(*SMALL, *overrides), 50, initialize_layout())
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+    with fake_tensors(), torch.device("cuda"):
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:

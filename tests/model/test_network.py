@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
@@ -14,7 +13,13 @@ from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 from tests.diffusion.reference import log_score_score_entropy
-from tests.model.small_network import gradients, noisy_batch, relative, small_network
+from tests.model.small_network import (
+    fake_tensors,
+    gradients,
+    noisy_batch,
+    relative,
+    small_network,
+)
 from tests.plain_network import PlainNetwork
 from tests.published import to_published
 from tests.tolerance import GRADIENT, NETWORK, ROUNDING
@@ -186,7 +191,7 @@ def test_a_step_waits_for_no_number_of_the_device(
     )
     (noisy_BL, sigma_B, keys_B), targets, _ = noisy_batch(graph, batch=2, length=12)
     inputs = (noisy_BL, sigma_B, context_of(keys_B, torch.tensor([[5, 12], [3, 12]])))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_tensors() as mode:
         loss = network(
             tuple(mode.from_tensor(tensor) for tensor in inputs),
             ScoreTargets(*(mode.from_tensor(tensor) for tensor in targets)),

@@ -17,8 +17,10 @@ from sedd_scale.parallel import score_kernel, vocab
 from sedd_scale.parallel.score_kernel import (
     ChunkStatistics,
     Coefficients,
+    LawCoefficients,
     RowColumns,
     chunk_gradient,
+    chunk_law,
     chunk_statistics,
 )
 from tests.parallel.vocab_worker import KINDS, loss_on_shard, make_problem
@@ -68,8 +70,26 @@ def bias_of(case: ChunkCase) -> Tensor | None:
     return torch.linspace(-1.0, 2.0, case.num_columns)
 
 
-def run_chunk(case: ChunkCase) -> tuple[ChunkStatistics, Tensor, Tensor]:
-    """Statistics (without their table), gradient and the sums of its columns.
+class ChunkResults(NamedTuple):
+    """What the passes over a chunk find."""
+
+    statistics: ChunkStatistics
+    """Without their table."""
+    gradient: Tensor
+    column_sums: Tensor
+    law: tuple[Tensor, ...] | None
+    """Where there is an own column: the two sums of w, the gradient, the sums of its columns."""
+
+
+def law_of(case: ChunkCase) -> tuple[Tensor, LawCoefficients]:
+    """What w is of e^(z - max) in each row, from little to much, and coefficients."""
+    generator = torch.Generator().manual_seed(case.num_columns + 1)
+    scale_m = torch.logspace(-3, 3, case.num_rows)
+    return scale_m, LawCoefficients(*torch.randn(4, case.num_rows, generator=generator))
+
+
+def run_chunk(case: ChunkCase) -> ChunkResults:
+    """All passes over the chunk.
 
     In float32 there is a bias, which the kernels add themselves; PyTorch is given the sum.
     """
@@ -78,9 +98,18 @@ def run_chunk(case: ChunkCase) -> tuple[ChunkStatistics, Tensor, Tensor]:
     if bias_W is not None and not score_kernel.has_kernel(logits_mW):
         logits_mW += bias_W
         bias_W = None
+    again_mW, law = logits_mW.clone(), None
     statistics = chunk_statistics(logits_mW, columns, bias_W)
-    gradient_mW, sums_W = chunk_gradient(statistics, columns, coefficients)
-    return statistics._replace(table=torch.empty(0), bias=None), gradient_mW, sums_W
+    gradient_mW, sums_W = chunk_gradient(statistics, columns, coefficients, logits_mW)
+    if case.with_own:
+        scale_m, law_coefficients = law_of(case)
+        start = chunk_statistics(again_mW, columns, bias_W)
+        scaled, *totals = chunk_law(start, columns, scale_m)
+        # To another tensor, of another type than the logits where these are float32.
+        out_mW = torch.empty(again_mW.shape, dtype=torch.bfloat16)
+        law = (*totals, *chunk_gradient(scaled, columns, law_coefficients, out_mW))
+    statistics = statistics._replace(table=torch.empty(0), bias=None)
+    return ChunkResults(statistics, gradient_mW, sums_W, law)
 
 
 def run_loss(name: str, scaled: bool, dtype: torch.dtype, device: str = "cpu") -> Any:
