@@ -37,7 +37,7 @@ def keep_mask(rate: float, factor_LB1: Tensor, offset_LB1: Tensor, channel_H: Te
     """The mask of a `Dropout`, bool [L, B, H]: true where an entry stays."""
     bits_LBH = factor_LB1 * channel_H
     bits_LBH += offset_LB1
-    bits_LBH ^= bits_LBH >> 15
+    bits_LBH.bitwise_xor_(bits_LBH >> 15)
     bits_LBH *= 0x2C1B3C6D
     return bits_LBH >= int(rate * 2**32) - 2**31
 

@@ -2,7 +2,7 @@
 
 Each operation is written forward and backward, once: on a CPU the passes run as they stand, in
 place where nothing is lost; on a GPU each direction is compiled, into one kernel or, where it sums
-over positions, two.
+over positions, two or three.
 
 L positions (this rank's share), B sequences, H width, F inner width of the MLP, h heads, D head
 width.

@@ -70,7 +70,7 @@ def block_bytes(*, residual: int, weight: int, dropout: bool) -> dict[str, int]:
         # Stream and update in, stream out; the MLP's update is kept with its bias.
         "gates forward": 2 * (2 * residual + weight) + kept_update + weight,
         # Gradient and update in, the update's gradient out, for the MLP read again for its bias.
-        "gates backward": 2 * (residual + 2 * weight) + residual + weight,
+        "gates backward": 2 * (residual + 2 * weight) + weight,
         "rotary turns": 2 * (2 * weight + 2 * weight) + 2 * weight,
         # Four times as wide: forward in and out; backward two in, one out, which its sum reads.
         "GELU": 4 * (2 * weight + 3 * weight + weight),

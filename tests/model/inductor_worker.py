@@ -1,0 +1,228 @@
+"""The Triton code that Inductor makes of the compiled passes for an H100, on any machine.
+
+    python inductor_worker.py FILE
+
+A process of its own: PyTorch is told of a GPU that is not there. For each pass FILE has the number
+of its kernels, how many shapes each that reduces may be run in, and the bytes they move per
+position and channel.
+"""
+
+import contextlib
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    gcnArchName="sm_90",
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20,
+    l2_cache_size=50 << 20,
+    is_integrated=False,
+    uuid="0",
+    pci_bus_id=0,
+)
+LENGTH, BATCH, WIDTH, HEADS = 1024, 32, 768, 12
+
+
+class Driver:
+    """Triton's, of a GPU on which nothing runs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def get_benchmarker(self) -> None: ...
+
+
+def pretend() -> None:
+    """Let PyTorch believe in one H100."""
+    torch.cuda.get_device_properties = lambda *_: H100  # type: ignore
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.current_device = lambda: 0  # type: ignore
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.is_initialized = lambda: True  # type: ignore
+    triton.runtime.driver.set_active(Driver())
+    import torch._inductor.config as inductor
+    import torch._subclasses.fake_tensor as fake
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+
+    triton_helpers.set_driver_to_gpu = lambda: None  # type: ignore[assignment]
+    inductor.compile_threads = 1
+    inductor.fx_graph_cache = False
+    fake.init_gpu_context = lambda _: None  # type: ignore
+    for owner in (CudaInterface, CudaInterface.Worker):
+        owner.get_device_properties = staticmethod(lambda *_: H100)  # type: ignore
+        owner.current_device = staticmethod(lambda: 0)  # type: ignore
+    CudaInterface.get_compute_capability = staticmethod(lambda *_: 90)  # type: ignore
+    CudaInterface.is_available = staticmethod(lambda: True)  # type: ignore
+
+
+def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What Inductor makes of a function of tensors, and how many bytes that reads and writes."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        given = [
+            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda")
+            if isinstance(one, Tensor)
+            else one
+            for one in arguments
+        ]
+    tensors = [one for one in given if isinstance(one, Tensor)]
+
+    def of_tensors(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        results = function(*(next(rest) if isinstance(one, Tensor) else one for one in given))
+        return list(results) if isinstance(results, tuple) else [results]
+
+    with mode, torch.no_grad():
+        traced = make_fx(
+            torch.func.functionalize(of_tensors, remove="mutations"),
+            decomposition_table=select_decomp_table(),
+            tracing_mode="fake",
+        )(*tensors)
+    with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+        graph = GraphLowering(
+            traced, example_inputs=tensors, shape_env=mode.shape_env, is_inference=True
+        )
+        with V.set_graph_handler(graph):
+            graph.run(*tensors)
+            sources: list[str] = []
+            with collected(sources):
+                graph.codegen()
+            num_bytes, *_ = graph.count_bytes()
+    tuners = [tuner_of(source) for source in sources]
+    return {
+        "kernels": len(tuners),
+        "shapes of reductions": [
+            len(tuner.configs) for tuner in tuners if tuner.inductor_meta["num_reduction"]
+        ],
+        "bytes": int(num_bytes) / (LENGTH * BATCH * WIDTH),
+    }
+
+
+@contextlib.contextmanager
+def collected(sources: list[str]) -> Any:
+    """Inside, every kernel that is defined adds its source."""
+    from torch._inductor.codegen.triton import TritonScheduling
+
+    define = TritonScheduling.define_kernel
+
+    def noting(self: Any, source: str, *rest: Any) -> Any:
+        if source not in sources:
+            sources.append(source)
+        return define(self, source, *rest)
+
+    TritonScheduling.define_kernel = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TritonScheduling.define_kernel = define  # type: ignore[method-assign]
+
+
+def tuner_of(source: str) -> Any:
+    """The kernel with the shapes among which a device would choose by timing."""
+    path = Path(sys.argv[1]).with_suffix(f".{abs(hash(source))}.py")
+    path.write_text(source.replace("Placeholder.", ""))
+    namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    (tuner,) = (one for one in namespace.values() if isinstance(one, CachingAutotuner))
+    return tuner
+
+
+def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Each compiled pass with what it is given by the small model in bf16."""
+    from sedd_scale.model import dropout, fused
+
+    def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    stream, vector = of(LENGTH, BATCH, WIDTH), of(BATCH, WIDTH, dtype=torch.float32)
+    gate, bias, wide_bias = of(BATCH, WIDTH), of(WIDTH), of(4 * WIDTH)
+    wide, rstd = of(LENGTH, BATCH, 4 * WIDTH), of(LENGTH, BATCH, 1, dtype=torch.float32)
+    row, channel = of(LENGTH, BATCH, 1, dtype=torch.int32), of(WIDTH, dtype=torch.int32)
+    drop = (0.1, row, row, channel)
+    pair = of(LENGTH, BATCH, HEADS, 3, WIDTH // HEADS)[..., :2, :]
+    angle = of(LENGTH, 1, 1, 1, WIDTH // HEADS // 2)
+    keys = of(BATCH, dtype=torch.int64)
+    key, positions = of(dtype=torch.int64), of(LENGTH, dtype=torch.int64)
+    forward, backward = (stream, stream, gate, *drop), (stream, stream, gate, *drop)
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "norm forward": (fused._norm_forward, (stream, vector, vector, 1e-5, torch.bfloat16)),
+        "norm backward": (
+            fused._norm_backward,
+            (stream, stream, stream, rstd, vector, torch.bfloat16),
+        ),
+        "gate forward": (fused._gate_forward, forward),
+        "gate backward": (fused._gate_backward, backward),
+        "biased gate forward": (fused._bias_gate_forward, (stream, stream, bias, gate, *drop)),
+        "biased gate backward": (fused._bias_gate_backward, backward),
+        "GELU forward": (fused._gelu_forward, (wide, wide_bias)),
+        "GELU backward": (fused._gelu_backward, (wide, wide, wide_bias)),
+    }
+    if torch.version.cuda:  # a CPU build does not follow all operations on a GPU's tensors
+        calls["turn"] = (fused._turn, (pair, angle, angle, torch.empty_like(pair)))
+        calls["row hashes"] = (dropout._row_hashes, (keys, key, positions))
+    return {name: (call.__wrapped__, given) for name, (call, given) in calls.items()}
+
+
+def main(path: Path) -> None:
+    pretend()
+    import torch._inductor.config as inductor
+
+    found: dict[str, Any] = {}
+    for deterministic in (True, False):
+        inductor.deterministic = deterministic
+        found["deterministic" if deterministic else "by timing"] = {
+            name: inductor_kernels(function, given) for name, (function, given) in passes().items()
+        }
+    path.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
