@@ -254,7 +254,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found, _, passed_over = newest_whole(path)
     for failure in passed_over:
-        _warn_once(f"warning: {failure}; {found} is read instead")
+        warn_once(f"warning: {failure}; {found} is read instead")
     return found
 
 
@@ -283,7 +283,8 @@ def is_ours(path: Path) -> bool:
 
 
 @functools.cache
-def _warn_once(line: str) -> None:
+def warn_once(line: str) -> None:
+    """Say a line on stderr, on the first process and the first time."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 

@@ -2,13 +2,11 @@
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sedd_scale.cli import Command, given_path, make_parser
 from sedd_scale.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.assumptions import add_assumptions, assumptions_of
 
 FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
 TARGETS = ("native", "sedd-hf", "sedd-train")
@@ -17,7 +15,8 @@ FORMATS_HELP = """formats:
   sedd-hf     a directory in the published SEDD format: config.json with model.safetensors,
               shards and model.safetensors.index.json, or pytorch_model.bin
   sedd-train  checkpoint.pth of the authors' training program
-  mdlm        MDLM or Duo: a Lightning .ckpt, a .safetensors file, or a directory (read only)
+  mdlm        MDLM, Duo and other weights under SEDD's names: a Lightning .ckpt, a .safetensors,
+              .pth, .pt or .bin file, shards and their index, or a directory (read only)
 """
 
 
@@ -64,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "network's, as a program whose noise is a module with a parameter expects (default: as "
         "many as in the checkpoint.pth that SRC comes from, else 0)",
     )
-    _add_assumptions(parser)
+    add_assumptions(parser)
     add("source", type=given_path, metavar="SRC", help="checkpoint to read")
     add(
         "target",
@@ -82,7 +81,7 @@ def build_inspect_parser() -> argparse.ArgumentParser:
         "Print a checkpoint's format, model, step and tensors with their sizes.",
         "sedd-scale convert_ckpt inspect checkpoint.pth",
     )
-    _add_assumptions(parser)
+    add_assumptions(parser)
     parser.add_argument("path", type=given_path, metavar="PATH", help="checkpoint of any format")
     return parser
 
@@ -114,56 +113,8 @@ def build_verify_parser() -> argparse.ArgumentParser:
         default="ema",
         help="where a checkpoint has both, averaged weights or last ones (%(default)s)",
     )
-    _add_assumptions(parser)
+    add_assumptions(parser)
     return parser
-
-
-def _add_assumptions(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "what a checkpoint of sedd-train or mdlm does not say (sizes follow from its tensors)"
-    )
-    add = group.add_argument
-    boolean: dict[str, Any] = {"type": _boolean, "metavar": "BOOL"}
-    add("--graph", choices=("absorb", "uniform"), help="forward process (default: absorb)")
-    add(
-        "--noise",
-        choices=("loglinear", "geometric", "cosine", "linear"),
-        help="noise schedule (default: loglinear)",
-    )
-    add("--sigma-min", type=float, metavar="S", help="of geometric noise (default: 1e-4)")
-    add("--sigma-max", type=float, metavar="S", help="of geometric noise (default: 20)")
-    add("--noise-eps", dest="eps", type=float, metavar="E", help="of other noise (default: 1e-3)")
-    add("--block-length", type=int, metavar="L", help="tokens in a sequence (default: 1024)")
-    add(
-        "--num-heads",
-        type=int,
-        metavar="N",
-        help="attention heads (default: from its rotary frequencies, else width / 64)",
-    )
-    add(
-        "--scale-by-sigma",
-        **boolean,
-        help="scaled scores, true or false (default: true for absorb, false for uniform)",
-    )
-    add(
-        "--time-conditioning",
-        **boolean,
-        help="whether outputs depend on sigma (default: true; false for mdlm with absorb)",
-    )
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
-def _assumptions(arguments: argparse.Namespace) -> "Assumptions":
-    from dataclasses import fields
-
-    from sedd_scale.interop.assumptions import Assumptions
-
-    return Assumptions(**{item.name: getattr(arguments, item.name) for item in fields(Assumptions)})
 
 
 def convert_command(arguments: argparse.Namespace) -> None:
@@ -193,7 +144,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
         arguments.target,
         weights=arguments.weights,
         extra_parameters=arguments.noise_parameters,
-        assumptions=_assumptions(arguments),
+        assumptions=assumptions_of(arguments),
         **options,
     )
     print(arguments.target)
@@ -203,7 +154,7 @@ def inspect_command(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint is."""
     from sedd_scale.interop.inspection import inspect
 
-    print(inspect(arguments.path, _assumptions(arguments)))
+    print(inspect(arguments.path, assumptions_of(arguments)))
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
@@ -216,7 +167,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
         arguments.first,
         arguments.second,
         weights=arguments.weights,
-        assumptions=_assumptions(arguments),
+        assumptions=assumptions_of(arguments),
     )
     within = found.max_difference <= arguments.tolerance  # false of NaN
     print(

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "torchrun --nproc-per-node 2 -m sedd_scale eval_ppl --checkpoint runs/books "
         "--data data/books",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, leave_out=("block_length",))
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -29,7 +29,7 @@ from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
 from sedd_scale.generation.completions import settings_for
-from sedd_scale.interop.model_arguments import check_tokenizer_fits, open_tokenizer
+from sedd_scale.interop.model_arguments import fit_tokenizer, open_tokenizer
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.sampling.infill import infill_from_tokens
@@ -87,7 +87,7 @@ class SeddScaleLM(LM):
         )
         if tokenizer is not None:
             self.model.tokenizer = open_tokenizer(Path(tokenizer))
-        check_tokenizer_fits(self.model)
+        fit_tokenizer(self.model)
         if self.model.tokenizer is None:
             raise DataError(f"checkpoint={checkpoint} carries no tokenizer: give tokenizer=PATH")
         self.max_length = max_length or self.model.block_length or 1024

@@ -1,35 +1,84 @@
-"""What a checkpoint without a configuration does not say, and is assumed.
+"""What a checkpoint without a configuration does not say, and is said by the user or assumed.
 
 Sizes follow from the shapes of tensors. The graph, the noise and the block length do not.
 """
 
-from dataclasses import dataclass, fields
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _said(help: str, key: str = "", **options: Any) -> Any:
+    """A field: its flag's help and options, and our key for it."""
+    return field(default=None, metadata={"help": help, "key": key, "options": options})
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """One field a thing that shapes cannot tell; None takes the format's default.
+    """One field a thing that shapes cannot tell; None: what the files say, or else assumed."""
 
-    Attributes:
-        graph: absorb or uniform; absorb.
-        noise: the noise schedule; loglinear.
-        sigma_min, sigma_max: of the geometric schedule; 1e-4 and 20.
-        eps: of the others; 1e-3.
-        block_length: L of its training; 1024.
-        num_heads: attention heads; from the rotary frequencies, else one per 64 of width.
-        scale_by_sigma: the scaled parametrisation; true for absorb, false for uniform.
-        time_conditioning: whether outputs depend on sigma; true, but false for mdlm with absorb.
-    """
-
-    graph: str | None = None
-    noise: str | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    eps: float | None = None
-    block_length: int | None = None
-    num_heads: int | None = None
-    scale_by_sigma: bool | None = None
-    time_conditioning: bool | None = None
+    objective: str | None = _said(
+        "what it was trained for (assumed for mdlm: masked_cross_entropy)",
+        "training.objective",
+        choices=("score_entropy", "masked_cross_entropy", "d3pm_absorb"),
+    )
+    parametrisation: str | None = _said(
+        "outputs are log-scores (score), or logits of the clean token (mean: Duo, UDLM)",
+        "model.parametrisation",
+        choices=("score", "mean"),
+    )
+    graph: str | None = _said(
+        "forward process (assumed: absorb)", "graph.name", choices=("absorb", "uniform")
+    )
+    mask_id: int | None = _said(
+        "id of the mask among its states (assumed: the last); tokens behind it move up by one",
+        type=int,
+        metavar="ID",
+    )
+    noise: str | None = _said(
+        "noise schedule (assumed: loglinear)",
+        "noise.name",
+        choices=("loglinear", "geometric", "cosine", "linear"),
+    )
+    sigma_min: float | None = _said(
+        "of geometric noise (assumed: 1e-4)", "noise.sigma_min", type=float, metavar="S"
+    )
+    sigma_max: float | None = _said(
+        "of geometric noise (assumed: 20)", "noise.sigma_max", type=float, metavar="S"
+    )
+    eps: float | None = _said(
+        "of other noise (assumed: 1e-3)", "noise.eps", type=float, metavar="E"
+    )
+    block_length: int | None = _said(
+        "tokens in a sequence (assumed: 1024)", "data.block_length", type=int, metavar="L"
+    )
+    num_heads: int | None = _said(
+        "attention heads (from its rotary frequencies; else assumed: width / 64)",
+        "model.num_heads",
+        type=int,
+        metavar="N",
+    )
+    scale_by_sigma: bool | None = _said(
+        "scaled scores, true or false (assumed: true for absorb, false for uniform)",
+        "model.scale_by_sigma",
+        type=_boolean,
+        metavar="BOOL",
+    )
+    time_conditioning: bool | None = _said(
+        "whether outputs depend on sigma (assumed: true; false for masked_cross_entropy)",
+        "model.time_conditioning",
+        type=_boolean,
+        metavar="BOOL",
+    )
+    network: str | None = _said(
+        "of several networks in a file, what the names of this one begin with", metavar="PREFIX"
+    )
 
     def given(self) -> list[str]:
         """Names of the fields that were set."""
@@ -37,17 +86,38 @@ class Assumptions:
 
     def overrides(self) -> list[str]:
         """The fields that were set as dotted overrides of a configuration."""
-        return [f"{_KEYS[name]}={str(getattr(self, name)).lower()}" for name in self.given()]
+        return [
+            f"{KEYS[name]}={text_of(getattr(self, name))}" for name in self.given() if KEYS[name]
+        ]
 
 
-_KEYS = {
-    "graph": "graph.name",
-    "noise": "noise.name",
-    "sigma_min": "noise.sigma_min",
-    "sigma_max": "noise.sigma_max",
-    "eps": "noise.eps",
-    "block_length": "data.block_length",
-    "num_heads": "model.num_heads",
-    "scale_by_sigma": "model.scale_by_sigma",
-    "time_conditioning": "model.time_conditioning",
-}
+# Our key of each field; "mask_id" and "network" have none.
+KEYS = {item.name: item.metadata["key"] for item in fields(Assumptions)}
+# A command may have a flag of its own of that name.
+_DEST = "said_{}"
+# Where the flag is not the name.
+_FLAGS = {"eps": "noise-eps"}
+
+
+def text_of(value: Any) -> str:
+    """A value as a user writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def add_assumptions(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
+    """Add a flag for each field of `Assumptions`."""
+    group = parser.add_argument_group(
+        "what a checkpoint of another program does not say (sizes follow from its tensors)"
+    )
+    for item in fields(Assumptions):
+        if item.name not in leave_out:
+            flag = "--" + _FLAGS.get(item.name, item.name.replace("_", "-"))
+            help, options = item.metadata["help"], item.metadata["options"]
+            group.add_argument(flag, dest=_DEST.format(item.name), help=help, **options)
+
+
+def assumptions_of(arguments: argparse.Namespace) -> Assumptions | None:
+    """What the flags of `add_assumptions` say; None where none was given."""
+    names = [item.name for item in fields(Assumptions)]
+    found = {name: getattr(arguments, _DEST.format(name), None) for name in names}
+    return Assumptions(**found) if any(value is not None for value in found.values()) else None

@@ -34,6 +34,7 @@ class Description:
         optimizer_step: updates of the optimizer.
         tokens: tokens of text seen.
         tokenizer_directory: the tokenizer that lies with it, if any.
+        assumed: what nothing says and was taken for granted: the flag that would, and the value.
         details: what only this format knows and its writer wants back, of plain JSON types.
     """
 
@@ -44,6 +45,7 @@ class Description:
     tokens: int = 0
     tokenizer_directory: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

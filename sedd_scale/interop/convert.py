@@ -13,10 +13,11 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
+from sedd_scale.interop.foreign_files import TRAINING_FILE
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_card import CARD_FILE, last_validation, model_card, read_report
 from sedd_scale.interop.native import write_native_run
-from sedd_scale.interop.reference_training import FILE_NAME, write_reference_training
+from sedd_scale.interop.reference_training import write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
 from sedd_scale.interop.sedd_directory import check_expressible, write_published_files
 
@@ -96,7 +97,7 @@ def convert(
             file = temporary
             if target.suffix not in (".pth", ".pt"):
                 temporary.mkdir()
-                file = temporary / FILE_NAME
+                file = temporary / TRAINING_FILE
             write_reference_training(file, opened, extra_parameters=extra_parameters)
 
     if target_format != "native":

@@ -6,6 +6,7 @@ from pathlib import Path
 from sedd_scale.checkpoint.directory import find_checkpoint
 from sedd_scale.checkpoint.manifest import read_manifest, record_of
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.foreign_files import weights_file
 from sedd_scale.interop.formats import detect_format
 
 _SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -30,7 +31,8 @@ def checkpoint_fingerprint(path: Path) -> str:
     elif path.is_file():
         files = {path.name: record_of(path)}
     else:
-        files = {p.name: record_of(p) for p in path.iterdir() if p.suffix in _SUFFIXES}
+        found = {p for p in path.iterdir() if p.suffix in _SUFFIXES} | {weights_file(path)}
+        files = {p.relative_to(path).as_posix(): record_of(p) for p in found}
     digest = hashlib.sha256()
     for name, record in sorted(files.items()):
         digest.update(f"{name}\0{record.sha256}\n".encode())

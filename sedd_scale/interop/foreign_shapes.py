@@ -50,7 +50,7 @@ def config_of_shapes(
             raise CheckpointError(f"{path}: {name} is {list(found)} and should be {wanted}")
     states, width = shapes["vocab_embed.embedding"]
     blocks = [int(match[1]) for match in map(_BLOCK.match, shapes) if match]
-    graph = assumptions.graph or "absorb"
+    graph = assumptions.graph or (known or {}).get("graph", {}).get("name", "absorb")
     head_dim = 2 * shapes[INV_FREQ][0] if INV_FREQ in shapes else DEFAULT_HEAD_DIM
     sections: dict[str, dict[str, Any]] = {
         "model": {

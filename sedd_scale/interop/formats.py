@@ -2,21 +2,23 @@
 
 from pathlib import Path
 
-from sedd_scale.checkpoint.directory import is_ours
+from sedd_scale.checkpoint.directory import is_ours, warn_once
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
-from sedd_scale.interop.mdlm import PREFIX, MdlmSource
+from sedd_scale.interop.foreign_files import (
+    CONFIG_FILE,
+    STANDARD_FILES,
+    described_path,
+    is_safetensors,
+    read_json,
+    weights_file,
+)
+from sedd_scale.interop.mdlm import MdlmSource
 from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pickled_files import PickledFile
-from sedd_scale.interop.reference_training import FILE_NAME, ReferenceTrainingSource
-from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
-from sedd_scale.interop.sedd_directory import (
-    CONFIG_FILE,
-    PICKLED_FILE,
-    PublishedSource,
-    open_named_tensors,
-)
+from sedd_scale.interop.reference_training import ReferenceTrainingSource
+from sedd_scale.interop.sedd_directory import PublishedSource
 
 FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
 # These say everything themselves.
@@ -41,8 +43,6 @@ def open_checkpoint(
         CheckpointError: nothing there, another format, or not exactly the model it describes.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint")
     found = detect_format(path)
     if format is not None and format != found:
         raise CheckpointError(f"{path} has format {found}, not {format}: use --from {found}")
@@ -54,50 +54,46 @@ def open_checkpoint(
         )
     if found == "native":
         return NativeSource(path, verify=verify)
+    path = described_path(path)
     if found == "sedd-hf":
         return PublishedSource(path)
+    source: CheckpointSource
     if found == "sedd-train":
-        return ReferenceTrainingSource(path, assumptions)
-    return MdlmSource(path, assumptions)
+        source = ReferenceTrainingSource(path, assumptions)
+    else:
+        source = MdlmSource(path, assumptions)
+    if source.described.assumed:
+        values = ", ".join(f"{flag} {value}" for flag, value in source.described.assumed.items())
+        warn_once(f"note: {path} does not say all of itself; assumed is {values}")
+    return source
 
 
 def detect_format(path: Path) -> str:
     """One of `FORMATS`, by the names of files and of the tensors in them.
 
     Raises:
-        CheckpointError: it looks like none of them.
+        CheckpointError: it looks like none of them, or like two.
     """
+    path = described_path(path)
+    if not path.exists() and not is_ours(path):
+        raise CheckpointError(f"{path} does not exist; give a checkpoint")
     if is_ours(path):
-        return "native"
-    if path.is_dir():
-        if (path / FILE_NAME).is_file():
-            return "sedd-train"
-        has_weights = any(
-            (path / name).exists() for name in (SINGLE_FILE, INDEX_FILE, PICKLED_FILE)
-        )
-        if has_weights or (path / CONFIG_FILE).exists():
-            if has_weights and _is_prefixed(open_named_tensors(path).shapes):
-                return "mdlm"
-            return "sedd-hf"
-        return "native"
-    if path.suffix == ".safetensors":
-        return "mdlm"
-    tree = PickledFile(path).tree
-    if isinstance(tree, dict):
-        if "state_dict" in tree or _is_prefixed(tree):
-            return "mdlm"
-        if "model" in tree or "ema" in tree:
-            return "sedd-train"
-        if "vocab_embed.embedding" in tree:
+        if path.is_dir() and any((path / name).exists() for name in STANDARD_FILES):
             raise CheckpointError(
-                f"{path} is a state dict without config.json: put both into one directory, as "
-                f"{PICKLED_FILE} and {CONFIG_FILE}, and give that"
+                f"{path} holds a run and weights of another format: name one of them, as "
+                f"{path}/checkpoints or in a directory of its own"
             )
-    raise CheckpointError(
-        f"{path} is not a checkpoint of a known format: it is neither a directory nor a file with "
-        f"model and ema, or with names that begin with {PREFIX}"
-    )
-
-
-def _is_prefixed(names: object) -> bool:
-    return isinstance(names, dict) and any(str(name).startswith(PREFIX) for name in names)
+        return "native"
+    raw = read_json(path / CONFIG_FILE) if path.is_dir() else {}
+    if "tokens" in raw or {"graph", "model"} <= raw.keys():
+        return "sedd-hf"
+    file = weights_file(path)
+    if file.name.endswith(".index.json") or is_safetensors(file):
+        return "mdlm"
+    tree = PickledFile(file).tree
+    if not isinstance(tree, dict) or "model" not in tree or "state_dict" in tree:
+        return "mdlm"
+    # The authors' averages have no names. Without any it is theirs, cut short.
+    ema = tree.get("ema")
+    is_theirs = "shadow_params" in ema if isinstance(ema, dict) else {"optimizer", "step"} & {*tree}
+    return "sedd-train" if is_theirs else "mdlm"

@@ -30,11 +30,11 @@ from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, model_shapes
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
+from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
 from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
-BIAS = "head.linear.bias"
-VOCABULARY_PARAMETERS = ("embedding.tokens.weight", "head.linear.weight", BIAS)
+BIAS = VOCABULARY_PARAMETERS[-1]
 
 # What the source and the run must have in common, besides the graph and the vocabulary.
 _ALIKE = (
@@ -160,11 +160,19 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
             "in the published format, a checkpoint.pth, or a checkpoint of MDLM or Duo"
         )
     is_first = os.environ.get("RANK", "0") == "0"
-    source = open_checkpoint(
-        path,
-        assumptions=_assumptions(detect_format(path), config),
-        verify=config.checkpoint.verify and is_first,
-    )
+    try:
+        source = open_checkpoint(
+            path,
+            assumptions=_assumptions(detect_format(path), config),
+            verify=config.checkpoint.verify and is_first,
+        )
+    except CheckpointError as error:
+        if " --" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; these are options of `sedd-scale convert_ckpt --to native`: start from what "
+            "it writes"
+        ) from None
     weights = InitialWeights(source, config)
     _check_tokenizer(source, config, corpus)
     return weights

@@ -83,6 +83,7 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
         f"{model.mlp_ratio}, rotary_base {model.rotary_base:g}"
     )
     yield f"graph       {config.graph.name}, {described.num_tokens} tokens"
+    yield f"objective   {config.training.objective}"
     yield f"noise       {config.noise.name} ({described.noise_range})"
     yield (
         f"scores      scale_by_sigma {str(config.resolved_scale_by_sigma).lower()}, "
@@ -92,6 +93,9 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     yield f"length      {described.block_length}"
     tokenizer = described.tokenizer_directory
     yield f"tokenizer   {tokenizer if tokenizer is not None else 'none'}"
+    if described.assumed:
+        values = ", ".join(f"{flag} {value}" for flag, value in described.assumed.items())
+        yield f"assumed     {values}"
     groups = group_tensors(source)
     count, num_bytes = sum(g.count for g in groups), sum(g.num_bytes for g in groups)
     yield f"tensors     {count}, {num_bytes:,} bytes"

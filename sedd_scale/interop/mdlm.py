@@ -1,63 +1,48 @@
-"""Checkpoints of MDLM (arXiv 2406.07524) and Duo (arXiv 2506.10892): the SEDD names, prefixed.
+"""Weights of MDLM (arXiv 2406.07524), Duo (arXiv 2506.10892) and others: the names of SEDD.
 
-Their networks are SEDD's, under `backbone.`, in a Lightning checkpoint (`state_dict`, maybe `ema`)
-or in safetensors. Their outputs are logits of a distribution over clean tokens.
+Their networks are SEDD's, mostly under `backbone.`, in a Lightning checkpoint (`state_dict`, maybe
+`ema`) or in safetensors. What their outputs mean is not in their names:
 
-Of absorb (MDLM) these are scaled log-scores up to the constant that a softmax divides out: a
-network of `training.objective=masked_cross_entropy`, whose bound is the one that MDLM reports.
-
-Of uniform (Duo, UDLM) scores follow from them: `model.parametrisation=mean`, whose score entropy
-is the bound that both report.
+* of absorb (MDLM), scaled log-scores up to the constant that a softmax divides out: a network of
+  `training.objective=masked_cross_entropy`, whose bound is the one that MDLM reports;
+* of uniform (Duo, UDLM), logits of the clean token, of which scores follow:
+  `model.parametrisation=mean`, whose score entropy is the bound that both report;
+* of score entropy trained in their frameworks, log-scores, as SEDD's.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sedd_scale.diffusion.objectives import MaskedCrossEntropy
+from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.assumptions import KEYS, Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
     Shape,
     check_tensors,
+    tokenizer_in,
 )
+from sedd_scale.interop.foreign_config import Said, assumed, mask_of, said_by, sections_of
+from sedd_scale.interop.foreign_files import Entry, described, open_weights, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
-from sedd_scale.interop.pickled_files import PickledFile
 from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
-from sedd_scale.interop.safetensors_files import SafetensorsFiles
-from sedd_scale.interop.sedd_directory import (
-    CONFIG_FILE,
-    NamedTensors,
-    describe,
-    open_named_tensors,
-    published_shapes,
-    without_buffer,
-)
-from sedd_scale.interop.sedd_names import our_rows, published_names
-
-PREFIX = "backbone."
-
-# Networks under the same names that compute something else, by the keys of their config.json.
-_OTHER_NETWORKS = {
-    "cross_attn": "whose blocks attend to a clean copy of the text before them",
-    "causal": "which attends to the left alone",
-    "causal_attention": "which attends to the left alone",
-}
+from sedd_scale.interop.sedd_directory import published_shapes, without_buffer
+from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
 
 
 class MdlmSource(CheckpointSource):
-    """A Lightning checkpoint, a file of weights, or a directory with config.json and weights.
+    """A file of weights, or a directory that holds one, maybe with its configuration.
 
     Args:
-        assumptions: what the file does not say; with absorb, `time_conditioning` is false, as MDLM
-            trains.
+        assumptions: what the files do not say.
 
     Raises:
-        CheckpointError: it is no such file, or a tensor is missing, unknown or misshapen.
+        CheckpointError: it is no such file, a tensor is missing, unknown or misshapen, or the
+            network may be two things and nothing says which.
     """
 
     format = "mdlm"
@@ -65,107 +50,103 @@ class MdlmSource(CheckpointSource):
     def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
         self.path = path
         assumptions = assumptions or Assumptions()
-        self._averages: dict[str, Tensor] = {}
-        averages: list[Tensor] | None = None
-        if path.is_dir():
-            self._weights = open_named_tensors(path, PREFIX)
-        elif path.suffix == ".safetensors":
-            self._weights = NamedTensors(SafetensorsFiles(path), PREFIX)
-        else:
-            self._file = PickledFile(path)
-            tree = self._file.tree if isinstance(self._file.tree, dict) else {}
-            self._weights = NamedTensors(self._file, PREFIX, tree.get("state_dict", tree))
-            if tree.get("ema") is not None:
-                averages = shadow_parameters(path, tree["ema"])
-        shapes = self._weights.shapes
-        if not shapes:
-            raise CheckpointError(f"{path} has no tensors whose names begin with {PREFIX}")
-        graph = assumptions.graph or "absorb"
-        known: dict[str, dict[str, Any]]
-        if graph == "absorb":
-            known = {
-                "model": {"time_conditioning": False},
-                "training": {"objective": MaskedCrossEntropy.name},
-            }
-        else:
-            known = {"model": {"time_conditioning": True, "parametrisation": "mean"}}
-        if path.is_dir():
-            _add_known(path, known, assumptions)
-        config = config_of_shapes(path, shapes, assumptions, known=known)
+        file = weights_file(path)
+        weights = open_weights(file, assumptions.network)
+        network = weights.network
+        known = meaning(file, network.prefix, said_by(file, weights.tree, assumptions), assumptions)
+        config = config_of_shapes(path, network.shapes, assumptions, known=sections_of(known))
         expected = published_shapes(config)
-        check_tensors(
-            path,
-            {PREFIX + name: shape for name, shape in expected.items()},
-            {PREFIX + name: shape for name, shape in without_buffer(shapes).items()},
-        )
-        self.holds = frozenset({"ema"})
-        if averages is not None:
-            # Behind the network's come the noise's, if it has any, one number each.
-            while len(averages) > len(expected) and averages[-1].numel() == 1:
-                averages.pop()
-            order = parameter_order(
-                path,
-                expected,
-                list(without_buffer(shapes)),
-                [tuple(average.shape) for average in averages],
-            )
-            self._averages = dict(zip(order, averages, strict=True))
-            self.holds = frozenset({"ema", "master"})
+        averages = None if weights.averages is None else weights.averages.tensors
+        for tensors in (network.tensors, averages):
+            if tensors is not None:
+                check_tensors(
+                    path,
+                    {network.prefix + name: shape for name, shape in expected.items()},
+                    {
+                        network.prefix + name: tensor.shape
+                        for name, tensor in tensors.items()
+                        if name != INV_FREQ
+                    },
+                )
+        ema = weights.tree.get("ema")
+        if averages is None and isinstance(ema, dict) and ema and weights.file is not None:
+            averages = self._in_order(weights.file, ema, expected, network.shapes)
+        self._tensors = {"ema": averages or network.tensors, "master": network.tensors}
+        self.holds = frozenset({"ema", "master"} if averages else {"ema"})
+        self.mask_id = mask_of(path, config, known.get("mask_id"), assumptions)
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
+            tokenizer_directory=tokenizer_in(path),
+            assumed=assumed(config, known, assumptions, INV_FREQ in network.shapes, self.mask_id),
         )
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
 
+    def _in_order(
+        self, file: Any, ema: Any, expected: Mapping[str, Shape], listed: Mapping[str, Shape]
+    ) -> dict[str, Entry]:
+        """Averages that have no names, by the order of the parameters."""
+        averages = shadow_parameters(self.path, ema)
+        # Behind the network's come the noise's, if it has any, one number each.
+        while len(averages) > len(expected) and averages[-1].numel() == 1:
+            averages.pop()
+        order = parameter_order(
+            self.path,
+            expected,
+            list(without_buffer(dict(listed))),
+            [tuple(average.shape) for average in averages],
+        )
+
+        def entry(name: str, tensor: Tensor) -> Entry:
+            return Entry(*described(f"{name} (ema)", tensor), lambda: file.read(tensor))
+
+        return {name: entry(name, t) for name, t in zip(order, averages, strict=True)}
+
     def _read(self, name: str, key: str) -> Tensor:
-        theirs = self._theirs[name]
-        if key == "ema" and self._averages:
-            tensor = self._file.read(self._averages[theirs])
-        else:
-            tensor = self._weights.read(theirs)
-        return our_rows(name, tensor, self.described.config.model.num_heads)
+        tensor = self._tensors[key][self._theirs[name]].read()
+        num_heads = self.described.config.model.num_heads
+        return our_rows(name, tensor, num_heads, mask_id=self.mask_id)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
-        averages = [
-            describe(f"{PREFIX}{name} (ema)", tensor) for name, tensor in self._averages.items()
-        ]
-        return self._weights.contents() + averages
+        keys = ("master", "ema") if "master" in self.holds else ("ema",)
+        return [entry.row for key in keys for entry in self._tensors[key].values()]
 
 
-def _add_known(directory: Path, known: dict[str, dict[str, Any]], assumptions: Assumptions) -> None:
-    """What the config.json of a published MDLM or Duo says, as sections of ours.
+def meaning(
+    file: Path, prefix: str, said: dict[str, Said], assumptions: Assumptions
+) -> dict[str, Said]:
+    """What is said, and what follows from it of the outputs' meaning.
 
     Raises:
-        CheckpointError: it holds another kind of network, or contradicts an assumption.
+        CheckpointError: nothing says what the outputs are, and they may be two things.
     """
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        return
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); fetch the file again") from None
-    if not isinstance(raw, dict):
-        return
-    for key, what in _OTHER_NETWORKS.items():
-        if raw.get(key):
+    known = dict(said)
+
+    def value_of(field: str) -> Any:
+        given = getattr(assumptions, field)
+        return given if given is not None else known.get(KEYS[field], Said(None, "")).value
+
+    graph, objective = value_of("graph") or "absorb", value_of("objective")
+    parametrisation = value_of("parametrisation")
+    if graph == "absorb" and objective is None and not prefix:
+        raise CheckpointError(
+            f"{file} does not say what its outputs are: put the config.json of a published SEDD "
+            f"model beside it, or give --objective {ScoreEntropy.name} (log-scores, as SEDD's) or "
+            f"--objective {MaskedCrossEntropy.name} (logits, as MDLM's)"
+        )
+    if graph == "uniform" and parametrisation is None:
+        if assumptions.objective is not None or not prefix:
             raise CheckpointError(
-                f"{directory} cannot be read: {CONFIG_FILE} says {key}={str(raw[key]).lower()}, a "
-                f"network {what}; give an MDLM or Duo checkpoint without it"
+                f"{file} does not say what its outputs are: give --parametrisation mean (logits of "
+                "the clean token, as Duo's and UDLM's) or --parametrisation score (log-scores, as "
+                "SEDD's)"
             )
-    for section, key, theirs in (
-        ("model", "num_heads", "n_heads"),
-        ("model", "dropout", "dropout"),
-        ("model", "time_conditioning", "time_conditioning"),
-        ("data", "block_length", "model_length"),
-    ):
-        says, assumed = raw.get(theirs), getattr(assumptions, key, None)
-        if says is None:
-            continue
-        if assumed not in (None, says):
-            raise CheckpointError(
-                f"{file} says {theirs}={str(says).lower()}, not {str(assumed).lower()}: use that"
-            )
-        known.setdefault(section, {})[key] = says
+        known["model.parametrisation"] = Said("mean", "")
+    if graph == "absorb" and objective is None:
+        known["training.objective"] = Said(MaskedCrossEntropy.name, "")
+        objective = MaskedCrossEntropy.name
+    # MDLM trains without unless told otherwise; its configuration says so, if it is there.
+    known.setdefault("model.time_conditioning", Said(objective != MaskedCrossEntropy.name, ""))
+    return known

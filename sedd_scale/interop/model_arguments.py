@@ -4,24 +4,34 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sedd_scale.checkpoint.directory import warn_once
 from sedd_scale.cli import count, given_path
 from sedd_scale.errors import DataError
+from sedd_scale.interop.adapted_tokenizer import adapted
+from sedd_scale.interop.assumptions import add_assumptions, assumptions_of
 
 if TYPE_CHECKING:
     from sedd_scale.model.score_model import ScoreModel
     from sedd_scale.tokenizers.base import Tokenizer
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, --weights, --tokenizer-path, --tensor and --precision."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Add --checkpoint, --weights, --tokenizer-path, --tensor, --precision and those that say what
+    a checkpoint does not.
+
+    Args:
+        leave_out: of the latter, names that the command has its own flag of.
+    """
     parser.add_argument(
         "--checkpoint",
         type=given_path,
         required=True,
         metavar="PATH",
         help="a run directory or one of its checkpoints/step-N; a directory in the published "
-        "format (config.json with its weights); a checkpoint.pth of SEDD's training code; or a "
-        "checkpoint of MDLM or Duo",
+        "format (config.json with its weights); a checkpoint.pth of SEDD's training code; or "
+        "weights of MDLM, Duo and others: a .ckpt, .pth or .safetensors file or their directory",
     )
     parser.add_argument(
         "--weights",
@@ -50,6 +60,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="number format of the network; statistics stay fp32 or finer (%(default)s)",
     )
+    add_assumptions(parser, leave_out=leave_out)
 
 
 def open_model(arguments: argparse.Namespace) -> "ScoreModel":
@@ -66,11 +77,13 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
     from sedd_scale.parallel.layout import initialize_layout
 
     tokenizer = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
+    assumptions = assumptions_of(arguments)
     model = load_pretrained(
         arguments.checkpoint,
         weights=arguments.weights,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision],
         layout=initialize_layout(tensor=arguments.tensor),
+        assumptions=assumptions,
     )
     if tokenizer is not None:
         own = model.tokenizer
@@ -81,7 +94,7 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
                 f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer-path out"
             )
         model.tokenizer = tokenizer
-    check_tokenizer_fits(model)
+    fit_tokenizer(model, None if assumptions is None else assumptions.mask_id)
     return model
 
 
@@ -104,11 +117,21 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return load_tokenizer(path)
 
 
-def check_tokenizer_fits(model: "ScoreModel") -> None:
-    """Raise DataError where the model's tokenizer has another vocabulary than the model."""
-    tokenizer = model.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size != model.graph.num_tokens:
-        raise DataError(
-            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens and the checkpoint "
-            f"{model.graph.num_tokens}: use the tokenizer it was trained with"
+def fit_tokenizer(model: "ScoreModel", mask_id: int | None = None) -> None:
+    """Adapt the model's tokenizer to its vocabulary, and say so where it has fewer tokens.
+
+    Args:
+        mask_id: of the tokenizer's ids, the mask, where it has one.
+
+    Raises:
+        DataError: it has another vocabulary.
+    """
+    if model.tokenizer is None:
+        return
+    before, num_tokens = model.tokenizer.vocab_size, model.graph.num_tokens
+    model.tokenizer = adapted(model.tokenizer, num_tokens, mask_id)
+    if before < num_tokens:
+        warn_once(
+            f"note: the {model.tokenizer.kind} tokenizer has {before} tokens and the checkpoint "
+            f"{num_tokens}: ids from {before} on, such as a [PAD], stand for no text"
         )

@@ -3,10 +3,16 @@
 A file is opened as a tree whose tensors have shapes, types and offsets but no numbers; numbers are
 read by offset when asked for. Writing reserves the room of every tensor first and fills it tensor
 after tensor. (torch.load under a FakeTensorMode and torch.serialization.skip_data do the rest.)
+
+What a training program pickled beside its tensors, such as its configuration and its tokenizer, is
+of classes that are not here, and whose code must not run. An unpickler that knows the names of
+tensors alone gives an `Inert` object in the place of each, whatever it was derived from.
 """
 
-import contextlib
 import math
+import pickle
+import types
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +33,7 @@ class PickledFile:
         tree: what was saved, its tensors without their numbers.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or cannot be opened without running code.
+        CheckpointError: the file is missing, damaged, or a program of TorchScript.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,14 +43,12 @@ class PickledFile:
         # What torch wrote before 1.6 has no offsets and is read whole.
         self._is_whole = not zipfile.is_zipfile(path)
         try:
-            self.tree: Any = _load_whole(path) if self._is_whole else _load_tree(path)
+            self.tree: Any = _load(path) if self._is_whole else _load_tree(path)
         except READ_ERRORS as error:
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
-            weights_only = [line for line in str(error).splitlines() if "Unsupported" in line]
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{path} cannot be read as a file of torch.save holding tensors and plain values "
-                f"({(weights_only or [reason])[0].strip()}); fetch it again, or save its state "
-                "dicts alone"
+                f"{path} cannot be read as a file of torch.save ({reason}); fetch it again, or "
+                "save its state dict alone"
             ) from None
 
     def read(self, tensor: Tensor) -> Tensor:
@@ -140,37 +144,95 @@ def size_in_bytes(tree: Any) -> int:
     return sum(math.prod(t.shape) * t.element_size() for t in tensors_in(tree))
 
 
-def _load_whole(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+class Inert(dict[Any, Any]):
+    """What stands for an object of a class that is not here: it does nothing, and keeps its data.
+
+    Attributes:
+        state: what the object was filled with, if anything; items of a mapping are its own.
+    """
+
+    state: Any
+    dump_patches = False  # torch asks where a whole module was pickled
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        """An empty one, whatever the arguments; it is also what a call of one gives."""
+        made = super().__new__(cls)
+        made.state = None
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __call__(self, *_: Any, **__: Any) -> "Inert":
+        """An empty one."""
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, _: Any) -> None:
+        """Of a list, which keeps nothing."""
+
+    def extend(self, _: Any) -> None:
+        """Of a list."""
+
+    add = append
+
+
+def plain(value: Any, depth: int = 10) -> Any:
+    """Plain values of a tree: configurations of OmegaConf, whose objects are not here, included.
+
+    Args:
+        depth: how far in, as objects may hold each other.
+    """
+    if isinstance(value, Inert) and not value:
+        state = value.state if isinstance(value.state, dict) else {}
+        inner = [state[key] for key in ("_content", "_val") if key in state]
+        value = inner[0] if inner else state
+    if isinstance(value, dict | list | tuple) and depth:
+        if isinstance(value, dict):
+            return {str(name): plain(item, depth - 1) for name, item in value.items()}
+        return [plain(item, depth - 1) for item in value]
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows what torch itself lets a file of weights name; every other name is `Inert`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Never imports anything."""
+        from torch._weights_only_unpickler import _get_allowed_globals
+
+        return _get_allowed_globals().get(f"{module}.{name}", Inert)
+
+
+# What torch.load takes for the module `pickle`.
+_PICKLE: Any = types.SimpleNamespace(
+    __name__="pickle",
+    Unpickler=_Unpickler,
+    load=lambda file, **options: _Unpickler(file, **options).load(),
+)
+
+
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch.load would run them.
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("it is a program of TorchScript")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as of classes whose source has changed
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
 
 
 def _load_tree(path: Path) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with _inert_classes(path), FakeTensorMode():
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def _inert_classes(path: Path) -> Iterator[None]:
-    """Let the classes that a training program pickled beside its tensors become empty objects.
-
-    Such as its configuration and its tokenizer: of no use here, and code that must not run.
-    """
-    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
-    names = get_unsafe_globals_in_checkpoint(path)
-    with safe_globals([(_inert_class(name), name) for name in names]):
-        yield
-
-
-def _inert_class(name: str) -> type:
-    def new(cls: type, *_: Any, **__: Any) -> Any:
-        # torch's unpickler puts items into plain dictionaries only.
-        return {} if name == "collections.defaultdict" else object.__new__(cls)
-
-    def ignore(*_: Any, **__: Any) -> None:
-        """Whatever the object would have been filled with."""
-
-    methods = {"__new__": new, "__init__": ignore, "__setstate__": ignore}
-    return type("Inert", (), {**methods, "append": ignore, "extend": ignore})
+    with FakeTensorMode():
+        return _load(path)

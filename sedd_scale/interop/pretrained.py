@@ -34,22 +34,21 @@ def load_pretrained(
     Args:
         path: a run directory, checkpoints folder or step folder of ours; a directory in the
             published format (config.json with model.safetensors, its shards and their index, or
-            pytorch_model.bin); a checkpoint.pth; a checkpoint of MDLM or Duo.
+            pytorch_model.bin); a checkpoint.pth; weights of MDLM, Duo and others, a file or their
+            directory.
         device: where the weights go; the GPU of this process where there is one.
         dtype: the weights' type.
         weights: where there are both, "ema" or "master" (the weights under training).
         layout: tensor-parallel layout; one process by default.
-        assumptions: what a checkpoint.pth or an MDLM checkpoint does not say.
+        assumptions: what a checkpoint of another program does not say.
 
     Raises:
         CheckpointError: nothing readable there, or parameters missing, unknown or misshapen.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint directory")
     layout = layout or initialize_layout()
     # A run's own shards are read box by box, which no other format can do.
-    if detect_format(path) == "native" and assumptions is None:
+    if detect_format(path) == "native" and (assumptions is None or not assumptions.given()):
         model = _load_native(path, layout, weights=weights)
     else:
         model = _load_foreign(path, layout, weights=weights, assumptions=assumptions)
@@ -117,7 +116,7 @@ def _load_foreign(
         described.num_tokens,
         layout,
         block_length=described.block_length,
-        tokenizer=_load_tokenizer(tokenizer_in(path)),
+        tokenizer=_load_tokenizer(described.tokenizer_directory),
     )
     with torch.no_grad():
         for logical in logical_parameters(model.network, layout):

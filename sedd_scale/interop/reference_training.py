@@ -25,11 +25,12 @@ from sedd_scale.interop.checkpoint_source import (
     Shape,
     check_tensors,
 )
+from sedd_scale.interop.foreign_config import assumed, mask_of, said_by, sections_of
+from sedd_scale.interop.foreign_files import described, network_of, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
 from sedd_scale.interop.pickled_files import PickledFile, placeholder, tensors_in, write_pickled
 from sedd_scale.interop.sedd_directory import (
     check_expressible,
-    describe,
     published_shapes,
     without_buffer,
 )
@@ -41,10 +42,7 @@ from sedd_scale.interop.sedd_names import (
     rotary_frequencies,
 )
 
-FILE_NAME = "checkpoint.pth"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What a wrapped network puts before the names of its parameters.
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 class ReferenceTrainingSource(CheckpointSource):
@@ -61,7 +59,8 @@ class ReferenceTrainingSource(CheckpointSource):
     format = "sedd-train"
 
     def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
-        self.path = path / FILE_NAME if path.is_dir() else path
+        self.path = weights_file(path)
+        assumptions = assumptions or Assumptions()
         self._file = PickledFile(self.path)
         tree = _dictionary(self.path, "the file", self._file.tree)
         for key in ("model", "ema", "optimizer", "step"):
@@ -70,9 +69,11 @@ class ReferenceTrainingSource(CheckpointSource):
                     f"{self.path} is not a training checkpoint: missing {key} (it has "
                     f"{', '.join(map(str, list(tree)[:6]))}; it needs model, ema, optimizer, step)"
                 )
-        state = unwrapped(_dictionary(self.path, "model", tree["model"]))
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        config = config_of_shapes(self.path, shapes, assumptions or Assumptions())
+        model = _dictionary(self.path, "model", tree["model"])
+        network = network_of(self.path, model, self._file)
+        shapes = network.shapes
+        known = said_by(self.path, {}, assumptions)
+        config = config_of_shapes(self.path, shapes, assumptions, known=sections_of(known))
         expected = published_shapes(config)
         check_tensors(self.path, expected, without_buffer(shapes))
 
@@ -81,8 +82,9 @@ class ReferenceTrainingSource(CheckpointSource):
         listed = [tuple(tensor.shape) for tensor in averages]
         order = parameter_order(self.path, expected, list(without_buffer(shapes)), listed)
         self._tensors: dict[tuple[str, str], Tensor] = {}
+        self.mask_id = mask_of(self.path, config, known.get("mask_id"), assumptions)
         for number, name in enumerate(order):
-            self._tensors[name, "master"] = state[name]
+            self._tensors[name, "master"] = model[network.tensors[name].name]
             self._tensors[name, "ema"] = averages[number]
         optimizer_step, self.holds = 0, frozenset({"master", "ema"})
         if any(numbered):
@@ -103,14 +105,17 @@ class ReferenceTrainingSource(CheckpointSource):
         self.described = Description(
             config=config.override(*overrides),
             block_length=config.data.block_length,
-            step=int(tree["step"]),
+            step=_count(self.path, "step", tree["step"]),
             optimizer_step=optimizer_step,
             details={
                 "parameter_order": order,
-                "num_updates": int(tree["ema"].get("num_updates", optimizer_step)),
+                "num_updates": _count(
+                    self.path, "num_updates", tree["ema"].get("num_updates", optimizer_step)
+                ),
                 "param_group": _plain(group),
                 "extra_parameters": len(numbered) - len(order),
             },
+            assumed=assumed(config, known, assumptions, INV_FREQ in shapes, self.mask_id),
         )
         self._theirs = {
             ours: name for name, ours in published_names(config.model.num_layers).items()
@@ -158,12 +163,13 @@ class ReferenceTrainingSource(CheckpointSource):
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._file.read(self._tensors[self._theirs[name], key])
-        return our_rows(name, tensor, self.described.config.model.num_heads)
+        num_heads = self.described.config.model.num_heads
+        return our_rows(name, tensor, num_heads, mask_id=self.mask_id)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
         return [
-            describe(f"{name} ({key})", tensor) for (name, key), tensor in self._tensors.items()
+            described(f"{name} ({key})", tensor) for (name, key), tensor in self._tensors.items()
         ]
 
 
@@ -245,17 +251,6 @@ def write_reference_training(
     write_pickled(path, tree, numbers)
 
 
-def unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict without the prefixes of torch's wrappers, tensors only."""
-    tensors = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            for wrapper in _WRAPPERS:
-                name = name.removeprefix(wrapper)
-            tensors[name] = value
-    return tensors
-
-
 def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:
     """The averages of an `ema` entry, in order.
 
@@ -321,6 +316,13 @@ def _dictionary(path: Path, what: str, value: Any) -> dict[str, Any]:
             f"{path}: {what} is a {type(value).__name__} and should be a dictionary"
         )
     return value
+
+
+def _count(path: Path, what: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path}: {what} is no number: fetch it again") from None
 
 
 def _plain(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ header (name to dtype, shape and data_offsets), the tensors' bytes one after the
 several files has `model.safetensors.index.json`, whose `weight_map` says which file holds what.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,81 +26,41 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1}
 
 
-class SafetensorsFiles:
-    """The tensors of one safetensors file, or of the shards that an index names.
+class SafetensorsFile:
+    """The tensors of one safetensors file.
 
     Attributes:
-        files: the files they are in.
-        shapes: of each tensor.
+        shapes, dtypes: of each tensor.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the index does not tell what they hold.
+        CheckpointError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._file_of: dict[str, Path] = {}
-        weight_map = _read_index(path) if path.name.endswith(".index.json") else None
-        names = {path.name} if weight_map is None else set(weight_map.values())
-        self.files = [path.parent / name for name in sorted(names)]
-        for file in self.files:
-            self._open(file)
-        if weight_map is not None:
-            found = {name: file.name for name, file in self._file_of.items()}
-            wrong = sorted(set(weight_map.items()) ^ set(found.items()))
-            if wrong:
-                name = wrong[0][0]
-                raise CheckpointError(
-                    f"{path} and the shards beside it disagree about the file of {name} "
-                    f"({weight_map.get(name, 'none')} and {found.get(name, 'none')}); fetch them "
-                    "again"
-                )
+        with self._opened() as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
+                part = file.get_slice(name)
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes[name] = part.get_dtype()
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own type; nothing of the file stays in memory when it is dropped."""
+        with self._opened() as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
-        file = self._file_of[name]
         try:
-            with safe_open(file, "pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-                return tensor
+            with safe_open(self.path, "pt") as opened:
+                yield opened
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}); fetch it again") from None
-
-    def _open(self, file: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        if not file.is_file():
-            raise CheckpointError(f"{self.path.parent} is incomplete: {file.name} is missing")
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping: it cannot be iterated over)
-                    if name in self._file_of:
-                        raise CheckpointError(
-                            f"{name} is both in {self._file_of[name].name} and in {file.name} of "
-                            f"{file.parent}"
-                        )
-                    part = opened.get_slice(name)
-                    self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = part.get_dtype()
-                    self._file_of[name] = file
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}); fetch it again") from None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files ({error})") from None
-    outside = [name for name in index.values() if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{path} names {outside[0]}, which is not a file beside it")
-    return index
+            raise CheckpointError(f"{self.path} is damaged ({error}); fetch it again") from None
 
 
 def write_safetensors(

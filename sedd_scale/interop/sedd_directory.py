@@ -1,11 +1,9 @@
 """Directories in the published format: config.json with safetensors files or pytorch_model.bin."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -21,15 +19,8 @@ from sedd_scale.interop.checkpoint_source import (
     model_shapes,
     tokenizer_in,
 )
-from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
-from sedd_scale.interop.safetensors_files import (
-    DEFAULT_SHARD_BYTES,
-    DTYPE_BYTES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    SafetensorsFiles,
-    write_safetensors,
-)
+from sedd_scale.interop.foreign_files import CONFIG_FILE, open_weights, weights_file
+from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
 from sedd_scale.interop.sedd_names import (
     INV_FREQ,
     PUBLISHED_MLP_RATIO,
@@ -43,8 +34,6 @@ from sedd_scale.interop.sedd_names import (
 )
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
-CONFIG_FILE = "config.json"
-PICKLED_FILE = "pytorch_model.bin"
 # Key, the one value that the published format has for it, and why.
 _EXPRESSIBLE = (
     ("model.mlp_ratio", PUBLISHED_MLP_RATIO, f"models all have {PUBLISHED_MLP_RATIO}"),
@@ -60,82 +49,6 @@ _EXPRESSIBLE = (
 )
 
 
-class NamedTensors:
-    """The tensors of a file by their names: of safetensors, or of a state dict.
-
-    Args:
-        prefix: of the names that count, left out of them here.
-        state: the state dict within a pickled file; None: all of it.
-
-    Attributes:
-        shapes: of each tensor.
-    """
-
-    def __init__(
-        self, files: SafetensorsFiles | PickledFile, prefix: str = "", state: Any = None
-    ) -> None:
-        self._files = files
-        self._prefix = prefix
-        self._state: dict[str, Tensor] = {}
-        if isinstance(files, PickledFile):
-            state = files.tree if state is None else state
-            items = state.items() if isinstance(state, dict) else ()
-            self._state = {name: value for name, value in items if isinstance(value, Tensor)}
-            if not self._state:
-                raise CheckpointError(f"{files.path} holds no state dict of tensors")
-            shapes = {name: tuple(value.shape) for name, value in self._state.items()}
-        else:
-            shapes = files.shapes
-        self.shapes: dict[str, Shape] = {
-            name.removeprefix(prefix): shape
-            for name, shape in shapes.items()
-            if name.startswith(prefix)
-        }
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in its own type."""
-        name = self._prefix + name
-        if isinstance(self._files, PickledFile):
-            return self._files.read(self._state[name])
-        return self._files.read(name)
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Name, shape, type and bytes of each tensor."""
-        if isinstance(self._files, PickledFile):
-            return [describe(name, tensor) for name, tensor in self._state.items()]
-        files = self._files
-        return [
-            (name, shape, dtype, math.prod(shape) * DTYPE_BYTES.get(dtype, 1))
-            for (name, shape), dtype in zip(files.shapes.items(), files.dtypes.values())
-        ]
-
-
-def describe(name: str, tensor: Tensor) -> tuple[str, Shape, str, int]:
-    """The row of `contents` for a tensor of a pickled file."""
-    return (
-        name,
-        tuple(tensor.shape),
-        str(tensor.dtype).removeprefix("torch."),
-        size_in_bytes(tensor),
-    )
-
-
-def open_named_tensors(directory: Path, prefix: str = "") -> NamedTensors:
-    """The weights that a directory holds, whichever way they are stored.
-
-    Raises:
-        CheckpointError: none are there, or they cannot be read.
-    """
-    for name in (INDEX_FILE, SINGLE_FILE):
-        if (directory / name).exists():
-            return NamedTensors(SafetensorsFiles(directory / name), prefix)
-    if (directory / PICKLED_FILE).exists():
-        return NamedTensors(PickledFile(directory / PICKLED_FILE), prefix)
-    raise CheckpointError(
-        f"{directory} has no weights: none of {SINGLE_FILE}, {INDEX_FILE}, {PICKLED_FILE}"
-    )
-
-
 class PublishedSource(CheckpointSource):
     """A directory in the published format."""
 
@@ -145,24 +58,24 @@ class PublishedSource(CheckpointSource):
         self.path = path
         self.holds = frozenset({"ema"})
         config = read_published_config(path)
-        self._tensors = open_named_tensors(path)
+        self._network = open_weights(weights_file(path)).network
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
             tokenizer_directory=tokenizer_in(path),
         )
-        check_tensors(path, published_shapes(config), without_buffer(self._tensors.shapes))
+        check_tensors(path, published_shapes(config), without_buffer(self._network.shapes))
         self._theirs = {
             ours: theirs for theirs, ours in published_names(config.model.num_layers).items()
         }
 
     def _read(self, name: str, key: str) -> Tensor:
-        tensor = self._tensors.read(self._theirs[name])
+        tensor = self._network.tensors[self._theirs[name]].read()
         return our_rows(name, tensor, self.described.config.model.num_heads)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
-        return self._tensors.contents()
+        return [entry.row for entry in self._network.tensors.values()]
 
 
 def published_shapes(config: Config) -> dict[str, Shape]:

@@ -41,6 +41,7 @@ _BLOCK_NAMES = {
     "adaLN_modulation.weight": "modulation.linear.weight",
     "adaLN_modulation.bias": "modulation.linear.bias",
 }
+VOCABULARY_PARAMETERS = ("embedding.tokens.weight", "head.linear.weight", "head.linear.bias")
 _QKV = "attention.linear_qkv.weight"
 INV_FREQ = "rotary_emb.inv_freq"
 ROTARY_BASE = 10_000.0
@@ -57,8 +58,15 @@ def published_names(num_layers: int) -> dict[str, str]:
     return names | _HEAD_NAMES
 
 
-def our_rows(name: str, published: Tensor, num_heads: int) -> Tensor:
-    """A published tensor in the row order of our parameter `name`."""
+def our_rows(name: str, published: Tensor, num_heads: int, *, mask_id: int | None = None) -> Tensor:
+    """A published tensor in the row order of our parameter `name`.
+
+    Args:
+        mask_id: state that becomes the last, where it is not; those behind it move up.
+    """
+    if mask_id is not None and name in VOCABULARY_PARAMETERS:
+        before, mask, behind = published.tensor_split([mask_id, mask_id + 1])
+        return torch.cat([before, behind, mask])
     return _heads_first(published, num_heads) if name.endswith(_QKV) else published
 
 

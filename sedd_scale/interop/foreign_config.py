@@ -1,0 +1,286 @@
+"""What the configuration beside a checkpoint of another program says, as keys of ours.
+
+Read are config.json of a published MDLM, Duo or UDLM, and what SEDD's, MDLM's and Duo's training
+code keeps: `.hydra/config.yaml` above the checkpoint, or the configuration within a Lightning file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sedd_scale.config import Config
+from sedd_scale.diffusion.objectives import D3PMAbsorb, MaskedCrossEntropy, ScoreEntropy
+from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.assumptions import KEYS, Assumptions, text_of
+from sedd_scale.interop.foreign_files import CONFIG_FILE, read_json
+from sedd_scale.interop.pickled_files import plain
+
+# Networks under the same names that compute something else.
+_OTHER_NETWORKS = {
+    "cross_attn": "whose blocks attend to a clean copy of the text before them",
+    "causal": "which attends to the left alone",
+    "causal_attention": "which attends to the left alone",
+}
+_MDLM = {
+    "graph.name": "absorb",
+    "training.objective": MaskedCrossEntropy.name,
+    "model.parametrisation": "score",
+}
+_DUO = {
+    "graph.name": "uniform",
+    "training.objective": ScoreEntropy.name,
+    "model.parametrisation": "mean",
+}
+_SEDD = {"training.objective": ScoreEntropy.name, "model.parametrisation": "score"}
+_D3PM = {**_MDLM, "training.objective": D3PMAbsorb.name}
+# Programs, by a word in their model_type, architectures or algo.name; and parametrisations.
+_KINDS = {"mdlm": _MDLM, "udlm": _DUO, "duo": _DUO, "sedd": _SEDD, "d3pm": _D3PM}
+_PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SEDD, "d3pm": _D3PM}
+# Ours, theirs, and the type of their values.
+_VALUES: tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...] = (
+    ("model.num_heads", ("model.n_heads", "n_heads"), (int,)),
+    ("model.dropout", ("model.dropout", "dropout"), (float, int)),
+    ("model.scale_by_sigma", ("model.scale_by_sigma",), (bool,)),
+    ("model.time_conditioning", ("algo.time_conditioning", "time_conditioning"), (bool,)),
+    ("data.block_length", ("model.length", "model_length"), (int,)),
+    ("noise.sigma_min", ("noise.sigma_min",), (float, int)),
+    ("noise.sigma_max", ("noise.sigma_max",), (float, int)),
+    ("noise.eps", ("noise.eps",), (float, int)),
+    ("mask_id", ("mask_token_id", "mask_index"), (int,)),
+)
+_GRAPHS = {"absorb": "absorb", "absorbing": "absorb", "absorbingstate": "absorb"}
+_GRAPHS["uniform"] = "uniform"
+_NOISES = {name: name for name in ("loglinear", "geometric", "cosine", "linear")}
+
+
+class Said(NamedTuple):
+    """A value of one of our keys, and the words of the file that say it."""
+
+    value: Any
+    words: str
+
+
+_NOTHING = Said(None, "")
+
+
+def said_by(path: Path, tree: Mapping[str, Any], assumptions: Assumptions) -> dict[str, Said]:
+    """What is said of a checkpoint, by our keys; of `mask_id` besides.
+
+    Args:
+        path: the file of weights.
+        tree: what it holds beside them.
+        assumptions: what the user says, where the files do not.
+
+    Raises:
+        CheckpointError: it is another kind of network, one of an unknown kind, or contradicts an
+            assumption.
+    """
+    found: dict[str, Said] = {}
+    for file, raw in _configurations(path, tree):
+        for name, item in _said(file, raw, assumptions).items():
+            found.setdefault(name, item)
+    if found.get("graph.name", _NOTHING).value == "uniform":
+        found.pop("model.scale_by_sigma", None)  # of absorb alone, though all configurations say it
+    for field, key in KEYS.items():
+        key, assumed = key or field, getattr(assumptions, field)
+        if assumed is not None and key in found and found[key].value != assumed:
+            raise CheckpointError(
+                f"{path}: {found[key].words}, not {text_of(assumed)}: use that, and leave "
+                f"--{field.replace('_', '-')} out"
+            )
+    return found
+
+
+def sections_of(known: Mapping[str, Said]) -> dict[str, dict[str, Any]]:
+    """Values by section and key."""
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, said in known.items():
+        section, _, key = dotted.partition(".")
+        if key:
+            sections.setdefault(section, {})[key] = said.value
+    return sections
+
+
+def assumed(
+    config: Config,
+    known: Mapping[str, Said],
+    assumptions: Assumptions,
+    has_frequencies: bool,
+    mask_id: int | None,
+) -> dict[str, str]:
+    """Flag and value of what neither the files nor the user say."""
+    found = {}
+    for field in (
+        "objective",
+        "parametrisation",
+        "graph",
+        "noise",
+        "block_length",
+        "num_heads",
+        "time_conditioning",
+    ):
+        key = KEYS[field]
+        section, name = key.split(".")
+        says = getattr(assumptions, field) is not None or (key in known and known[key].words)
+        if says or (field == "num_heads" and has_frequencies):
+            continue
+        if field == "parametrisation" and config.graph.name == "absorb":
+            continue
+        found[f"--{field.replace('_', '-')}"] = text_of(getattr(getattr(config, section), name))
+    if config.graph.name == "absorb" and mask_id is None:
+        found["--mask-id"] = str(config.model.vocab_size)
+    return found
+
+
+# Vocabularies of tokenizers that have a mask of their own, by their number of states.
+_OWN_MASKS = {
+    35: ("text8's characters in MDLM's code", 4),
+    30_522: ("BERT's uncased word pieces", 103),
+    28_996: ("BERT's cased word pieces", 103),
+}
+
+
+def mask_of(path: Path, config: Config, said: Said | None, assumptions: Assumptions) -> int | None:
+    """The mask's id where it is said; None: the last.
+
+    Raises:
+        CheckpointError: there is no such state, no mask at all, or a tokenizer of this size has its
+            own and nothing says which it is.
+    """
+    given = assumptions.mask_id if assumptions.mask_id is not None else said and said.value
+    assert config.model.vocab_size is not None
+    states = config.model.vocab_size + 1
+    if config.graph.name != "absorb":
+        if assumptions.mask_id is not None:
+            raise CheckpointError(f"{path}: --mask-id belongs to --graph absorb: leave it out")
+        return None
+    if given is None and states in _OWN_MASKS:
+        what, where = _OWN_MASKS[states]
+        raise CheckpointError(
+            f"{path} has {states} states, as many as {what}, whose mask is {where}: give --mask-id "
+            f"{where}, or --mask-id {states - 1} if it is the last"
+        )
+    if given is not None and not 0 <= given < states:
+        raise CheckpointError(
+            f"{path}: --mask-id {given} is none of its {states} states: change it"
+        )
+    return given
+
+
+def _configurations(
+    path: Path, tree: Mapping[str, Any]
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    if raw := read_json(path.parent / CONFIG_FILE):
+        yield path.parent / CONFIG_FILE, raw
+    parameters = plain(tree.get("hyper_parameters"))
+    if isinstance(parameters, dict):
+        inner = parameters.get("config")
+        yield path, {**parameters, **inner} if isinstance(inner, dict) else parameters
+    for folder in (path.parent, path.parent.parent):
+        file = folder / ".hydra/config.yaml"
+        if file.is_file():
+            yield file, _read_yaml(file)
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is not YAML ({line}): restore or remove it") from None
+    return raw if isinstance(raw, dict) else {}
+
+
+def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[str, Said]:
+    for name, what in _OTHER_NETWORKS.items():
+        for key in (name, f"algo.{name}", f"model.{name}"):
+            if _value(raw, key) is True:
+                raise CheckpointError(
+                    f"{file.parent} cannot be read: {file.name} says {key}=true, a network {what}; "
+                    "give an MDLM or Duo checkpoint without it"
+                )
+    found = {}
+    for ours, names, types in _VALUES:
+        for theirs in names:
+            value = _value(raw, theirs)
+            # A bool is an int, and some configurations write 1e-3 as text.
+            if isinstance(value, types) and (isinstance(value, bool) == (bool in types)):
+                found[ours] = Said(value, f"{file.name} says {theirs}={text_of(value)}")
+                break
+    found |= _chosen(file, raw, "graph.name", ("graph.type", "diffusion"), _GRAPHS, assumptions)
+    found |= _chosen(file, raw, "noise.name", ("noise.type",), _NOISES, assumptions)
+    kind, words = _kind(file, raw)
+    if kind is None and words and assumptions.objective is None:
+        raise CheckpointError(
+            f"{file} says {words}, which is not known here: say what it is, as --objective "
+            f"{MaskedCrossEntropy.name} (MDLM), or --objective {ScoreEntropy.name} (SEDD), or "
+            "--graph uniform --parametrisation mean with the latter (Duo)"
+        )
+    if kind in (_MDLM, _D3PM) and found.get("graph.name", _NOTHING).value == "uniform":
+        kind = _DUO  # UDLM's parametrisations
+    for key, value in (kind or {}).items():
+        found.setdefault(key, Said(value, f"{file.name} says {words} ({key}={value})"))
+    return found
+
+
+def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, str] | None, str]:
+    """The kind of network that a configuration names, if it is a known one, and its words."""
+    words = ""
+    architectures = raw.get("architectures")
+    for key, value in (
+        ("model_type", raw.get("model_type")),
+        (
+            "architectures",
+            architectures[0] if isinstance(architectures, list) and architectures else None,
+        ),
+        ("algo.name", _value(raw, "algo.name")),
+    ):
+        if isinstance(value, str):
+            words = words or f"{key}={value}"
+            for name, kind in _KINDS.items():
+                if re.search(rf"(?<![a-z]){name}", value.lower()):
+                    return kind, f"{key}={value}"
+            if re.search("bd3lm|(?<![a-z])ar(?![a-z])", value.lower()):
+                raise CheckpointError(
+                    f"{file.parent} cannot be read: {file.name} says {key}={value}, a network of "
+                    "another attention; give an MDLM, Duo or SEDD checkpoint"
+                )
+    for key in ("parameterization", "algo.parameterization"):
+        value = _value(raw, key)
+        if isinstance(value, str):
+            return _PARAMETERIZATIONS.get(value.lower()), f"{key}={value}"
+    return None, words
+
+
+def _chosen(
+    file: Path,
+    raw: Mapping[str, Any],
+    ours: str,
+    names: tuple[str, ...],
+    choices: Mapping[str, str],
+    assumptions: Assumptions,
+) -> dict[str, Said]:
+    """One of a few words, under one of several names."""
+    for theirs in names:
+        value = _value(raw, theirs)
+        if not isinstance(value, str):
+            continue
+        known = choices.get(re.sub("[^a-z]", "", value.lower()))
+        if known is not None:
+            return {ours: Said(known, f"{file.name} says {theirs}={value}")}
+        flag = ours.partition(".")[0]
+        if getattr(assumptions, flag) is None:
+            raise CheckpointError(
+                f"{file} says {theirs}={value}, which is not known here: give --{flag}"
+            )
+    return {}
+
+
+def _value(raw: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = raw
+    for word in dotted.split("."):
+        value = value.get(word) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,324 @@
+"""The network within the files of any program, under the published names.
+
+Programs wrap a network in modules, whose names come before those of its tensors or between them
+(`backbone.`, `module.`, `_orig_mod.`), and in dictionaries (`state_dict`, `model`). The network is
+where `vocab_embed.embedding` is; of two, such as weights and averages, each has its own place.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sedd_scale.errors import CheckpointError
+from sedd_scale.interop.checkpoint_source import Shape
+from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
+from sedd_scale.interop.safetensors_files import (
+    DTYPE_BYTES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsFile,
+)
+
+CONFIG_FILE = "config.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX = f"{PICKLED_FILE}.index.json"
+# Of a directory, what holds its weights: the first that is there.
+STANDARD_FILES = (INDEX_FILE, SINGLE_FILE, PICKLED_INDEX, PICKLED_FILE)
+TRAINING_FILE = "checkpoint.pth"
+_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+_ANCHOR = "vocab_embed.embedding"
+_LFS = b"version https://git-lfs"
+# Modules that hold another one and nothing else, by the name they give it.
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its name there, shape, type and bytes, and what reads it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    num_bytes: int
+    read: Callable[[], Tensor]
+
+    @property
+    def row(self) -> tuple[str, Shape, str, int]:
+        """As `CheckpointSource.contents` has it."""
+        return self.name, self.shape, self.dtype, self.num_bytes
+
+
+@dataclass(frozen=True)
+class Network:
+    """The tensors of one network by their published names.
+
+    Attributes:
+        prefix: what stands before the names, wrappers left out.
+    """
+
+    prefix: str
+    tensors: Mapping[str, Entry]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of each tensor."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+
+class Weights(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        network: the weights.
+        averages: the same network's averages, where they have names too.
+        tree: all that a pickled file holds, beside its tensors; empty of others.
+        file: the pickled file, to read more of it.
+    """
+
+    network: Network
+    averages: Network | None
+    tree: Mapping[str, Any]
+    file: PickledFile | None
+
+
+def described_path(path: Path) -> Path:
+    """The directory of a file that is no checkpoint by itself: its parts or its configuration."""
+    named = path.name in (CONFIG_FILE, *STANDARD_FILES)
+    for index in (INDEX_FILE, PICKLED_INDEX):  # one shard of several
+        file = path.parent / index
+        named = named or (file.is_file() and path.name in set(_weight_map(file).values()))
+    is_described = (path.parent / CONFIG_FILE).is_file() or path.name.endswith(".index.json")
+    return path.parent if path.is_file() and named and is_described else path
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights, or their index: `path` itself, or the one that it holds.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
+    if path.is_file():
+        return path
+    for name in (*STANDARD_FILES, TRAINING_FILE, f"checkpoints-meta/{TRAINING_FILE}"):
+        if (path / name).exists():
+            return path / name
+    for folder in (path, path / "checkpoints"):
+        found = sorted(p for p in folder.glob("*") if p.suffix in _SUFFIXES)
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:4]) + (", ..." if len(found) > 4 else "")
+            raise CheckpointError(f"{folder} holds several checkpoints ({names}): name one of them")
+        if found:
+            return found[0]
+    raise CheckpointError(
+        f"{path} holds no checkpoint: neither a run's checkpoints/step-N nor weights, such as "
+        f"{SINGLE_FILE}, {PICKLED_FILE}, {TRAINING_FILE} or a .ckpt"
+    )
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is of safetensors, whatever its name: a header of JSON behind 8 bytes.
+
+    Raises:
+        CheckpointError: it is what git leaves of a large file.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(len(_LFS))
+    if head == _LFS:
+        raise CheckpointError(f"{file} is a pointer of Git LFS, not the file: run `git lfs pull`")
+    return file.suffix == ".safetensors" or head[8:9] == b"{"
+
+
+def open_weights(file: Path, choice: str | None = None) -> Weights:
+    """The network of a file, or of the shards that an index names; nothing is read yet.
+
+    Args:
+        choice: the prefix of the one that is meant, where a file holds several.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, holds no network, or several.
+    """
+    tree: Mapping[str, Any] = {}
+    pickled = None
+    if file.name.endswith(".index.json"):
+        groups = {"": _sharded(file)}
+    elif is_safetensors(file):
+        groups = {"": _safetensors(file)}
+    else:
+        pickled = PickledFile(file)
+        tree = pickled.tree if isinstance(pickled.tree, dict) else {}
+        groups = dict(_state_dicts(pickled, tree))
+    networks: dict[str, Network] = {}
+    for place, entries in groups.items():
+        for network in _networks(file, entries):
+            networks[place + network.prefix] = network
+    if choice is not None:
+        chosen = {place: n for place, n in networks.items() if place.startswith(choice)}
+        if not chosen:
+            raise CheckpointError(
+                f"{file} holds no network {choice!r}: it holds {_listed(networks) or 'none'}"
+            )
+        networks = chosen
+    if not networks:
+        names = sorted(name for entries in groups.values() for name in entries)
+        raise CheckpointError(
+            f"{file} is not a SEDD network: missing {_ANCHOR} [V, H]; it holds "
+            f"{', '.join(names[:3]) or 'no tensors'}"
+        )
+    averages = [place for place in networks if "ema" in place.replace("_", ".").split(".")]
+    others = [place for place in networks if place not in averages]
+    if len(averages) > 1 or len(others) > 1:
+        raise CheckpointError(
+            f"{file} holds several networks ({_listed(networks)}): say which with --network"
+        )
+    network = networks[(others or averages)[0]]
+    return Weights(network, networks[averages[0]] if averages and others else None, tree, pickled)
+
+
+def _listed(networks: Mapping[str, Network]) -> str:
+    return ", ".join(repr(place) for place in networks)
+
+
+def network_of(file: Path, state: Mapping[str, Any], pickled: PickledFile) -> Network:
+    """The network of one state dict.
+
+    Raises:
+        CheckpointError: it holds none, or several.
+    """
+    found = list(_networks(file, _entries(pickled, state)))
+    if len(found) != 1:
+        some = ", ".join(map(str, list(state)[:3]))
+        raise CheckpointError(
+            f"{file}: missing {_ANCHOR} [V, H] in model, which holds {some or 'nothing'}"
+            if not found
+            else f"{file}: model holds several networks ({', '.join(n.prefix for n in found)})"
+        )
+    return found[0]
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """A configuration in JSON; empty where there is no such file.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); fetch the file again") from None
+    return raw if isinstance(raw, dict) else {}
+
+
+def _networks(file: Path, entries: Mapping[str, Entry]) -> Iterator[Network]:
+    """The networks among tensors, each with what stands behind its prefix."""
+    stripped: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        bare = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+        if bare in stripped and bare.endswith(_ANCHOR):
+            raise CheckpointError(
+                f"{file} holds the same network twice, as {stripped[bare].name} and {name}: save "
+                "one of them alone"
+            )
+        stripped[bare] = entry
+    ends = [name.removesuffix(_ANCHOR) for name in stripped if f".{name}".endswith(f".{_ANCHOR}")]
+    for prefix in ends:
+        inner = tuple(other for other in ends if len(other) > len(prefix))
+        yield Network(
+            prefix,
+            {
+                name.removeprefix(prefix): entry
+                for name, entry in stripped.items()
+                if name.startswith(prefix) and not (inner and name.startswith(inner))
+            },
+        )
+
+
+def _state_dicts(
+    pickled: PickledFile, tree: Mapping[Any, Any], place: str = ""
+) -> Iterator[tuple[str, dict[str, Entry]]]:
+    """The dictionaries of a tree that hold tensors, and where they are."""
+    entries = _entries(pickled, tree)
+    if entries:
+        yield place, entries
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "optimizer":
+            yield from _state_dicts(pickled, value, f"{place}{name}.")
+
+
+def _entries(pickled: PickledFile, state: Mapping[Any, Any]) -> dict[str, Entry]:
+    def entry(name: str, tensor: Tensor) -> Entry:
+        return Entry(*described(name, tensor), lambda: pickled.read(tensor))
+
+    return {str(name): entry(str(name), t) for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def described(name: str, tensor: Tensor) -> tuple[str, Shape, str, int]:
+    """Name, shape, type and bytes of a tensor of a pickled file."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return name, tuple(tensor.shape), dtype, size_in_bytes(tensor)
+
+
+def _safetensors(file: Path) -> dict[str, Entry]:
+    opened = SafetensorsFile(file)
+
+    def entry(name: str) -> Entry:
+        shape, dtype = opened.shapes[name], opened.dtypes[name]
+        num_bytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)
+        return Entry(name, shape, dtype, num_bytes, lambda: opened.read(name))
+
+    return {name: entry(name) for name in opened.shapes}
+
+
+def _sharded(index: Path) -> dict[str, Entry]:
+    """The tensors of the shards that an index names."""
+    weight_map = _weight_map(index)
+    entries: dict[str, Entry] = {}
+    found: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if not shard.is_file():
+            raise CheckpointError(f"{index.parent} is incomplete: {name} is missing")
+        if is_safetensors(shard):
+            own = _safetensors(shard)
+        else:
+            pickled = PickledFile(shard)
+            own = _entries(pickled, pickled.tree if isinstance(pickled.tree, dict) else {})
+        for tensor in own:
+            if tensor in found:
+                raise CheckpointError(
+                    f"{tensor} is both in {found[tensor]} and in {name} of {index.parent}"
+                )
+            found[tensor] = name
+        entries.update(own)
+    wrong = sorted(set(weight_map.items()) ^ set(found.items()))
+    if wrong:
+        tensor = wrong[0][0]
+        raise CheckpointError(
+            f"{index} and the shards beside it disagree about the file of {tensor} "
+            f"({weight_map.get(tensor, 'none')} and {found.get(tensor, 'none')}); fetch them again"
+        )
+    return entries
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an index of files of weights ({error})") from None
+    outside = [name for name in index.values() if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{path} names {outside[0]}, which is not a file beside it")
+    return index
