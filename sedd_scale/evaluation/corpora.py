@@ -166,7 +166,8 @@ def _prepared(
             f"{own['fingerprint'][:12]}) than the checkpoint ({tokenizer.kind}, "
             f"{tokenizer.fingerprint[:12]}): prepare the data with the checkpoint's tokenizer"
         )
-    if dataset.vocab_size != num_tokens:
+    # A checkpoint may have a few ids that its tokenizer lacks.
+    if dataset.vocab_size != num_tokens and (tokenizer is None or dataset.vocab_size > num_tokens):
         raise DataError(
             f"{dataset.location} has a vocabulary of {dataset.vocab_size} tokens and the "
             f"checkpoint one of {num_tokens}: prepare the data with the checkpoint's tokenizer"

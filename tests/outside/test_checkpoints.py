@@ -25,6 +25,7 @@ from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.sedd_names import published_names, published_rows
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
+from tests.datasets import dataset_of_words
 from tests.evaluation.enumeration import tiny_model
 
 LENGTH, TOKENS = 8, 257
@@ -451,6 +452,8 @@ def test_a_vocabulary_with_unused_ids_behind_the_tokenizers(
         said = capsys.readouterr()
         assert f"has 257 tokens and the checkpoint {TOKENS + extra}" in said.err
         if code == 0:
+            data = dataset_of_words(tmp_path / f"data-{extra}", 4, block_length=LENGTH)
+            assert main(["eval_ppl", *words, "--data", str(data), "--split", "train", *draws]) == 0
             output = tmp_path / f"{extra}.jsonl"
             drawn = ["--num-samples", "40", "--steps", "2", "--output", str(output)]
             assert main(["generate", *words, *drawn]) == 0
