@@ -10,6 +10,7 @@ from sedd_scale.cli import Command, count, given_path, make_parser
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from sedd_scale.preparation.document_formats import FORMAT_HELP, add_format_options
 
 if TYPE_CHECKING:
     from sedd_scale.evaluation.corpora import EvaluationText
@@ -32,10 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--data",
         metavar="PATH",
-        help="a prepared dataset (a directory, a URL, or pipe: and a command), or a "
-        "file: .jsonl (one document per line) or any text (one document), plain, .gz or .xz, or "
-        ".parquet",
+        help="a prepared dataset (a directory, a URL, or pipe: and a command), or a file as "
+        f"prepare_data reads it: {FORMAT_HELP}",
     )
+    add_format_options(parser)
     source.add_argument(
         "--dataset",
         choices=DATASETS,
@@ -128,7 +129,7 @@ def text_settings(arguments: argparse.Namespace) -> "TextSettings | None":
 
     given: dict[str, Any] = {
         name: getattr(arguments, name)
-        for name in ("detokenizer", "documents", "remainder", "field")
+        for name in ("detokenizer", "documents", "remainder", "field", "format", "members")
         if getattr(arguments, name) is not None
     }
     if arguments.no_wrap:
@@ -150,6 +151,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from sedd_scale.evaluation.draw_plan import DEFAULT_MAX_BLOCKS
     from sedd_scale.evaluation.report import Progress, report_of
     from sedd_scale.interop.fingerprint import checkpoint_fingerprint
+    from sedd_scale.tokenizers.base import warn_of_unknown
 
     model = open_model(arguments)
     is_first = model.layout.rank == 0
@@ -166,6 +168,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         max_blocks=most if arguments.max_blocks is None else arguments.max_blocks,
         name=arguments.dataset,
     )
+    if is_first:
+        warn_of_unknown(corpus.unknown_share, corpus.name)
     trained = model.block_length
     if is_first and trained is not None and corpus.block_length != trained:
         print(

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sedd_scale.cli import Command, at_least, count, given_path, make_parser
+from sedd_scale.preparation.document_formats import FORMAT_HELP, add_format_options
 from sedd_scale.preparation.inspection import inspect_dataset
 from sedd_scale.preparation.packing import PACKINGS
 from sedd_scale.preparation.prepare import Progress, prepare
@@ -24,6 +25,7 @@ from sedd_scale.preparation.settings import (
     DEFAULT_VALID_FRACTION,
     Preparation,
 )
+from sedd_scale.tokenizers.base import warn_of_unknown
 from sedd_scale.tokenizers.opening import KINDS
 
 CHOICES = [field for field in fields(Preparation) if field.name != "inputs"]
@@ -45,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         action="extend",
         metavar="GLOB",
-        help=".txt, .jsonl or webdataset .tar files (also .gz, .xz, .zst), .parquet files, or "
-        "builtin:python for text of this Python",
+        help=f"files: {FORMAT_HELP}; or builtin:python for text of this Python",
     )
+    add_format_options(parser)
     add(
         "--field",
         default="text",
@@ -202,6 +204,8 @@ def prepare_command(arguments: argparse.Namespace) -> None:
         )
     seconds = time.perf_counter() - start
     tokens = sum(split["tokens"] for split in index["splits"].values())
+    for name, split in index["splits"].items():
+        warn_of_unknown(split["unknown_tokens"] / split["tokens"], f"the {name} split")
     print(format_report(index))
     print(f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
     print(arguments.output)

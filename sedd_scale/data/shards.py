@@ -49,7 +49,8 @@ def write_index(directory: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write index.json, the file that makes a directory a dataset; returns what it holds.
 
     Adds the format, where block i of a shard stands (its ids begin at byte data_offset + i *
-    stride), the tokenizer's files, and `fingerprint`, the SHA-256 of everything else.
+    stride), the tokenizer's files, and `fingerprint`, the SHA-256 of everything else but notes on
+    the text it was made of.
     """
     dtype = token_dtype(content["vocab_size"])
     files = {}
@@ -71,7 +72,7 @@ def write_index(directory: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(index: dict[str, Any]) -> str:
-    rest = {key: value for key, value in index.items() if key != "fingerprint"}
+    rest = {key: value for key, value in index.items() if key not in ("fingerprint", "notes")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

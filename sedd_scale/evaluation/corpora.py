@@ -6,6 +6,7 @@ blocks of L, and the rest at its end is dropped and reported.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class EvaluationText:
         detokenizer, documents: how text was read; None for a prepared dataset, which has tokens.
         wrap: whether documents follow each other within blocks.
         remainder: what became of tokens that filled no block, "drop" or "pad".
+        unknown_share: of the source's tokens, those that stand for what the tokenizer cannot spell.
+        notes: what reading left out or changed, counted.
     """
 
     name: str
@@ -57,6 +60,8 @@ class EvaluationText:
     documents: str | None
     wrap: bool
     remainder: str
+    unknown_share: float
+    notes: Mapping[str, int]
 
     @property
     def block_length(self) -> int:
@@ -85,7 +90,7 @@ def open_corpus(
     cache_dir: Path | None = None,
     name: str | None = None,
 ) -> EvaluationText:
-    """Blocks of a prepared dataset, or of a file: text or .jsonl, plain, .gz or .xz, or .parquet.
+    """Blocks of a prepared dataset, or of a file that prepare_data reads too.
 
     Args:
         location: of a dataset, whatever data.path may be (a directory, a URL, `pipe:` and a
@@ -109,7 +114,8 @@ def open_corpus(
     if prepared and text is not None:
         raise ConfigError(
             f"{location} is a prepared dataset, whose blocks are made: leave --detokenizer, "
-            "--documents, --no-wrap, --remainder and --field out, or give the text"
+            "--documents, --no-wrap, --remainder, --field, --format and --members out, or give the "
+            "text"
         )
     if max_blocks is not None and max_blocks < 1:
         raise DataError(f"max_blocks={max_blocks} is too few: give at least 1")
@@ -194,6 +200,8 @@ def _prepared(
         documents=None,
         wrap=not padded,
         remainder="pad" if padded else "drop",
+        unknown_share=entry["unknown_tokens"] / entry["tokens"],
+        notes=dataset.index.get("notes", {}),
     )
 
 
@@ -205,7 +213,6 @@ def _from_file(
     max_blocks: int | None,
 ) -> EvaluationText:
     found = read_blocks(path, tokenizer, block_length, text)
-    documents, remainder = text.resolved(path)
     ids_n = spread_blocks(len(found.blocks_nL), max_blocks or len(found.blocks_nL))
     return EvaluationText(
         name=str(path),
@@ -218,7 +225,9 @@ def _from_file(
         bytes_per_token=found.utf8_bytes / found.tokens,
         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
         detokenizer=text.detokenizer,
-        documents=documents,
+        documents=found.documents,
         wrap=text.wrap,
-        remainder=remainder,
+        remainder=found.remainder,
+        unknown_share=found.unknown_tokens / found.tokens,
+        notes=found.notes,
     )

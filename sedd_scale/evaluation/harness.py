@@ -14,6 +14,7 @@ filling the continuation with the likeliest token, the surest position first, gi
 the uniform graph, whose samplers have no likeliest token, it is never claimed.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,6 @@ class SeddScaleLM(LM):
         owner: list[int] = []
         for number, request in enumerate(requests):
             ids = self._encode(request.args[0])
-            if not ids:
-                raise DataError("a text of no token has no likelihood: leave it out of the task")
             for begin in range(0, len(ids), self.max_length):
                 spans.append(([], ids[begin : begin + self.max_length]))
                 owner.append(number)
@@ -184,27 +183,36 @@ class SeddScaleLM(LM):
         return [int(token) for token in self.model.tokenizer.encode(text)]
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, cut where the ids of the context alone end; the context's last ones fit."""
+        """Ids of both together, cut behind as many as the context alone has, as the harness does.
+
+        Where that leaves nothing of a continuation, its first token began within the context: the
+        cut is before it. Only a continuation that spells nothing has no ids.
+        """
         # A word's space belongs to the word, as tokenizers write it.
-        spaces = len(context) - len(context.rstrip(" "))
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        bare = context.rstrip()
+        context, continuation = bare, context[len(bare) :] + continuation
         given = self._encode(context) if context else []
-        target = self._encode(context + continuation)[len(given) :]
-        if not target or len(target) > self.max_length:
+        whole = self._encode(context + continuation)
+        cut = len(given)
+        if cut >= len(whole) and continuation:
+            alike = (own == other for own, other in zip(given, whole[:-1]))
+            cut = sum(itertools.takewhile(bool, alike))
+        target = whole[cut:]
+        if len(target) > self.max_length:
             raise DataError(
                 f"a continuation of {len(target)} tokens cannot be scored in blocks of "
                 f"{self.max_length}: give a task with others, or max_length"
             )
         room = self.max_length - len(target)
-        return given[len(given) - min(room, len(given)) :], target
+        return whole[max(0, cut - room) : cut], target
 
     def _log_probabilities(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Minus the bound of each second part given the first, in nats; collective."""
         found = [0.0] * len(spans)
         by_length: dict[int, list[int]] = {}
         for number, (given, target) in enumerate(spans):
-            by_length.setdefault(len(given) + len(target), []).append(number)
+            if target:  # what has no token has the likelihood 1
+                by_length.setdefault(len(given) + len(target), []).append(number)
         causal = self.model.objective.causal
         for _, numbers in sorted(by_length.items()):
             result = evaluate_bound(
@@ -225,13 +233,15 @@ class SeddScaleLM(LM):
     def _are_greedy(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether each second part is what the likeliest tokens after the first are; collective."""
         if self.model.graph.mask_id is None:
-            return [False] * len(spans)
+            return [not target for _, target in spans]
         options: dict[str, Any] = {"temperature": 0.0}
         if not self.model.objective.causal:
             options["sampler"] = "confidence"
-        requests = [self._request(given, len(target), 0, options) for given, target in spans]
-        pairs = zip(self._filled(requests), spans, strict=True)
-        return [drawn == target for drawn, (_, target) in pairs]
+        requests = [
+            self._request(given, len(target), 0, options) for given, target in spans if target
+        ]
+        drawn = iter(self._filled(requests))
+        return [not target or next(drawn) == target for _, target in spans]
 
 
 def main() -> int:

@@ -61,6 +61,8 @@ def report_of(
         "remainder": corpus.remainder,
         "documents": corpus.documents,
         "detokenizer": corpus.detokenizer,
+        "unknown_share": corpus.unknown_share,
+        "notes": dict(corpus.notes),
         "network_calls": result.network_calls,
         "protocol": result.protocol,
         "t_min": result.t_min,
@@ -92,6 +94,8 @@ def format_table(report: dict[str, Any]) -> str:
             "each",
         ),
         ("text", _text_row(report)),
+        *(("", f"{count:,} {what}") for what, count in report["notes"].items()),
+        ("unknown tokens", f"{report['unknown_share']:.4%}"),
         *_nats_rows(report),
         ("  over blocks", "one block only" if text is None else f"± {text:.4f} (other text)"),
     ]

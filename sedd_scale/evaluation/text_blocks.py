@@ -6,12 +6,10 @@ cut into blocks of L, or each begins a block of its own; what fills no block is 
 Padding is EOS, has no noise and no part in the numbers.
 """
 
-import gzip
 import io
-import lzma
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +19,18 @@ import numpy.typing as npt
 from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
+from sedd_scale.preparation.document_formats import check_name, format_of
 from sedd_scale.preparation.documents import DocumentStream
-from sedd_scale.tokenizers.base import Tokenizer
+from sedd_scale.preparation.rows import ARCHIVES, BLANK
+from sedd_scale.tokenizers.base import RESPELLED, Tokenizer
 
-_TABLES = (".jsonl", ".parquet")
 # WikiText's rows keep the end of their line in every edition of it; those of other sources do not.
 _KEEPS_LINE_ENDS = ("wikitext",)
+
+_TOKENISED = (
+    'documents with " @-@ ", WikiText\'s hyphen; published perplexities are of text that '
+    "--detokenizer wikitext restores"
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class TextSettings:
         detokenizer: of `DETOKENIZERS`, for each row.
         documents: of `DOCUMENTS`; "joined": all rows are one document; "rows": each is one, blank
             ones left out; "all-rows": blank ones too, which is how SEDD's code packed its
-            benchmarks; None: rows of a .jsonl or .parquet, joined for any other file.
+            benchmarks; None: joined for a text, rows for a file of rows or an archive of files.
         wrap: documents follow each other within a block; without it each begins a block.
         remainder: what becomes of tokens that fill no block, at the end of the stream or of each
             document; "drop" or "pad"; None: drop with wrap, pad without.
         field: of a .jsonl line or column of a .parquet, the text; None: "text".
+        format, members: as of `DocumentStream`.
         last_rows: the number of rows, the last ones; None: all.
     """
 
@@ -50,12 +55,9 @@ class TextSettings:
     wrap: bool = True
     remainder: str | None = None
     field: str | None = None
+    format: str | None = None
+    members: str | None = None
     last_rows: int | None = None
-
-    def resolved(self, path: Path) -> tuple[str, str]:
-        """What `documents` and `remainder` are for a file."""
-        documents = self.documents or ("rows" if _is_table(path) else "joined")
-        return documents, self.remainder or ("drop" if self.wrap else "pad")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class TextBlocks:
         tokens: of the text, EOS included.
         dropped_tokens: of these, in no block.
         characters, utf8_bytes: of the text after detokenising, as the tokenizer spells it.
+        unknown_tokens: of the tokens, those that stand for what the tokenizer cannot spell.
+        documents, remainder: how it was cut, of `TextSettings`.
+        notes: what reading left out or changed, counted.
     """
 
     blocks_nL: IntArray
@@ -76,6 +81,10 @@ class TextBlocks:
     dropped_tokens: int
     characters: int
     utf8_bytes: int
+    unknown_tokens: int = 0
+    documents: str = "rows"
+    remainder: str = "drop"
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 def read_blocks(
@@ -88,27 +97,35 @@ def read_blocks(
             leaves open what it holds.
         ConfigError: a field of a file that has none.
     """
-    if not _is_table(path):
-        for suffix in path.suffixes:
-            if suffix.lower() in (*_TABLES, ".json"):
-                raise DataError(
-                    f"{path} is neither called {' nor '.join(_TABLES)}, which have rows, nor text: "
-                    "rename it to what it is"
-                )
-        if settings.field is not None:
-            raise ConfigError(
-                f"{path} is text and has no field {settings.field!r}: leave --field out, or give a "
-                f"{' or '.join(_TABLES)} file"
-            )
-    documents_mode, remainder = settings.resolved(path)
-    documents = (
-        text
-        for text in _documents(path, documents_mode, settings)
-        if text.strip() or documents_mode == "all-rows"
+    check_name(path, settings.format)
+    format = format_of(path, settings.format)
+    if format == "text" and settings.field is not None:
+        raise ConfigError(
+            f"{path} is text and has no field {settings.field!r}: leave --field out, or give a "
+            ".jsonl or .parquet file"
+        )
+    mode = settings.documents or ("joined" if format == "text" else "rows")
+    remainder = settings.remainder or ("drop" if settings.wrap else "pad")
+    stream = DocumentStream(
+        [str(path)],
+        field=settings.field or "text",
+        format=format,
+        members=settings.members,
+        in_pieces=False,
     )
-    return cut_documents(
-        documents, tokenizer, block_length, wrap=settings.wrap, remainder=remainder, name=str(path)
+
+    def texts() -> Iterator[str]:
+        for text in _documents(stream, mode, settings):
+            stream.notes[_TOKENISED] += settings.detokenizer == "none" and " @-@ " in text
+            if text.strip() or mode == "all-rows":
+                yield text
+            elif format != "text":
+                stream.notes[BLANK] += 1
+
+    found = cut_documents(
+        texts(), tokenizer, block_length, wrap=settings.wrap, remainder=remainder, name=str(path)
     )
+    return replace(found, documents=mode, remainder=remainder, notes=found.notes + stream.notes)
 
 
 def cut_documents(
@@ -127,11 +144,12 @@ def cut_documents(
     """
     eos = np.array([tokenizer.eos_id], dtype=np.int64)
     documents: list[npt.NDArray[np.int32]] = []
-    characters = utf8_bytes = 0
+    characters = utf8_bytes = respelled = 0
     for text in texts:
         spelled = tokenizer.normalize(text)
         characters += len(spelled)
         utf8_bytes += len(spelled.encode())
+        respelled += spelled != text
         documents.append(np.concatenate([tokenizer.encode(text), eos]).astype(np.int32))
     if not characters:
         raise DataError(f"{name} holds no text: give text that does")
@@ -146,7 +164,16 @@ def cut_documents(
     parts = [_cut(stream, block_length, tokenizer.eos_id, remainder) for stream in streams]
     blocks_nL = np.concatenate([blocks for blocks, _ in parts])
     text_n = np.concatenate([counts for _, counts in parts])
-    return TextBlocks(blocks_nL, text_n, tokens, tokens - int(text_n.sum()), characters, utf8_bytes)
+    return TextBlocks(
+        blocks_nL=blocks_nL,
+        text_n=text_n,
+        tokens=tokens,
+        dropped_tokens=tokens - int(text_n.sum()),
+        characters=characters,
+        utf8_bytes=utf8_bytes,
+        unknown_tokens=sum(int((ids == tokenizer.unknown_id).sum()) for ids in documents),
+        notes=+Counter({RESPELLED: respelled}),
+    )
 
 
 def _cut(
@@ -162,55 +189,32 @@ def _cut(
     return stream.reshape(-1, length).astype(np.int64), counts.astype(np.int64)
 
 
-def _documents(path: Path, mode: str, settings: TextSettings) -> Iterator[str]:
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty: give a file with text")
+def _documents(stream: DocumentStream, mode: str, settings: TextSettings) -> Iterator[str]:
     detokenize = DETOKENIZERS[settings.detokenizer]
-    rows = _rows(path, settings)
+    rows = _rows(stream)
     if settings.last_rows is not None:
-        rows = islice(
-            rows, max(0, sum(1 for _ in _rows(path, settings)) - settings.last_rows), None
-        )
+        rows = islice(rows, max(0, sum(1 for _ in _rows(stream)) - settings.last_rows), None)
     if mode != "joined":
         keeps_ends = settings.detokenizer in _KEEPS_LINE_ENDS
         for row in rows:
             text = row if keeps_ends else row.removesuffix("\n")
-            yield detokenize(text) if text.strip() else ""
+            if stream.format in ARCHIVES:
+                yield "".join(map(detokenize, io.StringIO(text, newline="\n")))
+            else:
+                yield detokenize(text) if text.strip() else ""
         return
-    is_table = _is_table(path)
     pieces = []
     for row in rows:
-        if is_table and not row.endswith("\n"):
+        if stream.format != "text" and not row.endswith("\n"):
             row += "\n"
         pieces.append(detokenize(row))
     yield "".join(pieces)
 
 
-def _rows(path: Path, settings: TextSettings) -> Iterator[str]:
-    """Rows of a table, or lines of a text file with their ends."""
-    if _is_table(path):
-        stream = DocumentStream([str(path)], field=settings.field or "text")
-        return (document.text for document in stream)
-    return io.StringIO(_read_text(path), newline="\n")
-
-
-def _is_table(path: Path) -> bool:
-    return any(suffix in path.suffixes for suffix in _TABLES)
-
-
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        elif path.suffix == ".xz":
-            content = lzma.decompress(content)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path} is cut short or not a {path.suffix} file: replace it") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8: "
-            "convert the file to UTF-8 (for example with iconv)"
-        ) from error
+def _rows(stream: DocumentStream) -> Iterator[str]:
+    """Documents of a file, or lines of a text file with their ends."""
+    for document in stream:
+        if stream.format == "text":
+            yield from io.StringIO(document.text, newline="\n")
+        else:
+            yield document.text

@@ -11,7 +11,7 @@ import torch
 
 from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError
-from sedd_scale.generation.prompts_file import Prompt
+from sedd_scale.generation.prompts_file import Prompt, sample_names
 from sedd_scale.generation.quality import token_entropy
 from sedd_scale.generation.trace import TraceRecorder
 from sedd_scale.model.score_model import ScoreModel
@@ -62,8 +62,7 @@ def prompt_requests(prompts: Sequence[Prompt], seed: int) -> list[Request]:
     requests: list[Request] = []
     shared = 0
     for prompt in prompts:
-        for number in range(prompt.num_samples):
-            name = prompt.id if prompt.num_samples == 1 else f"{prompt.id}-{number}"
+        for number, name in enumerate(sample_names(prompt.id, prompt.num_samples)):
             own = prompt.seed is not None
             requests.append(
                 Request(

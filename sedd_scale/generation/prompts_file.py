@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.preparation.document_formats import open_rows
+from sedd_scale.preparation.rows import Row, object_of
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
@@ -36,7 +38,7 @@ class PromptLine(NamedTuple):
     where: str
     """`file:line`, for errors."""
     number: int
-    """Line number, from 1."""
+    """Line number (of a table, row number), from 1."""
     record: dict[str, Any]
 
 
@@ -61,29 +63,34 @@ def read_prompt_lines(path: str | Path, *, on_bad: OnBadPrompt | None = None) ->
             malformed; it is named.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"prompts file {path} does not exist: give a JSONL file")
     lines: list[PromptLine] = []
-    places: dict[str | int, int] = {}
+    places: dict[str, int] = {}
     found = 0
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    for row in open_rows(path):
         found += 1
-        where = f"{path}:{number}"
         try:
-            line = PromptLine(where, number, _record_of(raw, where))
-            name = line.record.setdefault("id", number)
-            if name in places:
-                raise DataError(f"{where}: id={name!r} is also that of line {places[name]}")
+            line = PromptLine(row.where, row.number, _record_of(row))
+            name = line.record.setdefault("id", row.number)
+            names = sample_names(name, line.record.get("num_samples", 1))
+            for own in map(str, names):
+                if own in places:
+                    what = f"id={name!r}" if own == str(name) else f"its sample's id {own!r}"
+                    raise DataError(
+                        f"{row.where}: {what} is also that of line {places[own]}: give another id"
+                    )
         except DataError as error:
             _bad(error, on_bad)
             continue
-        places[name] = number
+        places |= dict.fromkeys(map(str, names), row.number)
         lines.append(line)
     if not found:
         raise DataError(f"prompts file {path} is empty: give at least one line")
     return _some(lines, path)
+
+
+def sample_names(name: str | int, count: int) -> list[str | int]:
+    """What the samples of a prompt are called: as it is, or its id and a number each."""
+    return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]
 
 
 def prompts_of_lines(
@@ -132,9 +139,6 @@ def prompts_of_lines(
                     f"sampler {own.sampler} does not go with this model: choose {base.sampler}"
                 )
             values = {key: record[key] for key in GIVEN_KEYS if key in record}
-            if tokenizer is not None:
-                for key in ("text", "prefix", "suffix"):
-                    _check_spelling(values.get(key, ""), tokenizer, marker)
             given = given_of(
                 values, tokenizer=tokenizer, num_tokens=num_tokens, length=limit, marker=marker
             )
@@ -160,31 +164,23 @@ def _bad(error: DataError, on_bad: OnBadPrompt | None) -> None:
     on_bad(error)
 
 
-def _record_of(raw: bytes, where: str) -> dict[str, Any]:
+def _record_of(row: Row) -> dict[str, Any]:
     """The object of one line, its keys and counts checked."""
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8 (byte {error.start} of the line): convert the file to UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}): each line must be one object") from error
+    record = object_of(row)
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half of a surrogate pair: mend the line") from error
+        raise DataError(f"{row.where} holds half of a surrogate pair: mend the line") from error
+    except TypeError as error:  # a column of a table
+        raise DataError(f"{row.where} is no prompt ({error}): give text and numbers") from error
     try:
         _check_record(record)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    assert isinstance(record, dict)
+        raise DataError(f"{row.where}: {error}") from error
     return record
 
 
-def _check_record(record: Any) -> None:
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__} is not a prompt: give an object")
+def _check_record(record: dict[str, Any]) -> None:
     unknown = sorted(set(record) - set(PROMPT_KEYS))
     if unknown:
         raise DataError(f"unknown key {unknown[0]!r}: the keys are {', '.join(PROMPT_KEYS)}")
@@ -205,16 +201,3 @@ def _check_record(record: Any) -> None:
             value = record.get(key)
             if not isinstance(value, list) or any(type(entry) is not int for entry in value):
                 raise DataError(f"{key}={value!r} is not a list of integers")
-
-
-def _check_spelling(text: str, tokenizer: Tokenizer, marker: str) -> None:
-    """Raise DataError where the vocabulary has no token for a character of the text."""
-    unknown = tokenizer.unknown_id
-    given = text.replace(marker, " ")
-    if unknown is None or unknown not in tokenizer.encode(given):
-        return
-    for character in dict.fromkeys(given):
-        if unknown in tokenizer.encode(character):
-            raise DataError(
-                f"the text holds {character!r}, for which the tokenizer has no token: leave it out"
-            )

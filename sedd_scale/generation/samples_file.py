@@ -13,6 +13,8 @@ from sedd_scale.files.atomic import write_atomically
 from sedd_scale.generation.judge import Judge, perplexities
 from sedd_scale.generation.quality import QualityReport
 from sedd_scale.parallel.agreement import gathered
+from sedd_scale.preparation.document_formats import open_rows
+from sedd_scale.preparation.rows import object_of
 
 Record = dict[str, Any]
 _TEXTS_AT_A_TIME = 64
@@ -29,21 +31,16 @@ def read_samples(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file is missing or empty, or a line holds no sample; it is named.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"there is no samples file {path}: give what sedd-scale generate wrote")
-    number = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where} is not JSON ({error}): generate it again") from error
-            tokens = record.get("tokens") if isinstance(record, dict) else None
-            if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-                raise DataError(f"{where} holds no tokens: give what sedd-scale generate wrote")
-            yield record
-    if not number:
+    found = False
+    for row in open_rows(path):
+        found, record = True, object_of(row)
+        tokens = record.get("tokens")
+        if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
+            raise DataError(f"{row.where} holds no tokens: give what sedd-scale generate wrote")
+        yield record
+    if not found:
         raise DataError(f"samples file {path} is empty: it holds no samples to report on")
 
 

@@ -1,21 +1,23 @@
 """Documents out of text files, one at a time, in an order that depends on their names only.
 
-Inputs are globs of .txt, .jsonl and .tar (webdataset's, with .txt or .json members), each also with
-.gz, .xz or .zst, of .parquet, or `builtin:python` (see builtin_text). In a .jsonl each line is a
-document, the text under one field, as in a .parquet each row. A .txt is one document, with one
-exception: when a lone .txt is the whole input, it is cut into documents at blank lines, each of at
-least 2,000 characters, so that a single file can give both training and validation text.
+Inputs are globs of files (see document_formats), or `builtin:python` (see builtin_text). In a
+.jsonl each line is a document, the text under one field, as in a .parquet each row. A text is one
+document, with one exception: when a lone text is the whole input, it is cut into documents at blank
+lines, each of at least 2,000 characters, so that one file can give both training and validation
+text.
 """
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
 from sedd_scale.preparation.builtin_text import builtin_python_documents
-from sedd_scale.preparation.document_formats import FORMAT_NAMES, FORMATS, read_records
+from sedd_scale.preparation.document_formats import check_name, read_rows
+from sedd_scale.preparation.rows import LINE_ENDS, LeftOut, ReadText, text_of
 
 BUILTIN_PYTHON = "builtin:python"
 
@@ -48,17 +50,35 @@ class DocumentStream:
     Args:
         inputs: globs, paths or `builtin:python`.
         field: the field of a .jsonl line or the column of a .parquet that holds the text.
+        format: of all files; None: each by its first bytes or its name.
+        members: of archives, only those whose names end in this; None: text and JSON.
+        in_pieces: cut a lone text into documents.
+
+    Attributes:
+        notes: what the last reading left out so far, or changed, counted; those who take documents
+            add what they leave out.
 
     Raises:
-        DataError: a glob matches no file, a file has no known format or is empty; while iterating,
-            a byte is not UTF-8, a line is not JSON, a field is missing, or a file is damaged.
+        DataError: a glob matches no file, a file is empty or of a format that is not read; while
+            iterating, a byte is not UTF-8, a line is not JSON, a field is missing, or a file is
+            damaged.
     """
 
-    def __init__(self, inputs: Sequence[str], *, field: str = "text") -> None:
-        self.field = field
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        *,
+        field: str = "text",
+        format: str | None = None,
+        members: str | None = None,
+        in_pieces: bool = True,
+    ) -> None:
+        self.field, self.format, self.members = field, format, members
         self.builtin = BUILTIN_PYTHON in inputs
-        self.files = _expand([pattern for pattern in inputs if pattern != BUILTIN_PYTHON])
+        self.files = _expand([name for name in inputs if name != BUILTIN_PYTHON], format)
+        self._in_pieces = in_pieces and len(self.files) == 1 and not self.builtin
         self.total_bytes = sum(path.stat().st_size for path in self.files)
+        self.notes: Counter[str] = Counter()
         self._finished_bytes = 0
         self._raw: BinaryIO | None = None
 
@@ -74,21 +94,32 @@ class DocumentStream:
     def documents_after(self, place: Place) -> Iterator[Document]:
         """The documents behind a place that one of them gave as `after`."""
         self._finished_bytes = 0
+        self.notes = Counter()
         if self.builtin and place.file < 0:
             rows = builtin_python_documents()
-            for number, row in enumerate(rows[place.records :], start=place.records + 1):
-                yield Document(row["text"], BUILTIN_PYTHON, Place(-1, number, 0))
-        lone_file = len(self.files) == 1 and not self.builtin
+            for number, own in enumerate(rows[place.records :], start=place.records + 1):
+                yield Document(own["text"], BUILTIN_PYTHON, Place(-1, number, 0))
         for number, path in enumerate(self.files):
             if number >= place.file:
                 behind = (place.records, place.offset) if number == place.file else (0, 0)
                 with open(path, "rb") as raw:
                     self._raw = raw
-                    for record in read_records(
-                        raw, path, field=self.field, in_pieces=lone_file, after=behind
+                    for row in read_rows(
+                        raw,
+                        str(path),
+                        field=self.field,
+                        given=self.format,
+                        members=self.members,
+                        in_pieces=self._in_pieces,
+                        after=behind,
                     ):
-                        after = Place(number, record.records, record.offset)
-                        yield Document(record.text, record.source, after)
+                        text = text_of(row, self.field)
+                        if isinstance(text, LeftOut):
+                            self.notes[str(text)] += 1
+                            continue
+                        self.notes[LINE_ENDS] += isinstance(text, ReadText)
+                        after = Place(number, row.number, row.offset)
+                        yield Document(str(text), row.where, after)
                 self._raw = None
             self._finished_bytes += path.stat().st_size
 
@@ -101,9 +132,12 @@ class DocumentStream:
         return found
 
 
-def _expand(patterns: Sequence[str]) -> list[Path]:
-    """The files that the patterns match, each once, sorted by name within a pattern."""
-    files: dict[Path, None] = {}
+def _expand(patterns: Sequence[str], format: str | None) -> list[Path]:
+    """The files that the patterns match, sorted by name within a pattern.
+
+    A file is taken once, by its first name: other spellings of it and links to it add nothing.
+    """
+    files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         literal = os.path.expanduser(pattern)
         named = os.path.exists(literal)  # brackets may be part of a name
@@ -112,11 +146,7 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"input {pattern} matches no file: check the path")
         for name in matches:
             path = Path(name)
-            if path.is_dir():
-                raise DataError(f"input {name} is a directory: give a glob such as {name}/*.txt")
-            if FORMATS.search(path.name) is None:
-                raise DataError(f"input {name} has no known format: give {FORMAT_NAMES}")
-            if path.stat().st_size == 0:
-                raise DataError(f"input {name} is empty: remove it or give a file with text")
-            files[path] = None
-    return list(files)
+            check_name(path, format)
+            status = path.stat()
+            files.setdefault((status.st_dev, status.st_ino), path)
+    return list(files.values())

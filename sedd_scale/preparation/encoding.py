@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
         lengths: tokens of each document.
         digests: `document_hash` of each document.
         characters, utf8_bytes: of each document, as the tokenizer spells it.
+        respelled: how many documents the tokenizer spells otherwise than they were.
     """
 
     ids: npt.NDArray[Any]
@@ -41,6 +42,7 @@ class Encoded(NamedTuple):
     digests: list[bytes]
     characters: npt.NDArray[np.int64]
     utf8_bytes: npt.NDArray[np.int64]
+    respelled: int
 
 
 def encode_documents(codec: Tokenizer, texts: list[str]) -> Encoded:
@@ -54,6 +56,7 @@ def encode_documents(codec: Tokenizer, texts: list[str]) -> Encoded:
         digests=[document_hash(text) for text in texts],
         characters=np.array([len(text) for text in spelled], dtype=np.int64),
         utf8_bytes=np.array([len(text.encode()) for text in spelled], dtype=np.int64),
+        respelled=sum(before != after for before, after in zip(texts, spelled)),
     )
 
 

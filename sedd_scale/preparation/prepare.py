@@ -7,7 +7,8 @@ processes where the input is large. A journal (see journal) lets a killed prepar
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,17 @@ from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.processors import available_cores
 from sedd_scale.preparation import journal
-from sedd_scale.preparation.documents import START, Document, DocumentStream, Place
+from sedd_scale.preparation.documents import START, DocumentStream, Place
 from sedd_scale.preparation.encoding import Encoded, Encoder
 from sedd_scale.preparation.output_folder import check_output, remove_preparation
 from sedd_scale.preparation.packing import SplitPacker
+from sedd_scale.preparation.rows import BLANK
 from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.preparation.settings import DEFAULT_SENTENCEPIECE_VOCABULARY, Preparation
 from sedd_scale.preparation.shard_writer import ShardWriter
 from sedd_scale.preparation.splits import SplitRule, document_hash, is_empty
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
-from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, Tokenizer
+from sedd_scale.tokenizers.base import RESPELLED, TOKENIZER_DIRECTORY, Tokenizer
 from sedd_scale.tokenizers.gpt2 import open_gpt2
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
@@ -38,6 +40,9 @@ BATCH_DOCUMENTS = 1_024
 # Smaller inputs are done before other processes have started.
 SMALL_INPUT_BYTES = 8_000_000
 JOURNAL_SECONDS = 15.0
+NO_TOKENS = "documents that the tokenizer has no token for, left out"
+
+Tag = tuple[Place, Counter[str]]
 
 
 class Progress(NamedTuple):
@@ -83,7 +88,9 @@ def prepare(
     if processes is not None and not 1 <= processes <= most:
         raise ConfigError(f"--processes {processes} is too many here: give 1 to {most}")
     check_output(output)
-    documents = DocumentStream(inputs, field=chosen.field)
+    documents = DocumentStream(
+        inputs, field=chosen.field, format=chosen.format, members=chosen.members
+    )
     codec: Tokenizer | None = None
     if chosen.tokenizer != "sentencepiece" or chosen.tokenizer_path is not None:
         codec = _open_tokenizer(chosen)
@@ -111,13 +118,13 @@ def prepare(
             else:
                 codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
             with (
-                Encoder[Place](codec, processes=processes) as encoder,
+                Encoder[Tag](codec, processes=processes) as encoder,
                 _Run(output, chosen, identity, state or {}, codec, rule.names) as run,
             ):
-                for batch, place in encoder.run(_batches(documents.documents_after(run.place))):
-                    run.add(batch, rule, place)
+                for batch, tag in encoder.run(_batches(documents, run.place)):
+                    run.add(batch, rule, *tag)
                     on_progress(run.progress(documents))
-                return run.finish()
+                return run.finish(documents.notes)
         except SeddScaleError:
             remove_preparation(output)
             journal.remove_journal(output)
@@ -143,6 +150,9 @@ class _Run:
         self._output, self._chosen, self._identity, self._codec = output, chosen, identity, codec
         self._passed: int = state.get("passed", 0)
         self._duplicates: int = state.get("duplicates", 0)
+        self._notes_before: Counter[str] = Counter(state.get("notes", {}))
+        self._notes = Counter(self._notes_before)
+        self._encoded: Counter[str] = Counter()
         self._writers: list[ShardWriter] = []
         self._saved_shards = -1
         self._saved_at = time.monotonic()
@@ -179,9 +189,16 @@ class _Run:
             sum(packer.tokens for packer in packers),
         )
 
-    def add(self, batch: Encoded, rule: SplitRule, place: Place) -> None:
-        """Write one encoded batch, and the journal when a shard was finished or it is time."""
+    def add(self, batch: Encoded, rule: SplitRule, place: Place, notes: Counter[str]) -> None:
+        """Write one encoded batch, and the journal when a shard was finished or it is time.
+
+        Args:
+            place: behind the batch.
+            notes: of the documents so far, since this run began.
+        """
         kept = batch.lengths > 0
+        self._encoded += Counter({NO_TOKENS: int((~kept).sum()), RESPELLED: batch.respelled})
+        self._notes = self._notes_before + notes + self._encoded
         if self._seen is not None:
             first = self._seen.first_seen(batch.digests)
             self._duplicates += int((kept & ~first).sum())
@@ -202,14 +219,16 @@ class _Run:
             "place": list(self.place),
             "passed": self._passed,
             "duplicates": self._duplicates,
+            "notes": self._notes,
             "splits": {name: packer.save_state() for name, packer in self.packers.items()},
         }
         if self._seen is not None:
             self._seen.commit()
         journal.write_journal(self._output, command=self._identity, state=state)
 
-    def finish(self) -> dict[str, Any]:
-        """Complete the splits and write the index, which it returns."""
+    def finish(self, notes: Counter[str]) -> dict[str, Any]:
+        """Complete the splits and write the index, which it returns; `notes` as of `add`."""
+        notes = self._notes_before + notes + self._encoded
         entries = {name: packer.finish(name) for name, packer in self.packers.items()}
         index = write_index(
             self._output,
@@ -223,6 +242,7 @@ class _Run:
                 "valid_fraction": self._chosen.valid_fraction,
                 "test_fraction": self._chosen.test_fraction,
                 "splits": entries,
+                **({"notes": dict(sorted(notes.items()))} if notes else {}),
             },
         )
         journal.remove_journal(self._output)
@@ -284,19 +304,18 @@ def _tokenizer_sample(
     return [text for _, text in sorted(largest_first, reverse=True)]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], Place]]:
+def _batches(documents: DocumentStream, start: Place) -> Iterator[tuple[list[str], Tag]]:
     """Non-empty documents in batches of a bounded size, each with the place behind it."""
     batch: list[str] = []
     characters = 0
-    place = START
-    for document in documents:
+    for document in documents.documents_after(start):
         if is_empty(document):
+            documents.notes[BLANK] += 1
             continue
         batch.append(document.text)
-        place = document.after
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch, place
+            yield batch, (document.after, Counter(documents.notes))
             batch, characters = [], 0
     if batch:
-        yield batch, place
+        yield batch, (document.after, Counter(documents.notes))

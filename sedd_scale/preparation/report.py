@@ -33,6 +33,7 @@ def format_report(index: dict[str, Any]) -> str:
     lines += ["", *_length_lines(splits)]
     if index["duplicates_dropped"] is not None:
         lines += ["", f"{index['duplicates_dropped']:,} duplicate documents dropped"]
+    lines += [f"{count:,} {what}" for what, count in index.get("notes", {}).items()]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sedd_scale.errors import ConfigError
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.preparation.packing import PACKINGS
+from sedd_scale.preparation.rows import FORMATS
 from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import KINDS
 
@@ -33,6 +34,8 @@ class Preparation:
             N.
         tokenizer_sample: characters of training documents that sentencepiece is trained on.
         field: the field of a .jsonl line or the column of a .parquet that holds the text.
+        format: of all inputs, one of `FORMATS`; None: each by its first bytes or its name.
+        members: of archives, only those whose names end in this; None: text and JSON.
         valid_fraction: share of documents that validate; 0: no validation split.
         test_fraction: share of documents that test; 0: no test split.
         blocks_per_shard: blocks in every shard but a split's last.
@@ -47,6 +50,8 @@ class Preparation:
     vocab_size: int | None = None
     tokenizer_sample: int = DEFAULT_TOKENIZER_SAMPLE
     field: str = "text"
+    format: str | None = None
+    members: str | None = None
     valid_fraction: float = DEFAULT_VALID_FRACTION
     test_fraction: float = 0.0
     blocks_per_shard: int = DEFAULT_BLOCKS_PER_SHARD
@@ -66,6 +71,10 @@ class Preparation:
         kind = self.tokenizer
         if kind not in KINDS:
             raise ConfigError(f"--tokenizer {kind} is unknown: give one of {', '.join(KINDS)}")
+        if self.format not in (None, *FORMATS):
+            raise ConfigError(
+                f"--format {self.format} is unknown: give one of {', '.join(FORMATS)}"
+            )
         if self.packing not in PACKINGS:
             raise ConfigError(
                 f"--packing {self.packing} is unknown: give one of {', '.join(PACKINGS)}"
@@ -91,6 +100,8 @@ class Preparation:
         return {
             "--input": documents.identity() + [[platform.python_version()]] * documents.builtin,
             "--field": self.field,
+            "--format": self.format,
+            "--members": self.members,
             "--tokenizer": [self.tokenizer, codec.fingerprint if codec else None],
             "--vocab-size": self.vocab_size,
             "--tokenizer-sample": self.tokenizer_sample,

@@ -89,13 +89,14 @@ def infill_from_text(
     """Text with blanks as tokens and fixed positions; at most `length` of them.
 
     Raises:
-        DataError: no blank, an empty one, or more tokens than `length`.
+        DataError: no blank, an empty one, more tokens than `length`, or text that the tokenizer
+            does not spell letter for letter.
     """
     pattern = re.compile(r"\[blank(?::(\d+))?\]|" + re.escape(marker))
     pieces: list[IntArray | int | None] = []
     end = 0
     for match in pattern.finditer(text):
-        pieces.append(tokenizer.encode(text[end : match.start()]))
+        pieces.append(tokenizer.encode_part(text[end : match.start()], begins=end == 0))
         size = match[1]
         if size is not None and int(size) == 0:
             raise DataError(f"the blank {match[0]!r} has no token: give it at least 1")
@@ -106,7 +107,7 @@ def infill_from_text(
             f"the text has no blank: write [blank:8] for 8 tokens, or {marker} for what the length "
             "leaves free"
         )
-    pieces.append(tokenizer.encode(text[end:]))
+    pieces.append(tokenizer.encode_part(text[end:], begins=False))
     return _joined(pieces, length)
 
 
@@ -114,9 +115,13 @@ def infill_from_ends(prefix: str, suffix: str, tokenizer: Tokenizer, length: int
     """A prefix and a suffix (either may be empty) with all of the middle free.
 
     Raises:
-        DataError: they leave no free token.
+        DataError: they leave no free token, or are not spelled letter for letter.
     """
-    return _joined([tokenizer.encode(prefix), None, tokenizer.encode(suffix)], length)
+    ends = [
+        tokenizer.encode_part(text, begins=begins)
+        for text, begins in ((prefix, True), (suffix, False))
+    ]
+    return _joined([ends[0], None, ends[1]], length)
 
 
 def infill_from_tokens(

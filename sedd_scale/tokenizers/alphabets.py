@@ -49,11 +49,15 @@ class Text8Tokenizer(Tokenizer):
         return _NOT_LETTERS.sub(" ", text.lower().translate(_SPELL_DIGITS)).strip(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
-        ids = []
-        for text in texts:
-            letters = np.frombuffer(self.normalize(text).encode("ascii"), dtype=np.uint8)
-            ids.append(np.where(letters == ord(" "), 0, letters - np.uint8(96)).astype(np.int64))
-        return ids
+        return [self._ids(self.normalize(text)) for text in texts]
+
+    def _ids(self, text: str) -> IntArray:
+        letters = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+        return np.where(letters == ord(" "), 0, letters - np.uint8(96)).astype(np.int64)
+
+    def _encode_part(self, text: str, *, begins: bool) -> IntArray:
+        # Spaces at its ends are given too.
+        return self._ids("".join(c if c in self._ALPHABET else self.normalize(c) for c in text))
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(self._ALPHABET[token] for token in ids)

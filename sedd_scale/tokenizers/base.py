@@ -7,6 +7,7 @@ state of an absorbing graph is not one of them: it belongs to the graph.
 import hashlib
 import json
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from sedd_scale.files.atomic import write_atomically
 TOKENIZER_DIRECTORY = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
+RESPELLED = "documents that the tokenizer spells otherwise; bits per character are of its spelling"
+MUCH_UNKNOWN = 0.01
 
 
 class Tokenizer(ABC):
@@ -54,8 +57,49 @@ class Tokenizer(ABC):
         """The files that define this tokenizer: name -> content."""
 
     def normalize(self, text: str) -> str:
-        """The text whose characters the ids spell; only text8 changes it."""
+        """The text as the ids spell it; text8 and most SentencePiece models change some texts."""
         return text
+
+    def _encode_part(self, text: str, *, begins: bool) -> IntArray:
+        """Ids that spell a text within others letter for letter, where there are such."""
+        return self.encode(text)
+
+    def _decode_part(self, ids: list[int], *, begins: bool) -> str:
+        """What ids spell within others."""
+        return self._decode(ids)
+
+    def encode_part(self, text: str, *, begins: bool) -> IntArray:
+        """The ids of a text that stands within others, to be spelled letter for letter; int64.
+
+        Args:
+            begins: whether nothing is before it.
+
+        Raises:
+            DataError: the vocabulary has no token for a character, or the tokenizer changes one.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the text holds half of a surrogate pair at character {error.start}: mend it"
+            ) from error
+        ids = self._encode_part(text, begins=begins)
+        if self.unknown_id is not None and self.unknown_id in ids:
+            for character in dict.fromkeys(text):
+                if self.unknown_id in self._encode_part(character, begins=False):
+                    raise DataError(
+                        f"the text holds {character!r}, for which the tokenizer has no token: "
+                        "leave it out"
+                    )
+        spelled = self._decode_part(ids.tolist(), begins=begins)
+        if spelled != text:
+            at = next((k for k, (a, b) in enumerate(zip(text, spelled)) if a != b), len(spelled))
+            near = slice(max(0, at - 10), at + 10)
+            raise DataError(
+                f"the {self.kind} tokenizer spells {text[near]!r} as {spelled[near]!r}, so that "
+                "what is given would not stay: give text that it spells as it is"
+            )
+        return ids
 
     def encode(self, text: str) -> IntArray:
         """The ids of one text, without EOS; int64 [tokens]."""
@@ -105,6 +149,17 @@ class Tokenizer(ABC):
         }
         text = json.dumps(description, indent=2) + "\n"
         write_atomically(target / TOKENIZER_FILE, text.encode())
+
+
+def warn_of_unknown(share: float, what: str) -> None:
+    """Say on stderr where more than `MUCH_UNKNOWN` of a text's tokens are unknown ones."""
+    if share > MUCH_UNKNOWN:
+        print(
+            f"warning: {share:.1%} of the tokens of {what} are unknown ones, which stand for text "
+            "that the tokenizer cannot spell: take a tokenizer made for such text, or with bytes "
+            "to fall back on",
+            file=sys.stderr,
+        )
 
 
 def read_tokenizer_file(path: Path) -> bytes:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sedd_scale.arrays import IntArray
 from sedd_scale.errors import DataError
@@ -13,6 +16,12 @@ from sedd_scale.tokenizers.base import Tokenizer, read_tokenizer_file
 
 GPT2_EOS = "<|endoftext|>"
 # How GPT-2 (Radford et al., 2019, section 2.2) cuts text before merging.
+# The pattern's library gives up within a run of a million of what it calls white space; a run of
+# this many is encoded by itself, as the pattern would have cut it.
+LONG_RUN = 100_000
+_LONG_RUN = re.compile(
+    r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]" f"{{{LONG_RUN},}}"
+)
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -58,16 +67,27 @@ class GPT2Tokenizer(Tokenizer):
         self._id_of_rank = np.array([ids_of_pieces[piece] for piece in pieces], dtype=np.int64)
         self._bytes_of_id = dict(zip(self._id_of_rank.tolist(), spelled))
         self._bytes_of_id[self.eos_id] = GPT2_EOS.encode()
-        self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks={piece: rank for rank, piece in enumerate(spelled)},
-            special_tokens={},
+        ranks = {piece: rank for rank, piece in enumerate(spelled)}
+        self._encoding, self._whole = (
+            tiktoken.Encoding(
+                "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            ).encode_to_numpy
+            for pattern in (GPT2_PATTERN, r"[\s\S]++")
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
-        encode = self._encoding.encode_to_numpy
-        return [self._id_of_rank[encode(text, disallowed_special=())] for text in texts]
+        return [self._id_of_rank[self._ranks(text)] for text in texts]
+
+    def _ranks(self, text: str) -> npt.NDArray[Any]:
+        parts, begin = [], 0
+        for run in _LONG_RUN.finditer(text) if len(text) >= LONG_RUN else ():
+            # A run's last space belongs to what follows.
+            end = run.end() - (run.end() < len(text))
+            parts.append(self._encoding(text[begin : run.start()], disallowed_special=()))
+            parts.append(self._whole(text[run.start() : end], disallowed_special=()))
+            begin = end
+        parts.append(self._encoding(text[begin:], disallowed_special=()))
+        return np.concatenate(parts)
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self._bytes_of_id.get(token, b"") for token in ids).decode(errors="replace")

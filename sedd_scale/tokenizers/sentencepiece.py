@@ -14,6 +14,10 @@ from sedd_scale.tokenizers.base import Tokenizer, read_tokenizer_file
 # Of text that SentencePiece is given at a time; a merge takes longer in a long text.
 BPE_CHUNK_CHARACTERS = 2000
 SPACE_PIECE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+# Behind a serialised model these bytes set fields of its normalizer_spec (protocol buffers merge
+# what follows): remove_extra_whitespaces = false, and add_dummy_prefix = false too.
+_ALL_SPACES = b"\x1a\x02\x20\x00"
+_NO_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -31,11 +35,8 @@ class SentencePieceTokenizer(Tokenizer):
     MODEL_FILE = "sentencepiece.model"
 
     def __init__(self, model: bytes, *, name: str = "the SentencePiece model") -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self._processor = _processor(model)
         except RuntimeError as error:
             raise DataError(
                 f"{name} is not a SentencePiece model, or is cut short: give a .model file that "
@@ -51,6 +52,14 @@ class SentencePieceTokenizer(Tokenizer):
             )
         self.unknown_id = self._processor.unk_id()
         self._in_chunks = _merges_within_words(model)
+        # One that removes no spaces, and one that adds none either: what is given and drawn within
+        # a text is spelled as it stands.
+        self._begin, self._within = _processor(model + _ALL_SPACES), _processor(model + _NO_PREFIX)
+        # Where the model adds a space of its own that decoding takes away.
+        probe = self._processor.normalize("a")
+        self._added = slice(
+            int(probe.startswith(SPACE_PIECE)), -1 if probe.endswith(SPACE_PIECE) else None
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
         if self._in_chunks:
@@ -66,11 +75,29 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return [ids.astype(np.int64) for ids in parts]
 
+    def normalize(self, text: str) -> str:
+        return str(self._processor.normalize(text)).replace(SPACE_PIECE, " ")[self._added]
+
+    def _encode_part(self, text: str, *, begins: bool) -> IntArray:
+        ids = (self._begin if begins else self._within).encode(text, return_type="numpy")
+        return np.asarray(ids, dtype=np.int64)
+
     def _decode(self, ids: list[int]) -> str:
-        return str(self._processor.decode(ids))
+        return str(self._begin.decode(ids))
+
+    def _decode_part(self, ids: list[int], *, begins: bool) -> str:
+        return str((self._begin if begins else self._within).decode(ids))
 
     def files(self) -> dict[str, bytes]:
         return {self.MODEL_FILE: self._model}
+
+
+def _processor(model: bytes) -> Any:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    return processor
 
 
 def _merges_within_words(model: bytes) -> bool:

@@ -187,7 +187,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         open_with(path, text=TextSettings(field="text"))
     for name in ("rows.json", "rows.JSONL"):
         (tmp_path / name).write_text("{}")
-        with pytest.raises(DataError, match=f"{name} is neither .* rename it"):
+        with pytest.raises(DataError, match=f"{name}:1 has no field 'text'"):
             open_with(tmp_path / name)
     with pytest.raises(DataError, match="carries no tokenizer"):
         open_with(path, None)

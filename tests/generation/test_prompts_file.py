@@ -85,7 +85,7 @@ def test_a_line_changes_the_settings_of_the_command(tmp_path: Path) -> None:
     [
         ("{\n", "is not JSON"),
         ("[" * 100000 + "\n", "is not JSON"),
-        ("[1]\n", "a JSON list is not a prompt"),
+        ("[1]\n", "is a JSON list: each line must be one object"),
         ({"text": 3}, "text=3 is not text"),
         ({"text": "x \ud83d ____"}, "half of a surrogate pair"),
         ({"text": "a____", "prefix": "b"}, "exactly one of"),
@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no line that can be used"):
         read(write(tmp_path / "bad.jsonl", "{\n", "[]\n"), skipped=[])
     (tmp_path / "bad.jsonl").write_bytes(b'\n{"text": "\xff"}')
-    with pytest.raises(DataError, match=r"bad\.jsonl:2 is not UTF-8 \(byte 10"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: byte 0xff at offset 11 is not UTF-8"):
         read(tmp_path / "bad.jsonl")
     path = write(tmp_path / "text.jsonl", {"text": "a____"})
     with pytest.raises(DataError, match="carries no tokenizer"):

@@ -83,7 +83,7 @@ def test_builtin_text() -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a\.txt is empty"),
-        ("a.md", b"x", r"a\.md has no known format"),
+        ("a.csv", b"x,y", r"a\.csv has no format that is read: .* --format text"),
         ("a.txt", "né".encode() + b"\xff!", r"a\.txt: byte 0xff at offset 3 is not UTF-8"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}', r"byte 0xe9 at offset 25 is not UTF-8"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', r"a\.jsonl:2 is not JSON"),

@@ -1,0 +1,135 @@
+"""A file's content whatever compressed it, which its first bytes tell, however it is called."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from sedd_scale.errors import DataError
+
+# First bytes of what is read; none of them begins UTF-8 text.
+_MAGIC = {
+    ".gz": (b"\x1f\x8b",),
+    ".xz": (b"\xfd7zXZ\0",),
+    ".bz2": tuple(b"BZh%d1AY&SY" % level for level in range(1, 10)),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + k]) + b"\x2a\x4d\x18" for k in range(16))),
+    ".lzma": (b"]\0\0\x80\0", b"]\0\0\0\1"),
+}
+_OTHERS = {
+    "lz4": b"\x04\x22\x4d\x18",
+    "compress": b"\x1f\x9d",
+    "7-zip": b"7z\xbc\xaf\x27\x1c",
+    "rar": b"Rar!\x1a\x07",
+}
+_ALSO_CALLED = {".zstd": ".zst", ".bz": ".bz2", ".gzip": ".gz"}
+_ARCHIVES = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2", ".tzst": ".zst"}
+_READ_BYTES = 1 << 17
+# The longest window that zstd writes, with --long=31; memory is taken as the file asks for it.
+_ZSTD_WINDOW = 2**31
+
+
+def plain_name(name: str) -> tuple[str, str | None]:
+    """A file's name in small letters without its compression, and the compression (".gz")."""
+    stem, dot, last = name.lower().rpartition(".")
+    suffix = _ALSO_CALLED.get(dot + last, dot + last)
+    if suffix in _ARCHIVES:
+        return f"{stem}.tar", _ARCHIVES[suffix]
+    return (stem, suffix) if dot and suffix in _MAGIC else (name.lower(), None)
+
+
+def decompressed(raw: BinaryIO, where: str) -> tuple[io.BufferedReader, str | None]:
+    """The content of an open file, all members or frames of it, and what compressed it.
+
+    Args:
+        raw: at its beginning.
+        where: the file's name, for the compression it says, and for errors; while reading, a
+            `DataError` names it where the content is damaged or cut short.
+
+    Raises:
+        DataError: it is not what its name says, is compressed by something that is not read, or
+            needs a package that is not installed.
+    """
+    plain = cast(io.BufferedReader, raw if hasattr(raw, "peek") else io.BufferedReader(raw))
+    head = plain.peek(16)[:16]
+    found = [kind for kind, magic in _MAGIC.items() if head.startswith(magic)]
+    kind = plain_name(Path(where).name)[1] or (found[0] if found else None)
+    if kind is None:
+        for name, magic in _OTHERS.items():
+            if head.startswith(magic):
+                raise DataError(f"{where} is packed by {name}, which is not read: unpack it")
+        return plain, None
+    if kind == ".gz":
+        inner: Any = gzip.GzipFile(fileobj=plain)
+    elif kind == ".bz2":
+        inner = bz2.BZ2File(plain)
+    elif kind == ".zst":
+        inner = _zstd_frames(plain, where)
+    else:
+        inner = lzma.LZMAFile(plain)  # noqa: SIM115
+    return io.BufferedReader(_Reported(inner, where, kind), _READ_BYTES), kind
+
+
+def _zstd_frames(raw: io.BufferedReader, where: str) -> "_ZstdFrames":
+    try:
+        return _ZstdFrames(raw)
+    except ImportError as error:
+        raise DataError(
+            f"{where} needs the package zstandard: pip install 'sedd_scale[zstd]'"
+        ) from error
+
+
+class _ZstdFrames:
+    """Frame after frame; the library's own stream takes a cut frame for a whole one."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        import zstandard
+
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        self._frame: Any = None
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed, self._packed = self._packed or self._raw.read(_READ_BYTES), b""
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("its last frame is cut short")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+class _Reported(io.RawIOBase):
+    """A decompressing stream whose errors name the file."""
+
+    def __init__(self, inner: Any, where: str, kind: str) -> None:
+        self._inner, self._where, self._kind = inner, where, kind
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count, wanted = 0, memoryview(buffer)
+        try:
+            while count < len(wanted) and (more := self._inner.readinto(wanted[count:])):
+                count += more
+            return count
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise DataError(
+                f"{self._where} is cut short or not a {self._kind} file ({error}): replace it"
+            ) from error
