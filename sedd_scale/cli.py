@@ -1,6 +1,7 @@
 """What every command shares: subcommands, one-line errors, exit codes, --debug and --version."""
 
 import argparse
+import io
 import math
 import os
 import select
@@ -14,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedd_scale.errors import SeddScaleError
+from sedd_scale.errors import ConfigError, SeddScaleError
 from sedd_scale.files.task_environment import adopt_slurm_task
 from sedd_scale.version import __version__
 
@@ -178,6 +179,47 @@ def _nobody_reads_stdout() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
+def _stdout_fault() -> str | None:
+    """Why standard output takes no more, as on a full disk; None: it does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _leave_stdout() -> None:
+    """Let what cannot be written go; Python flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+
+
+def need_stdout(instead: str) -> None:
+    """Refuse to begin where standard output, the only place of a result, is closed.
+
+    Args:
+        instead: the option that names another place.
+
+    Raises:
+        ConfigError: it is closed.
+    """
+    if sys.stdout is None:
+        raise ConfigError(f"standard output is closed and the result would be lost: give {instead}")
+
+
+def print_result(text: str) -> None:
+    """Print a result that took long; where standard output takes it no more, on standard error.
+
+    Raises:
+        OSError: standard output does not take it.
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        print(f"standard output does not take the result, which is:\n{text}", file=sys.stderr)
+        raise
+
+
 def _epilog(example: str, exit_codes: Mapping[int, str] | None, notes: str = "") -> str:
     codes = sorted({**COMMON_EXIT_CODES, **(exit_codes or {})}.items())
     lines = "\n".join(f"  {code:<3} {meaning}" for code, meaning in codes)
@@ -203,6 +245,8 @@ def run_command(
     that fails says so and leaves at once, so that the launcher stops the others. A reader of the
     output that has seen enough, as in `... | head`, ends it without a word.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that it lacks ends nothing
     # DeepSpeed calls collectives under names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args
@@ -222,12 +266,16 @@ def run_command(
         return EXIT_INTERRUPTED
     except (SeddScaleError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
-            # Python flushes once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+            _leave_stdout()
             return EXIT_CLOSED_PIPE
         if arguments.debug:
             raise
         message = " ".join(_words(error).split())
+        if isinstance(error, OSError) and error.filename is None and (fault := _stdout_fault()):
+            _leave_stdout()
+            message = (
+                f"standard output cannot be written: {fault}; files that were asked for are written"
+            )
         rank = os.environ.get("RANK", "0")
         if rank == "0" or "WORLD_SIZE" not in os.environ:
             print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, count, given_path, make_parser
+from sedd_scale.cli import Command, count, given_path, make_parser, need_stdout, print_result
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
@@ -115,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep finished blocks there; killed and started again, the same command resumes, with "
         "any number of processes",
+    )
+    add(
+        "--output",
+        type=given_path,
+        metavar="FILE.json",
+        help="also write the line of JSON there",
     )
     add("--json", action="store_true", help="print only the line of JSON")
     return parser
@@ -225,14 +231,22 @@ def finished_groups(
 
 def eval_command(arguments: argparse.Namespace) -> None:
     """Evaluate; the first process prints."""
+    if arguments.output is None:
+        need_stdout("--output FILE.json")
+    else:
+        from sedd_scale.generation.output_shards import refuse_existing_output
+
+        refuse_existing_output(arguments.output)
     report = evaluate(arguments)
     if report is not None:
-        if not arguments.json:
-            from sedd_scale.evaluation.report import format_table
+        from sedd_scale.evaluation.report import format_table
+        from sedd_scale.files.atomic import write_atomically
 
-            print(format_table(report))
         finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}
-        print(json.dumps(finite))
+        line = json.dumps(finite)
+        if arguments.output is not None:
+            write_atomically(arguments.output, f"{line}\n".encode())
+        print_result(line if arguments.json else f"{format_table(report)}\n{line}")
     from sedd_scale.parallel.layout import shutdown
 
     shutdown()

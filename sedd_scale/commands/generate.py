@@ -13,6 +13,7 @@ from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
 
 if TYPE_CHECKING:
     from sedd_scale.generation.batch import Request
+    from sedd_scale.generation.generate import Generated
     from sedd_scale.generation.prompts_file import PromptLine
     from sedd_scale.model.score_model import ScoreModel
     from sedd_scale.sampling.settings import SamplerSettings
@@ -235,30 +236,23 @@ def generate_command(arguments: argparse.Namespace) -> None:
         progress=sys.stderr,
         on_record=keep_traced,
     )
-    if is_first:
-        rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
-        before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
-        print(
-            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
-            f"{made.seconds:.1f} s{rate}"
-        )
-        if arguments.trace is not None:
-            write_trace_page(arguments.trace, traced)
-    _report(arguments, model, made.quality, len(skipped))
+    if is_first and arguments.trace is not None:
+        write_trace_page(arguments.trace, traced)
+    _report(arguments, model, made, len(skipped))
     shutdown()
 
 
 def _report(
     arguments: argparse.Namespace,
     model: "ScoreModel",
-    quality: dict[str, Any] | None,
+    made: "Generated",
     skipped: int,
 ) -> None:
     """Judge the samples, on all processes, and write and print the report on the first."""
     from sedd_scale.generation.quality import format_quality
     from sedd_scale.generation.samples_file import judge_file, report_path, write_report
 
-    output, layout = arguments.output, model.layout
+    output, layout, quality = arguments.output, model.layout, made.quality
     report = {"output": str(output), "prompts_skipped": skipped, **(quality or {})}
     path = report_path(output)
     if quality is not None:
@@ -274,6 +268,12 @@ def _report(
         )
     if quality is not None:
         write_report(path, report)
+        rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
+        before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
+        print(
+            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
+            f"{made.seconds:.1f} s{rate}"
+        )
         print(format_quality(report))
         print(output)
 

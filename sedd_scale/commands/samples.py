@@ -4,7 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from sedd_scale.cli import Command, given_path, make_parser, positive
+from sedd_scale.cli import (
+    Command,
+    given_path,
+    make_parser,
+    need_stdout,
+    positive,
+    print_result,
+)
 from sedd_scale.errors import ConfigError, DataError
 
 STEPS_PER_SECOND = 8.0
@@ -120,7 +127,9 @@ def report(arguments: argparse.Namespace) -> None:
     from sedd_scale.generation.quality import format_quality
     from sedd_scale.generation.samples_file import judge_file, quality_of_file, write_report
 
-    if arguments.report is not None:
+    if arguments.report is None:
+        need_stdout("--report FILE.json")
+    else:
         refuse_existing_output(arguments.report, "--report")
     if arguments.judge is not None:
         from sedd_scale.generation.judge import check_judge
@@ -138,9 +147,9 @@ def report(arguments: argparse.Namespace) -> None:
         found["generative_perplexity"] = judge_file(arguments.samples, arguments.judge, device)
     if arguments.report is not None:
         write_report(arguments.report, found)
-    print(format_quality(found))
     if arguments.track is not None:
         send_to_trackers(arguments.samples, arguments.track)
+    print_result(format_quality(found))
 
 
 def send_to_trackers(samples: Path, run_dir: Path) -> None:

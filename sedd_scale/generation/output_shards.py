@@ -154,20 +154,29 @@ class ShardDirectory:
                         offset_of[line.sample], size_of[line.sample] = line.offset, line.size
         streams = OpenFiles(lambda number: files[number].open("rb"), most=_OPEN_FILES)
         merged = self.path / f"merged.{os.getpid()}.tmp"
-        with open(merged, "wb") as target:
-            for index in range(count):
-                if file_of[index] < 0:
-                    raise DataError(
-                        f"{self.path} lacks sample {index}: start the same command again to draw it"
-                    )
-                source = streams[file_of[index]]
-                source.seek(offset_of[index])
-                record = _parse(source.read(size_of[index]), files[file_of[index]])
-                del record["index"]
-                on_record(record)
-                target.write(_line_of(record))
-            target.flush()
-            os.fsync(target.fileno())
+        try:
+            with open(merged, "wb") as target:
+                for index in range(count):
+                    if file_of[index] < 0:
+                        raise DataError(
+                            f"{self.path} lacks sample {index}: start the same command again to "
+                            "draw it"
+                        )
+                    source = streams[file_of[index]]
+                    source.seek(offset_of[index])
+                    record = _parse(source.read(size_of[index]), files[file_of[index]])
+                    del record["index"]
+                    on_record(record)
+                    target.write(_line_of(record))
+                target.flush()
+                os.fsync(target.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                merged.unlink()
+            raise DataError(
+                f"--output {self.output} cannot be written ({error.strerror}): mend that and start "
+                "the same command again; finished samples are kept"
+            ) from error
         refuse_existing_output(self.output)
         os.replace(merged, self.output)
         sync_to_disk(self.output.parent)
