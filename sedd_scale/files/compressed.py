@@ -1,10 +1,11 @@
 """A file's content whatever compressed it, which its first bytes tell, however it is called."""
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,7 +27,7 @@ _OTHERS = {
 }
 _ALSO_CALLED = {".zstd": ".zst", ".bz": ".bz2", ".gzip": ".gz"}
 _ARCHIVES = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2", ".tzst": ".zst"}
-_READ_BYTES = 1 << 17
+_READ_BYTES, _PACKED_BYTES = 1 << 17, 1 << 15
 # The longest window that zstd writes, with --long=31; memory is taken as the file asks for it.
 _ZSTD_WINDOW = 2**31
 
@@ -61,75 +62,93 @@ def decompressed(raw: BinaryIO, where: str) -> tuple[io.BufferedReader, str | No
             if head.startswith(magic):
                 raise DataError(f"{where} is packed by {name}, which is not read: unpack it")
         return plain, None
+    return io.BufferedReader(_Frames(plain, where, kind), _READ_BYTES), kind
+
+
+def _decompressor(kind: str, where: str) -> Callable[[], Any]:
+    """What makes the decompressor of one frame, stream or member."""
     if kind == ".gz":
-        inner: Any = gzip.GzipFile(fileobj=plain)
-    elif kind == ".bz2":
-        inner = bz2.BZ2File(plain)
-    elif kind == ".zst":
-        inner = _zstd_frames(plain, where)
-    else:
-        inner = lzma.LZMAFile(plain)  # noqa: SIM115
-    return io.BufferedReader(_Reported(inner, where, kind), _READ_BYTES), kind
-
-
-def _zstd_frames(raw: io.BufferedReader, where: str) -> "_ZstdFrames":
+        return partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS)
+    if kind == ".bz2":
+        return bz2.BZ2Decompressor
+    if kind != ".zst":
+        return lzma.LZMADecompressor
     try:
-        return _ZstdFrames(raw)
+        import zstandard
     except ImportError as error:
         raise DataError(
             f"{where} needs the package zstandard: pip install 'sedd_scale[zstd]'"
         ) from error
+    made = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
+
+    class Frame:
+        """As the other decompressors, with their error."""
+
+        def __init__(self) -> None:
+            self._inner = made()
+
+        def decompress(self, packed: bytes) -> bytes:
+            try:
+                return self._inner.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+
+        @property
+        def eof(self) -> bool:
+            return bool(self._inner.eof)
+
+        @property
+        def unused_data(self) -> bytes:
+            return self._inner.unused_data
+
+    return Frame
 
 
-class _ZstdFrames:
-    """Frame after frame; the library's own stream takes a cut frame for a whole one."""
+class _Frames(io.RawIOBase):
+    """Frame after frame, where some of the libraries' own streams stop without a word.
 
-    def __init__(self, raw: io.BufferedReader) -> None:
-        import zstandard
+    A frame that is cut short and what is no frame behind one are errors; zeros between are padding.
+    """
 
-        self._raw, self._error = raw, zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    def __init__(self, raw: io.BufferedReader, where: str, kind: str) -> None:
+        self._raw, self._where, self._kind = raw, where, kind
+        self._make = _decompressor(kind, where)
         self._frame: Any = None
         self._packed = b""
         self._ready = memoryview(b"")
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed, self._packed = self._packed or self._raw.read(_READ_BYTES), b""
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("its last frame is cut short")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(packed))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-class _Reported(io.RawIOBase):
-    """A decompressing stream whose errors name the file."""
-
-    def __init__(self, inner: Any, where: str, kind: str) -> None:
-        self._inner, self._where, self._kind = inner, where, kind
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count, wanted = 0, memoryview(buffer)
+        wanted = memoryview(buffer)
+        count = 0
         try:
-            while count < len(wanted) and (more := self._inner.readinto(wanted[count:])):
-                count += more
+            while count < len(wanted) and (self._ready or self._more()):
+                part = self._ready[: len(wanted) - count]
+                wanted[count : count + len(part)] = part
+                self._ready = self._ready[len(part) :]
+                count += len(part)
             return count
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise DataError(
                 f"{self._where} is cut short or not a {self._kind} file ({error}): replace it"
             ) from error
+
+    def _more(self) -> bool:
+        """Whether there was more content, which is ready now."""
+        while not self._ready:
+            packed, self._packed = self._packed or self._raw.read(_PACKED_BYTES), b""
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return False
+            if self._frame is None:
+                packed = packed.lstrip(b"\0")
+                if not packed:
+                    continue
+                self._frame = self._make()
+            self._ready = memoryview(self._frame.decompress(packed))
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        return True

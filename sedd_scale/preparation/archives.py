@@ -86,7 +86,8 @@ def _rows(
             what = f"{PurePosixPath(name).suffix} members".strip()
             reason = None if kind not in (None, *ARCHIVES) else f"{what}, left out"
         if reason is not None:
-            yield Row(f"{where}:{name}", 0, _Nothing(reason))
+            if field is not None:
+                yield Row(f"{where}:{name}", 0, _Nothing(reason))
             continue
         if sample and (_stem(sample[0][0]) != _stem(name) or name in dict(sample)):
             yield from _of_sample(sample, where, field)
