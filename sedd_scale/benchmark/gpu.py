@@ -84,6 +84,14 @@ def parts(*, rehearse: bool) -> Iterator[Part]:
         sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
         dropped = [*changes, "model.dropout=0.1"]
         yield Part(f"step of {model}, {batch} sequences", 2, [*step, *sizes, *dropped])
+    for model, batch, changes in (("small", 32, ()), ("xl", 16, XL)):
+        rates = [*benchmark, "rates", "--json"]
+        sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
+        yield Part(
+            f"rates and the model of a step of {model}",
+            1.5,
+            [*rates, *sizes, *changes, "model.dropout=0.1"],
+        )
     sample = [*benchmark, "sample", "--json", "--timed-steps", "4", "--precision", "bf16"]
     few = ["--model", "tiny", "--length", "16", "--vocab-size", "64", "--steps", "4"]
     yield Part("samplers", 2, [*sample, *(few if rehearse else ["--batch-size", "64"])])
@@ -166,6 +174,7 @@ def report(found: list[dict[str, Any]]) -> str:
 
 _SHOWN = (
     *("speedup", "tokens_per_second", "seconds", "mfu", "mfu_of_measured_matmul", "peak_mb"),
+    *("planned_mb", "predicted_seconds", "time_of_model"),
     *("largest_difference", "loss", "calls_ratio"),
 )
 

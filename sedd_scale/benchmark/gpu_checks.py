@@ -77,8 +77,8 @@ def run_of(precision: str) -> SyntheticRun:
 def losses(precision: str) -> dict[str, Any]:
     """Losses of `STEPS` steps, and how far they are from those stored of a CPU in fp32."""
     run = run_of(precision)
-    engine = run.engine()
-    found = [run.train_step(engine, step).loss for step in range(1, STEPS + 1)]
+    step = run.program(run.engine())
+    found = [step().loss for _ in range(STEPS)]
     stored = json.loads(STORED.read_text()) if STORED.is_file() else found
     apart = max(abs(ours - cpu) / abs(cpu) for ours, cpu in zip(found, stored, strict=True))
     return {"precision": precision, "largest_difference": apart, "losses": found}
@@ -89,7 +89,7 @@ def waits() -> dict[str, Any]:
     run = run_of("bf16")
     engine = run.engine()
     for step in (1, 2, 3):
-        run.train_step(engine, step)
+        engine.train_step(run.micro_batches(step), lr=1e-4)
     batches = run.micro_batches(4)
     outcome, engine._gate.outcome = engine._gate.outcome, lambda: None  # type: ignore
     on_gpu = run.layout.device.type == "cuda"

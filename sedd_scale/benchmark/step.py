@@ -6,6 +6,7 @@ forward, loss, backward, clip, AdamW and its moving average.
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.benchmark.synthetic import LEARNING_RATE, SyntheticRun, synthetic_config
     from sedd_scale.benchmark.textbook import TextbookTrainer
     from sedd_scale.parallel.layout import initialize_layout, launched_world_size, local_device
-    from sedd_scale.planning.flops import step_flops
+    from sedd_scale.planning import plan
     from sedd_scale.tracking.utilisation import matrix_product, named_peak
 
     if arguments.baseline and launched_world_size() > 1:
@@ -73,22 +74,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         sequence_parallel=config.parallel.sequence_parallel,
     )
     synthetic = SyntheticRun(config, layout)
-    engine = synthetic.engine()
-    steps = [0, 0]
-
-    def ours() -> None:
-        steps[0] += 1
-        synthetic.train_step(engine, steps[0])
-
+    ours = synthetic.program(synthetic.engine())
     size = 8192 if device.type == "cuda" else 2560
     product, product_flops = matrix_product(device, precision, size=size)
     programs: list[Callable[[], object]] = [product, ours]
     if arguments.baseline:
         textbook = TextbookTrainer(config, synthetic.graph, device, bf16=precision == "bf16")
+        steps = itertools.count(1)
 
         def baseline() -> None:
-            steps[1] += 1
-            textbook.step(synthetic.noisy_batch(steps[1]), lr=LEARNING_RATE)
+            textbook.step(synthetic.noisy_batch(next(steps)), lr=LEARNING_RATE)
 
         programs.append(baseline)
     product_seconds, *seconds = median_seconds(programs, repeats=arguments.repeats)
@@ -103,9 +98,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     training, model = config.training, config.model
     tokens = training.global_batch * arguments.block_length
     rows = layout.data * sum(
-        len(batch.targets.rows_M) for batch in synthetic.micro_batches(steps[0])
+        len(batch.targets.rows_M) for batch in synthetic.micro_batches(1 + arguments.repeats)
     )
-    flops = step_flops(config, vocab_size=arguments.vocab_size, block_length=arguments.block_length)
+    planned = plan(
+        config,
+        layout.world_size,
+        vocab_size=arguments.vocab_size,
+        block_length=arguments.block_length,
+    )
+    flops = planned.flops
     # `required` expects the rows of an average step; these batches have their own.
     head = (flops.dense - flops.required) / (1 - flops.head_rows) if flops.head_rows < 1 else 0.0
     required = flops.dense - head * (1 - rows / tokens)
@@ -135,6 +136,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "mfu_of_measured_matmul": per_device / (product_flops / product_seconds),
         "measured_matmul_flops_per_second": product_flops / product_seconds,
         "peak_mb": peak_megabytes(),
+        "planned_mb": planned.heaviest.peak / 1e6,
         **environment(),
     }
 

@@ -1,11 +1,14 @@
 """A training run on random tokens: the configuration, the batches and the engine of a benchmark."""
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from sedd_scale.config import Config, load_config
+from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.corruption import NoisyBatch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.objectives import make_objective
@@ -117,6 +120,20 @@ class SyntheticRun:
 
     def train_step(self, engine: Engine, step: int) -> StepNumbers:
         """One whole step, from tokens on the host to updated weights."""
-        numbers, applied = engine.train_step(self.micro_batches(step), lr=LEARNING_RATE)
-        assert applied, numbers
-        return numbers
+        return _updated(engine, self.micro_batches(step))
+
+    def program(self, engine: Engine) -> Callable[[], StepNumbers]:
+        """What makes one step after the other.
+
+        Where a GPU computes, the next batches are made meanwhile, as in training.
+        """
+        batches: Iterator[list[MicroBatch]] = map(self.micro_batches, itertools.count(1))
+        if self.layout.device.type == "cuda":
+            batches = Prefetcher(self.micro_batches, 1)
+        return lambda: _updated(engine, next(batches))
+
+
+def _updated(engine: Engine, batches: list[MicroBatch]) -> StepNumbers:
+    numbers, applied = engine.train_step(batches, lr=LEARNING_RATE)
+    assert applied, numbers
+    return numbers

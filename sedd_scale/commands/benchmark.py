@@ -10,12 +10,24 @@ from sedd_scale.benchmark import (
     gpu,
     loss,
     optimizer,
+    rates,
     sample,
     step,
 )
 from sedd_scale.cli import Command, make_parser
 
-SUBCOMMANDS = (loss, step, optimizer, data, communication, sample, checkpoint, evaluation, gpu)
+SUBCOMMANDS = (
+    loss,
+    step,
+    rates,
+    optimizer,
+    data,
+    communication,
+    sample,
+    checkpoint,
+    evaluation,
+    gpu,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

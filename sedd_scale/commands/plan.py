@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from sedd_scale.cli import Command, at_least, make_parser, positive
+from sedd_scale.cli import Command, at_least, given_path, make_parser, positive
 from sedd_scale.planning.arguments import add_plan_arguments
 from sedd_scale.planning.flops import PEAK_FLOPS, run_seconds
 
@@ -15,7 +15,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.config import load_config
     from sedd_scale.planning.layouts import ASSUMPTIONS, fit_layouts, plan, smallest_fit
     from sedd_scale.planning.sizes import sizes_for_plan
-    from sedd_scale.planning.step_time import DEVICES, step_time
+    from sedd_scale.planning.step_time import DEVICES, read_rates, step_time
     from sedd_scale.planning.table import as_json, print_layouts, print_plan, print_step_time
 
     config = load_config(arguments.config, arguments.overrides)
@@ -45,9 +45,13 @@ def plan_command(arguments: argparse.Namespace) -> None:
         peak=peak,
         mfu=arguments.mfu,
     )
-    predicted = None
-    if arguments.gpu in DEVICES and config.training.precision == "bf16":
-        predicted = step_time(config, planned, **sizes, device=DEVICES[arguments.gpu], peak=peak)
+    predicted, device = None, DEVICES.get(arguments.gpu)
+    if arguments.rates is not None:
+        device = read_rates(arguments.rates)
+    elif config.training.precision != "bf16":
+        device = None  # the named devices' rates are those of bf16
+    if device is not None:
+        predicted = step_time(config, planned, **sizes, device=device, peak=peak)
     assumptions = (
         *ASSUMPTIONS,
         f"{arguments.usable:.0%} of {memory / GB:g} GB per GPU usable, the rest for CUDA, NCCL and "
@@ -56,7 +60,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
     )
     print_plan(config, planned, usable=usable, seconds=seconds)
     if predicted is not None:
-        print_step_time(predicted, arguments.gpu)
+        print_step_time(predicted, str(arguments.rates or f"{arguments.gpu}s"))
     print_layouts(fits, arguments.rows)
     print("\nassumptions: " + ";\n  ".join(assumptions))
     if arguments.json:
@@ -84,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_arguments(parser)
     add = parser.add_argument
     add("--gpu-memory-gb", type=positive, metavar="GB", help="its memory, if other than --gpu has")
+    add(
+        "--rates",
+        type=given_path,
+        metavar="FILE",
+        help="what a device reaches, from `benchmark rates --output`: predict the step from it",
+    )
     add("--peak-tflops", type=positive, metavar="T", help="its peak, if other than --gpu has")
     add(
         "--usable",

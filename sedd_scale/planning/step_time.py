@@ -6,10 +6,13 @@ given in their place. Predictions are for finding what limits a layout, and are 
 against a measurement before anything is promised.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sedd_scale.config import Config
+from sedd_scale.errors import ConfigError
 from sedd_scale.planning.activations import GPU_CHUNK_BYTES, MIN_CHUNK_ROWS
 from sedd_scale.planning.flops import StepFlops
 from sedd_scale.planning.layouts import Plan
@@ -49,8 +52,19 @@ DEVICES = {
     "b200": Device(1500e12, 1000e12, 850e12, 6.8e12, 6.0e11, 4.0e10),
 }
 
+
+def read_rates(path: Path) -> Device:
+    """The device that `sedd-scale benchmark rates --output` wrote. Raises ConfigError."""
+    try:
+        return Device(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no rates ({error}): write it with sedd-scale benchmark rates --output"
+        ) from None
+
+
 # Of the launches that are left on the host's side in a micro-batch's block, forward and backward.
-LAUNCHES_PER_BLOCK = 60
+LAUNCHES_PER_BLOCK = 66
 # The outcome of a step is read once, with an empty queue behind it.
 WAIT_SECONDS = 1.0e-3
 
@@ -119,7 +133,15 @@ def step_time(
         block_length: L.
         device: what one of its devices reaches.
         peak: FLOP/s that `mfu` is taken of.
+
+    Raises:
+        ConfigError: several devices, and rates that one process measured by itself.
     """
+    if planned.gpus > 1 and not device.node:
+        raise ConfigError(
+            f"rates of one process say nothing of what {planned.gpus} exchange: measure them with "
+            "several (torchrun -m sedd_scale benchmark rates), or give --gpus 1"
+        )
     model, parallel, training = config.model, planned.parallel, config.training
     weight, residual = BYTES[training.precision], BYTES[model.residual_dtype]
     width, blocks = model.hidden_size, -(-model.num_layers // parallel.pipeline)
@@ -152,7 +174,7 @@ def step_time(
         # Statistics read the logits; the gradient reads and writes them.
         "head's products": 3 * head / device.products,
         "head's passes": (3 * weight * rows * states + chunks * 8 * states * width) / device.memory,
-        "gradients to float32": 10 * heaviest.parameters / device.memory,
+        "gradients to float32": (10 if weight < 4 else 0) * heaviest.parameters / device.memory,
         "tensor ranks": _tensor_seconds(config, planned, tokens * width * weight, device),
     }
     queued = blocks * LAUNCHES_PER_BLOCK * device.launch

@@ -12,10 +12,10 @@ from sedd_scale.quantities import format_count, format_duration
 GB = 1e9
 
 
-def print_step_time(predicted: StepTime, gpu: str) -> None:
+def print_step_time(predicted: StepTime, device: str) -> None:
     """Where the time of a step goes, and what limits the layout."""
     print(
-        f"\npredicted step on {gpu}s: {predicted.seconds * 1e3:.0f} ms, "
+        f"\npredicted step on {device}: {predicted.seconds * 1e3:.0f} ms, "
         f"{format_count(predicted.tokens_per_second)} tokens/s, MFU {predicted.mfu:.0%}; "
         f"limited by {predicted.limit}"
     )

@@ -1,17 +1,28 @@
 """The model of a step's time: its bytes are counted, its parts move as they must."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.model import fused
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.model import compiled, fused
 from sedd_scale.model.dropout import dropout
+from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.planning import plan
-from sedd_scale.planning.step_time import DEVICES, StepTime, block_bytes, step_time
+from sedd_scale.planning.step_time import (
+    DEVICES,
+    LAUNCHES_PER_BLOCK,
+    StepTime,
+    block_bytes,
+    step_time,
+)
+from tests.model.small_network import noisy_batch, small_network
 from tests.repository import CONFIGS
 
 SIZES = {"vocab_size": 50257, "block_length": 1024}
@@ -65,6 +76,59 @@ def test_bytes_are_those_that_the_passes_take_and_give(residual: torch.dtype, ra
     gelu = moved(lambda *a: (fused._gelu_forward(*a),), inner, wide)
     gelu += moved(fused._gelu_backward, inner.clone(), inner, wide) + 4 * weight
     assert gelu == pytest.approx(model["GELU"], rel=SMALL)
+
+
+class Launches(TorchDispatchMode):
+    """Operations that a GPU would start a kernel for; a compiled pass is its kernels."""
+
+    VIEWS = frozenset(
+        (
+            *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "view"),
+            *("permute", "select", "slice", "split", "squeeze", "unsqueeze", "t", "transpose"),
+            *("unbind", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        )
+    )
+    KERNELS: ClassVar = {"_norm_backward": 2, "_bias_gate_backward": 3, "_gelu_backward": 3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.within = 0, False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not self.within and function.overloadpacket.__name__ not in self.VIEWS:
+            self.number += 1
+        return function(*args, **(kwargs or {}))
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self.number += self.KERNELS.get(function.__name__, 1)
+            self.within = True
+            try:
+                return function(*arguments)
+            finally:
+                self.within = False
+
+        return run
+
+
+def test_launches_of_a_block_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, counted at the dispatcher; the rest of a network is subtracted."""
+    mode, graph, layout = Launches(), make_graph("absorb", 50), initialize_layout()
+    monkeypatch.setattr(compiled, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(compiled, "compiles_kernels", lambda: True)
+    monkeypatch.setattr(compiled, "_compiled", mode.compiled)
+    counted = []
+    for blocks in (2, 4):
+        network = small_network(graph, layout, scaled=True, num_layers=blocks, dropout=0.1)
+        inputs, targets, _ = noisy_batch(graph)
+        network.to(torch.bfloat16)
+        mode.number = 0
+        with mode:
+            network(inputs, targets).backward()
+        counted.append(mode.number)
+    assert (counted[1] - counted[0]) / 2 == pytest.approx(LAUNCHES_PER_BLOCK, rel=0.1)
 
 
 def test_parts_add_up_and_utilisation_is_of_the_required_work() -> None:
