@@ -111,7 +111,7 @@ def chunk_gradient(
         grad_mW = _torch_law_gradient(statistics.table, columns, coefficients)
     else:
         grad_mW = _torch_gradient(statistics.table, columns, coefficients)
-    if not grad_mW.is_set_to(out_mW):
+    if grad_mW.untyped_storage()._cdata != out_mW.untyped_storage()._cdata:
         out_mW.copy_(grad_mW)
     return out_mW, grad_mW.sum(0)
 

@@ -40,7 +40,7 @@ H100 = types.SimpleNamespace(
     uuid="0",
     pci_bus_id=0,
 )
-LENGTH, BATCH, WIDTH, HEADS = 1024, 32, 768, 12
+LENGTH, BATCH, WIDTH = 1024, 32, 768
 
 
 class Driver:
@@ -176,8 +176,12 @@ def tuner_of(source: str) -> Any:
 
 
 def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Each compiled pass with what it is given by the small model in bf16."""
-    from sedd_scale.model import dropout, fused
+    """Compiled passes with what the small model in bf16 gives them.
+
+    Left out are turns, whose places in memory torch follows on a real device only, and the small
+    row hashes.
+    """
+    from sedd_scale.model import fused
 
     def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -187,10 +191,6 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     wide, rstd = of(LENGTH, BATCH, 4 * WIDTH), of(LENGTH, BATCH, 1, dtype=torch.float32)
     row, channel = of(LENGTH, BATCH, 1, dtype=torch.int32), of(WIDTH, dtype=torch.int32)
     drop = (0.1, row, row, channel)
-    pair = of(LENGTH, BATCH, HEADS, 3, WIDTH // HEADS)[..., :2, :]
-    angle = of(LENGTH, 1, 1, 1, WIDTH // HEADS // 2)
-    keys = of(BATCH, dtype=torch.int64)
-    key, positions = of(dtype=torch.int64), of(LENGTH, dtype=torch.int64)
     forward, backward = (stream, stream, gate, *drop), (stream, stream, gate, *drop)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "norm forward": (fused._norm_forward, (stream, vector, vector, 1e-5, torch.bfloat16)),
@@ -205,9 +205,6 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "GELU forward": (fused._gelu_forward, (wide, wide_bias)),
         "GELU backward": (fused._gelu_backward, (wide, wide, wide_bias)),
     }
-    if torch.version.cuda:  # a CPU build does not follow all operations on a GPU's tensors
-        calls["turn"] = (fused._turn, (pair, angle, angle, torch.empty_like(pair)))
-        calls["row hashes"] = (dropout._row_hashes, (keys, key, positions))
     return {name: (call.__wrapped__, given) for name, (call, given) in calls.items()}
 
 

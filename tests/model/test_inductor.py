@@ -26,8 +26,6 @@ MOST_KERNELS = {
     "biased gate backward": 3,
     "GELU forward": 1,
     "GELU backward": 3,
-    "turn": 1,
-    "row hashes": 1,
 }
 
 
