@@ -14,22 +14,35 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-Rule = tuple[str, str]
+Rule = Callable[[str], str]
 
 
-def _apply(rules: Sequence[tuple[re.Pattern[str], str]], text: str) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
+def _apply(rules: Sequence[Rule], text: str) -> str:
+    for rule in rules:
+        text = rule(text)
     return text
 
 
-def _literal(*pairs: Rule) -> list[tuple[re.Pattern[str], str]]:
+def _literal(*pairs: tuple[str, str]) -> list[Rule]:
     """Rules whose left sides are plain text."""
-    return [(re.compile(re.escape(old)), new.replace("\\", r"\\")) for old, new in pairs]
+    return [partial(_replaced, old, new) for old, new in pairs]
 
 
-def _patterns(*pairs: Rule) -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(old), new) for old, new in pairs]
+def _replaced(old: str, new: str, text: str) -> str:
+    return text.replace(old, new)
+
+
+def _patterns(*pairs: tuple[str, str]) -> list[Rule]:
+    return [partial(re.compile(old).sub, new) for old, new in pairs]
+
+
+def _trimmed(opening: str, closing: str, text: str) -> str:
+    """White space behind an opening mark and before the next closing one taken out."""
+    parts, end = [], 0
+    while (begin := text.find(opening, end)) >= 0 and (close := text.find(closing, begin + 1)) >= 0:
+        parts += [text[end:begin], opening, text[begin + 1 : close].strip(), closing]
+        end = close + 1
+    return "".join([*parts, text[end:]])
 
 
 _WIKITEXT = [
@@ -37,13 +50,7 @@ _WIKITEXT = [
     # Separators within numbers and compounds.
     *_literal((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")),
     *_literal(*((f" {mark} ", f"{mark} ") for mark in (":", ";", ".", "!", "?", ","))),
-    *_patterns(
-        (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
-        (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-        (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
-        (r'"\s*([^"]*?)\s*"', r'"\1"'),
-        (r"'\s*([^']*?)\s*'", r"'\1'"),
-    ),
+    *(partial(_trimmed, *pair) for pair in ("()", "[]", "{}", '""', "''")),
     # Headings, degrees, ends of lines, numbers that were replaced, possessives.
     *_literal(("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \u00b0 ", "\u00b0")),
     *_literal((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),

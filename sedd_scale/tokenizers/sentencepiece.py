@@ -79,7 +79,8 @@ class SentencePieceTokenizer(Tokenizer):
         return str(self._processor.normalize(text)).replace(SPACE_PIECE, " ")[self._added]
 
     def _encode_part(self, text: str, *, begins: bool) -> IntArray:
-        ids = (self._begin if begins else self._within).encode(text, return_type="numpy")
+        takes_space = begins and self._added.start == 1
+        ids = (self._begin if takes_space else self._within).encode(text, return_type="numpy")
         return np.asarray(ids, dtype=np.int64)
 
     def _decode(self, ids: list[int]) -> str:
