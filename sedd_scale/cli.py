@@ -184,6 +184,7 @@ def _stdout_fault() -> str | None:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
+            os.write(sys.stdout.fileno(), b"")  # what is written at once left nothing to flush
     except OSError as error:
         return error.strerror
     return None
@@ -191,7 +192,7 @@ def _stdout_fault() -> str | None:
 
 def _leave_stdout() -> None:
     """Let what cannot be written go; Python flushes once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else STDOUT)
 
 
 def need_stdout(instead: str) -> None:
@@ -274,7 +275,7 @@ def run_command(
         if isinstance(error, OSError) and error.filename is None and (fault := _stdout_fault()):
             _leave_stdout()
             message = (
-                f"standard output cannot be written: {fault}; files that were asked for are written"
+                f"standard output cannot be written: {fault}; what was written to files stays"
             )
         rank = os.environ.get("RANK", "0")
         if rank == "0" or "WORLD_SIZE" not in os.environ:

@@ -1,0 +1,194 @@
+"""Results outlive what their last line meets: an output that lacks a character, a full disk."""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sedd_scale.__main__ import main
+from sedd_scale.errors import DataError
+from sedd_scale.files.atomic import write_atomically
+from sedd_scale.generation.prompts_file import read_prompt_lines
+from tests.interop.tiny_checkpoints import write_checkpoint
+from tests.repository import ROOT
+
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+TEXT = "naïve “字” 😀 – text of some length. "
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ends")
+    write_checkpoint(folder / "run")
+    (folder / "text.txt").write_text(TEXT * 20, encoding="utf-8")
+    tokens = list(TEXT.encode())
+    rows = [{"id": "字", "text": TEXT, "tokens": tokens}, {"id": 1, "text": "b", "tokens": [1, 2]}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--tokenizer", "bytes", "--block-length", "256", "--valid-fraction", "0"]
+    words += ["--input", str(folder / "text.txt"), "--output", str(folder / "data")]
+    assert main(["prepare_data", *words]) == 0
+    return folder
+
+
+@contextmanager
+def output_is(path: Path, monkeypatch: pytest.MonkeyPatch, *, at_once: bool) -> Iterator[None]:
+    """Standard output is a file that takes nothing, written at once or at the end."""
+    stream = io.TextIOWrapper(
+        path.open("wb", buffering=0 if at_once else -1), write_through=at_once
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        yield
+    stream.close()  # as Python does at its end
+
+
+def evaluate(work: Path, *words: str) -> list[str]:
+    few = ["--draws", "2", "--max-blocks", "2", "--block-length", "16"]
+    return [
+        "eval_ppl",
+        "--checkpoint",
+        str(work / "run"),
+        "--data",
+        str(work / "text.txt"),
+        *few,
+        *words,
+    ]
+
+
+@needs_full
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_full_disk_takes_no_evaluation(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at_once: bool,
+) -> None:
+    with output_is(FULL, monkeypatch, at_once=at_once):
+        assert main(evaluate(work)) == 2
+    error = capsys.readouterr().err
+    shown = next(line for line in error.splitlines() if line.startswith("{"))
+    assert json.loads(shown)["blocks"] == 2
+    assert "standard output cannot be written: No space left on device" in error
+    with output_is(FULL, monkeypatch, at_once=at_once):
+        assert main(evaluate(work, "--output", str(tmp_path / "found.json"))) == 2
+    assert json.loads((tmp_path / "found.json").read_text()) == {
+        **json.loads(shown),
+        "seconds": json.loads((tmp_path / "found.json").read_text())["seconds"],
+    }
+    assert main(evaluate(work, "--output", str(tmp_path / "found.json"))) == 2
+    assert "found.json exists already" in capsys.readouterr().err
+
+
+def test_a_closed_output_is_refused_before_the_work(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(evaluate(work)) == 2
+    assert main(["samples", str(work / "samples.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "would be lost: give --output FILE.json" in error
+    assert "would be lost: give --report FILE.json" in error
+    assert main(evaluate(work, "--output", str(tmp_path / "found.json"))) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["blocks"] == 2
+
+
+@needs_full
+@pytest.mark.parametrize("at_once", [True, False])
+def test_files_are_written_before_a_full_output_is_met(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at_once: bool,
+) -> None:
+    report, drawn = tmp_path / "r.json", tmp_path / "drawn.jsonl"
+    words = ["--checkpoint", str(work / "run"), "--length", "8", "--steps", "2"]
+    words += ["--output", str(drawn), "--trace", str(tmp_path / "trace.html")]
+    prepared = ["--input", str(work / "text.txt"), "--output", str(tmp_path / "data")]
+    prepared += ["--tokenizer", "bytes", "--block-length", "16", "--valid-fraction", "0"]
+    with output_is(FULL, monkeypatch, at_once=at_once):
+        assert main(["samples", str(work / "samples.jsonl"), "--report", str(report)]) == 2
+    with output_is(FULL, monkeypatch, at_once=at_once):
+        assert main(["generate", *words]) == 2
+    with output_is(FULL, monkeypatch, at_once=at_once):
+        assert main(["prepare_data", *prepared]) == 2
+    error = capsys.readouterr().err
+    assert error.count("standard output cannot be written: No space left on device") == 3
+    assert json.loads(report.read_text())["samples"] == 2
+    assert len(drawn.read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "drawn.report.json").read_text())["samples"] == 1
+    assert "<html" in (tmp_path / "trace.html").read_text()
+    assert (tmp_path / "data" / "index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    ],
+    ids=["ascii", "latin-1", "cp1252", "the C locale"],
+)
+def test_a_character_that_an_output_lacks_is_replaced(
+    work: Path, environment: dict[str, str]
+) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "sedd_scale", "prepare_data", "inspect", str(work / "data")],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert b"text of some length." in finished.stdout and b"?" in finished.stdout
+    assert b"every SHA-256 is right" in finished.stdout
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"result\.json") as raised:
+            write_atomically(tmp_path / "result.json", b"x" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.filename == str(tmp_path / "result.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": "a"}, {"id": "a"}],
+        [{"id": "a", "num_samples": 2}, {"id": "a-1"}],
+        [{"id": "a-0"}, {"id": "a", "num_samples": 2}],
+        [{"id": 1}, {"id": "1"}],
+        [{"id": 2}, {}],
+        [{"num_samples": 3}, {"id": "1-2"}],
+        [{"id": "a", "num_samples": 2}, {"id": "a", "num_samples": 3}],
+    ],
+    ids=lambda rows: json.dumps(rows),
+)
+def test_prompts_whose_samples_share_a_name_are_refused(
+    tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prefix": "x", **row}) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"p\.jsonl:2: .* is also that of line 1"):
+        read_prompt_lines(path)
+    skipped: list[DataError] = []
+    assert len(read_prompt_lines(path, on_bad=skipped.append)) == len(skipped) == 1
