@@ -274,9 +274,7 @@ def run_command(
         message = " ".join(_words(error).split())
         if isinstance(error, OSError) and error.filename is None and (fault := _stdout_fault()):
             _leave_stdout()
-            message = (
-                f"standard output cannot be written: {fault}; what was written to files stays"
-            )
+            message = f"standard output cannot be written: {fault}; what was written to files stays"
         rank = os.environ.get("RANK", "0")
         if rank == "0" or "WORLD_SIZE" not in os.environ:
             print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)

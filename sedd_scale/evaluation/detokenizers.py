@@ -45,7 +45,7 @@ def _trimmed(opening: str, closing: str, text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-_WIKITEXT = [
+_WIKITEXT: list[Rule] = [
     *_literal(("s '", "s'")),
     # Separators within numbers and compounds.
     *_literal((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")),
