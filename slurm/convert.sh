@@ -23,5 +23,6 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 output=${SEDD_OUTPUT:-exported}
+SEDD_DONE=$output
 sedd_job "$output.slurm" "$output" convert_ckpt convert "$@" \
   "${SEDD_CHECKPOINT:-runs/large}" "$output"

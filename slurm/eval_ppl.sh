@@ -23,5 +23,6 @@ set -euo pipefail
 # shellcheck source=slurm/launch.sh
 . "${SEDD_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
 SEDD_STDOUT=${SEDD_OUTPUT:-eval-$SLURM_JOB_ID.json}
+SEDD_DONE=$SEDD_STDOUT
 sedd_job "$SEDD_STDOUT.slurm" "$SEDD_STDOUT" eval_ppl \
   --checkpoint "${SEDD_CHECKPOINT:-runs/large}" --json "$@"

@@ -8,8 +8,9 @@
 #   sbatch --array=0-7 slurm/generate.sh --prompts prompts.jsonl        # eight jobs of one node
 #
 # What stands after the script goes to `sedd-scale generate`. A job that was cut short resumes after
-# the batches that are done. In an array each job draws every n-th batch, and the last one to end joins
-# the files; the report over all samples is written by the other two forms only.
+# the batches that are done. In an array each job draws every n-th batch, or nothing, and
+# the last one to end joins the files; the report over all samples is written by the other two forms
+# only.
 #
 #   SEDD_CHECKPOINT   a run directory or checkpoint (runs/large)
 #   SEDD_OUTPUT       the samples, on a filesystem of all nodes (samples.jsonl)
@@ -35,20 +36,19 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 == SLURM_ARRAY_TASK_COUNT)) ||
     sedd_exit 2 "an array with gaps has parts that nobody draws: give --array=0-N"
   if [[ -e $output ]]; then
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || exit 0 # joined, and then started again
     sedd_exit 2 "$output exists: give another SEDD_OUTPUT"
   fi
   shard=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
   words+=(--shard "$shard/$SLURM_ARRAY_TASK_COUNT")
   whole=$output
-  output=${whole%.*}.shard-$shard-of-$SLURM_ARRAY_TASK_COUNT.${whole##*.}
-  prompts=()
-  for ((i = 1; i < $#; i++)); do
-    [[ ${!i} != --prompts ]] || prompts=(--prompts "${@:i+1:1}")
-  done
+  name=${whole##*/}
+  [[ $name == *.* ]] && suffix=.${name##*.} || suffix=
+  output=${whole%"$suffix"}.shard-$shard-of-$SLURM_ARRAY_TASK_COUNT$suffix
   sedd_after() {
-    "$SEDD_PYTHON" -m sedd_scale.cluster.merge_samples "$whole" \
-      --shards "$SLURM_ARRAY_TASK_COUNT" "${prompts[@]}"
+    "$SEDD_PYTHON" -m sedd_scale.cluster.merge_samples "$whole" --shards "$SLURM_ARRAY_TASK_COUNT"
   }
 fi
+SEDD_DONE=$output
 sedd_job "${SEDD_OUTPUT:-samples.jsonl}.slurm" "$output" generate \
   "${words[@]}" --output "$output" "$@"

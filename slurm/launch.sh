@@ -27,7 +27,8 @@
 # script.
 #   STATE     folder for what is known of the job's attempts; made if absent
 #   PROGRESS  what grows as the work goes on: a run directory, or an output
-# With SEDD_STDOUT set, the command's standard output goes to that file, which appears when done. A
+# With SEDD_DONE set, a file or folder that appears when the work is done: a job that Slurm starts
+# again although it is there does no more than sedd_after. With SEDD_STDOUT set, the command's standard output goes to that file, which appears when done. A
 # function sedd_after is called once the command has ended well.
 sedd_job() {
   local state=$1 progress=$2 command=$3
@@ -39,6 +40,12 @@ sedd_job() {
   fi
   "$SEDD_PYTHON" -m sedd_scale.cluster.restarts begin "$SEDD_LEDGER" --progress "$progress" \
     --max-restarts "$SEDD_MAX_RESTARTS" --max-stalled "$SEDD_MAX_STALLED" || exit
+  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -n ${SEDD_DONE:-} && -e $SEDD_DONE ]]; then
+    sedd_say "$SEDD_DONE is there: done before this start"
+    SEDD_CODE=0
+    ! declare -F sedd_after >/dev/null || sedd_after || SEDD_CODE=$?
+    sedd_end "$SEDD_CODE" ''
+  fi
   trap 'sedd_forward USR1' USR1
   trap 'sedd_forward' TERM
   if [[ $SEDD_HEALTH != 0 ]]; then
@@ -64,6 +71,9 @@ sedd_environment() {
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     sedd_exit 2 "this is a job script: start it with sbatch"
   fi
+  # Of an array, this task alone: the number of its last task is that of the whole.
+  SEDD_JOB=$SLURM_JOB_ID
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || SEDD_JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   SEDD_HOME=$(cd "${SEDD_HOME:-$SLURM_SUBMIT_DIR}" && pwd)
   if [[ -n ${SEDD_SETUP:-} ]]; then
     # shellcheck source=/dev/null
@@ -126,7 +136,7 @@ sedd_environment() {
   export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
   export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
   export PYTHONUNBUFFERED=1 PYTHONPATH=$SEDD_HOME${PYTHONPATH:+:$PYTHONPATH}
-  sedd_say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on ${nodes[*]}"
+  sedd_say "start ${SLURM_RESTART_COUNT:-0} of job $SEDD_JOB on ${nodes[*]}"
   if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     local name
     for name in SEDD_HOME SEDD_PYTHON SEDD_LAUNCHER SEDD_TASKS_PER_NODE MASTER_ADDR MASTER_PORT \
@@ -211,7 +221,7 @@ sedd_no_folder() {
   local node=${SLURMD_NODENAME:-$(hostname)} restarts=${SLURM_RESTART_COUNT:-0} before
   if ((restarts > 0 && restarts < SEDD_MAX_RESTARTS)); then
     sedd_say "$node cannot write $1, which could be written before: requeued without it"
-    before=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    before=$(scontrol show job --oneliner "$SEDD_JOB")
     [[ $before =~ ExcNodeList=([^ ]*) ]] || :
     before=${BASH_REMATCH[1]:-(null)}
     [[ $before == '(null)' ]] && before='' || before=,$before
@@ -220,14 +230,21 @@ sedd_no_folder() {
   sedd_exit 2 "$node cannot write $1: give another output, or sbatch --exclude=$node"
 }
 
-# Requeue this job, without some nodes, and end: sedd_requeue EXIT_CODE NODES
+# Requeue this job or task, without some nodes, and end: sedd_requeue EXIT_CODE NODES
 sedd_requeue() {
   # From here on Slurm ends this job's processes; what follows has KillWait to be done.
   trap '' TERM USR1
-  scontrol requeue "$SLURM_JOB_ID" || { sleep 30 && scontrol requeue "$SLURM_JOB_ID"; } ||
-    sedd_exit "$1" "Slurm refuses to requeue the job"
+  local said end=$((SECONDS + 300))
+  until said=$(scontrol requeue "$SEDD_JOB" 2>&1); do
+    sedd_say "scontrol: $said" >&2
+    # Where the controller is away for a moment, it comes back.
+    if [[ $said =~ Invalid|denied|disabled|completing|'not found' ]] || ((SECONDS > end)); then
+      sedd_exit "$1" "Slurm refuses to requeue the job"
+    fi
+    sleep 10
+  done
   if [[ -n $2 ]]; then
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$2" ||
+    scontrol update "JobId=$SEDD_JOB" "ExcNodeList=$2" ||
       sedd_say "cannot exclude $2 from the next start"
   fi
   exit "$1"

@@ -1,6 +1,6 @@
 """Joins what the jobs of an array drew into the file that one process would have written.
 
-    python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4 --prompts prompts.jsonl
+    python -m sedd_scale.cluster.merge_samples samples.jsonl --shards 4
 
 The last job of the array to end does it: until then some shard is missing, and nothing happens.
 """
@@ -31,36 +31,55 @@ def prompt_ids(prompts: Path) -> list[str]:
     return ids
 
 
-def merge_samples(output: Path, num_shards: int, prompts: Path | None) -> bool:
+def merge_samples(output: Path, num_shards: int, prompts: Path | None = None) -> bool:
     """Write `output` from its shards and remove them; whether it is there now.
 
+    The order is that of the samples' places among all. Shards that were drawn by an older version
+    have none: then it is that of the prompts, or of the ids, or of the shards.
+
     Raises:
-        DataError: a record's id is none of the prompts', or stands twice.
+        DataError: a record's id is none of the prompts', or stands twice; or a line is damaged.
     """
+    from sedd_scale.generation.output_shards import sample_line
+    from sedd_scale.generation.samples_file import report_path
+
     shards = [shard_path(output, number, num_shards) for number in range(num_shards)]
     try:
         texts = [shard.read_bytes().splitlines(keepends=True) for shard in shards]
     except FileNotFoundError:  # not drawn yet; or merged, by a job that ended with this one
         return output.exists()
-    records: dict[str, bytes] = {}
-    for line in (line for text in texts for line in text):
-        name = str(json.loads(line)["id"])
-        if name in records:
-            raise DataError(f"two samples of {output}'s shards have the id {name!r}: draw anew")
-        records[name] = line
-    if prompts is None:
-        order = sorted(records, key=int)
+    lines: dict[int | str, bytes] = {}  # by place, or by id
+    for shard, text in zip(shards, texts, strict=True):
+        for number, line in enumerate(text, start=1):
+            try:
+                record = json.loads(line)
+                key = record.pop("place", str(record["id"]))
+            except (ValueError, TypeError, AttributeError, KeyError):
+                raise DataError(
+                    f"{shard}:{number} is no sample: remove the shard and draw it anew"
+                ) from None
+            if key in lines:
+                raise DataError(
+                    f"two samples of {output}'s shards have the id {str(record['id'])!r}: draw anew"
+                )
+            lines[key] = sample_line(record) if isinstance(key, int) else line
+    if all(isinstance(key, int) for key in lines):
+        order = sorted(lines)
+    elif prompts is not None:
+        order = [name for name in prompt_ids(prompts) if name in lines]
     else:
-        order = [name for name in prompt_ids(prompts) if name in records]
-    if len(order) != len(records):
-        unknown = next(iter(records.keys() - set(order)))
+        is_counted = all(str(key).isdecimal() for key in lines)
+        order = sorted(lines, key=int) if is_counted else [*lines]
+    if len(order) != len(lines):
+        unknown = next(iter(lines.keys() - set(order)))
         raise DataError(f"a sample's id {unknown!r} is not in {prompts}: was the file changed?")
     # Two jobs that end together write the same.
     temporary = output.with_name(f"{output.name}.{os.environ.get('SLURM_JOB_ID', os.getpid())}.tmp")
-    temporary.write_bytes(b"".join(records[name] for name in order))
+    temporary.write_bytes(b"".join(lines[name] for name in order))
     temporary.replace(output)
     for shard in shards:
         shard.unlink(missing_ok=True)
+        report_path(shard).unlink(missing_ok=True)
     return True
 
 
@@ -80,7 +99,9 @@ def main() -> int:
     )
     parser.add_argument("output", type=given_path)
     parser.add_argument("--shards", type=count, required=True)
-    parser.add_argument("--prompts", type=given_path)
+    parser.add_argument(
+        "--prompts", type=given_path, help="of shards that an older version drew: gives their order"
+    )
     return run_command(parser, _command)
 
 

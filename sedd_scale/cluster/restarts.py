@@ -11,6 +11,7 @@ the nodes to leave out, or `stop`; reasons go to stderr.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,8 +29,9 @@ from sedd_scale.version import now
 EXIT_BAD_NODES = 3
 """Exit code of the health check where it can name a bad node."""
 
-# Seconds that Slurm's controller may be away for when a job asks how it stands.
-PATIENCE = 300.0
+# Seconds that Slurm's controller may be away for when a job asks how it stands. Whether the job is
+# worth another start is known without it, and slurm/launch.sh waits longer to requeue it.
+PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def end_command(arguments: argparse.Namespace) -> None:
     note = {"progress": progress, "code": code, "bad_nodes": bad_nodes}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     job = job_fields(os.environ["SLURM_JOB_ID"], patience=PATIENCE)
-    state = job.get("JobState", "unknown")
+    state = "RUNNING" if job is None else job.get("JobState", "unknown")
+    job = job or {}
     if code == 0:
         verdict = Verdict(False, "finished")
     elif state != "RUNNING" and job.get("Reason") != "TimeLimit":
@@ -169,8 +172,11 @@ def end_command(arguments: argparse.Namespace) -> None:
     print(" ".join(["requeue", ",".join(exclude)]).strip())
 
 
-def job_fields(job: str, *, patience: float = 0.0) -> dict[str, str]:
+def job_fields(job: str, *, patience: float = 0.0) -> dict[str, str] | None:
     """What `scontrol show job` says of a job, by field; nothing where Slurm does not know it.
+
+    None where Slurm does not answer. Of an array, of which the last task to start has the number
+    of the whole, it lists all tasks, each on a line.
 
     Args:
         patience: seconds to ask again for, while Slurm does not answer.
@@ -182,20 +188,24 @@ def job_fields(job: str, *, patience: float = 0.0) -> dict[str, str]:
                 ["scontrol", "show", "job", "--oneliner", job],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=max(5.0, patience),
             )
         except FileNotFoundError:
             return {}
         except subprocess.TimeoutExpired:
             asked = None
         if asked is not None and asked.returncode == 0:
-            pairs = (word.partition("=") for word in asked.stdout.split())
-            return {name: value for name, equals, value in pairs if equals}
-        if asked is not None and "Invalid job id" in asked.stderr:
+            for line in asked.stdout.splitlines():
+                pairs = (word.partition("=") for word in line.split())
+                found = {name: value for name, equals, value in pairs if equals}
+                if found.get("JobId") == job:
+                    return found
+            return {}
+        if asked is not None and re.search("Invalid job id|configuration source", asked.stderr):
             return {}
         if time.monotonic() >= deadline:
-            return {}
-        time.sleep(5.0)
+            return None
+        time.sleep(2.0)
 
 
 def _say(line: str) -> None:
@@ -209,8 +219,10 @@ def _note(ledger: Path, event: str, **values: object) -> None:
         "time": now(),
         **values,
     }
+    # A start that was cut short may have left a line without its end.
+    content = ledger.read_bytes() if ledger.is_file() else b""
     with ledger.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * (content[-1:] not in (b"", b"\n")) + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

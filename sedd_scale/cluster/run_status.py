@@ -13,9 +13,9 @@ from sedd_scale.quantities import format_duration
 
 def newest_job(run_dir: Path) -> str | None:
     """The run's last job, however it was submitted."""
-    ledgers = sorted((run_dir / "slurm").glob("attempts-*.jsonl"), key=lambda path: _job_of(path))
-    jobs = [*(str(_job_of(path)) for path in ledgers), *submitted_jobs(run_dir)]
-    return max(jobs, key=int) if jobs else None
+    ledgers = (run_dir / "slurm").glob("attempts-*.jsonl")
+    jobs = [*(path.stem.removeprefix("attempts-") for path in ledgers), *submitted_jobs(run_dir)]
+    return max((job for job in jobs if job.isdecimal()), key=int, default=None)
 
 
 def run_status(run_dir: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     if job is None:
         raise ConfigError(f"{run_dir} was never submitted: use `sedd-scale submit` or sbatch")
     ledger = read_ledger(run_dir / "slurm" / f"attempts-{job}.jsonl")
-    asked = job_fields(job)
+    asked = job_fields(job) or {}
     restarts = max((line["restart"] for line in ledger), default=0)
     training, validation = last_metrics(run_dir / "metrics.jsonl")
     steps = total_steps(run_dir)
@@ -82,7 +82,10 @@ def total_steps(run_dir: Path) -> int | None:
     from sedd_scale.config import load_config
 
     path = run_dir / "config.yaml"
-    return load_config(path).training.steps if path.exists() else None
+    try:
+        return load_config(path).training.steps if path.exists() else None
+    except ConfigError:  # cut short; the next start writes it anew
+        return None
 
 
 def limit_left(job: str) -> str | None:
@@ -131,7 +134,3 @@ def format_status(status: dict[str, Any]) -> str:
 
 def _known(value: str | None) -> str | None:
     return None if value in (None, "(null)", "None", "") else value
-
-
-def _job_of(ledger: Path) -> int:
-    return int(ledger.stem.removeprefix("attempts-"))

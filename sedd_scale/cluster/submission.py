@@ -125,14 +125,16 @@ def next_folder(run_dir: Path) -> Path:
 
 def submitted_jobs(run_dir: Path) -> list[str]:
     """Numbers of the run's jobs, oldest first."""
-    files = sorted((run_dir / "submissions").glob("*/job"), key=lambda file: int(file.parent.name))
-    return [file.read_text().strip() for file in files]
+    files = sorted(
+        (run_dir / "submissions").glob("[0-9]*/job"), key=lambda file: int(file.parent.name)
+    )
+    return [job for file in files if (job := file.read_text().strip()).isdecimal()]
 
 
 def refuse_second_job(run_dir: Path) -> None:
     """Raise ConfigError where a job of this run waits or works: two would spoil the run."""
     for job in submitted_jobs(run_dir):
-        state = job_fields(job).get("JobState", "")
+        state = (job_fields(job) or {}).get("JobState", "")
         if state in GOING_ON:
             raise ConfigError(f"{run_dir} has job {job} already ({state}): `scancel {job}` first")
 

@@ -236,7 +236,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
         progress=sys.stderr,
         on_record=keep_traced,
     )
-    if is_first and arguments.trace is not None:
+    if is_first and arguments.trace is not None and traced:
         write_trace_page(arguments.trace, traced)
     _report(arguments, model, made, len(skipped))
     shutdown()
@@ -257,7 +257,7 @@ def _report(
     path = report_path(output)
     if quality is not None:
         write_report(path, report)  # a judge that fails takes nothing away
-    if arguments.judge is not None:
+    if arguments.judge is not None and made.samples:
         model.to("meta")  # its memory is the judge's now
         report["generative_perplexity"] = judge_file(
             output,
@@ -274,7 +274,8 @@ def _report(
             f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
             f"{made.seconds:.1f} s{rate}"
         )
-        print(format_quality(report))
+        # A shard behind the last batch is written all the same, so that all can be joined.
+        print(format_quality(report) if made.samples else "no batch is left for this shard")
         print(output)
 
 

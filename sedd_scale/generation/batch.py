@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from sedd_scale.arrays import IntArray
-from sedd_scale.errors import ConfigError
 from sedd_scale.generation.prompts_file import Prompt, sample_names
 from sedd_scale.generation.quality import token_entropy
 from sedd_scale.generation.trace import TraceRecorder
@@ -31,6 +30,7 @@ class Request(NamedTuple):
         seed: of its draws.
         number: which draw of that seed it is.
         settings: how it is drawn.
+        place: among all requests, where it is one of a part of them.
     """
 
     id: str | int
@@ -38,6 +38,7 @@ class Request(NamedTuple):
     seed: int
     number: int
     settings: SamplerSettings = SamplerSettings()
+    place: int | None = None
 
     @property
     def num_free(self) -> int:
@@ -98,19 +99,12 @@ def requests_of_shard(
 ) -> list[Request]:
     """Every `num_shards`-th batch, from number `shard` on, for jobs that share the work in advance.
 
-    The batches are those of the whole, so that a sample is the same in a shard.
-
-    Raises:
-        ConfigError: the shard has no batch.
+    The batches are those of the whole, so that a sample is the same in a shard. A shard behind the
+    last batch has no request.
     """
     batches = cut_batches(requests, batch_size)
-    if shard >= len(batches):
-        raise ConfigError(
-            f"--shard {shard}/{num_shards} is empty, there are {len(batches)} batches: give fewer "
-            "shards or a smaller --batch-size"
-        )
     chosen = sorted(index for batch in batches[shard::num_shards] for index in batch)
-    return [requests[index] for index in chosen]
+    return [requests[index]._replace(place=index) for index in chosen]
 
 
 def batch_cost(batch: Sequence[Request]) -> int:
@@ -175,7 +169,8 @@ def draw_batch(
 
     Returns a record each: id, text (None without a tokenizer), tokens, given (ranges of fixed
     positions, [start, end) each), seed, number, settings, entropy (nats, of the sample's tokens),
-    length, seconds (of the batch), and trace for the rows of the batch in `traced`.
+    length, seconds (of the batch), place (where the request has one), and trace for the rows of
+    the batch in `traced`.
 
     Raises:
         CheckpointError: the network's outputs are not finite.
@@ -203,6 +198,8 @@ def draw_batch(
             "length": len(tokens_L),
             "seconds": round(seconds, 3),
         }
+        if request.place is not None:
+            record["place"] = request.place
         if row in traces:
             record["trace"] = traces[row]
         records.append(record)

@@ -167,7 +167,7 @@ class ShardDirectory:
                     record = _parse(source.read(size_of[index]), files[file_of[index]])
                     del record["index"]
                     on_record(record)
-                    target.write(_line_of(record))
+                    target.write(sample_line(record))
                 target.flush()
                 os.fsync(target.fileno())
         except OSError as error:
@@ -247,7 +247,7 @@ class PartWriter:
 
     def append(self, indices: Sequence[int], records: Sequence[Record]) -> None:
         """Write the records of one batch, whole."""
-        lines = [_line_of({"index": index, **record}) for index, record in zip(indices, records)]
+        lines = [sample_line({"index": index, **record}) for index, record in zip(indices, records)]
         content = memoryview(b"".join(lines))
         with self._reporting():
             try:
@@ -283,7 +283,8 @@ class _Line(NamedTuple):
     size: int
 
 
-def _line_of(record: Record) -> bytes:
+def sample_line(record: Record) -> bytes:
+    """A record as the output holds it."""
     text = json.dumps(record, ensure_ascii=False)
     # Some readers end a line at these too.
     for character in ("\x85", "\u2028", "\u2029"):

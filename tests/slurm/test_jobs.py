@@ -34,7 +34,7 @@ TRAIN = (*TINY, "parallel.tensor=2", "parallel.pipeline=2", f"training.steps={ST
 EVAL = ("--draws", "4", "--max-blocks", "8", "--batch-size", "4")
 GENERATE = ("--steps", "6", "--batch-size", "2", "--seed", "3")
 PROMPTS = [
-    {"prefix": "river"},
+    {"prefix": "river", "id": "first"},
     {"prefix": "stone", "num_samples": 3},
     {"text": "mask [blank:4] river", "id": "blank"},
     {"suffix": "mask", "seed": 7},
@@ -104,9 +104,10 @@ def chain(desk: Desk) -> Chain:
         SEDD_CHECKPOINT=run_dir,
         SEDD_OUTPUT=folder / "exported",
     )
+    # More tasks than batches.
     array = desk.submit(
-        *("generate.sh", "--prompts", str(prompts), *GENERATE),
-        flags=f"--array=0-1 --ntasks-per-node=1 {after}",
+        *("generate.sh", f"--prompts={prompts}", *GENERATE),
+        flags=f"--array=0-4 --ntasks-per-node=1 {after}",
         SEDD_CHECKPOINT=run_dir,
         SEDD_OUTPUT=folder / "array.jsonl",
     )
@@ -135,6 +136,14 @@ def chain(desk: Desk) -> Chain:
         num_processes=4,
     )
     jobs["train"].wait()
+    slow = [{**PROMPTS[2], "id": number, "steps": steps} for number, steps in enumerate(STEPS_EACH)]
+    (folder / "slow.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
+    tasks = desk.submit(
+        *("generate.sh", "--prompts", str(folder / "slow.jsonl"), "--batch-size", "1"),
+        flags="--array=0-2 --ntasks-per-node=1",
+        SEDD_CHECKPOINT=run_dir,
+        SEDD_OUTPUT=folder / "slow.jsonl.drawn",
+    )
     one_process = [
         ["generate", "--checkpoint", str(run_dir), "--prompts", str(prompts)],
         ["eval_ppl", "--checkpoint", str(run_dir), "--data", str(data), "--json"],
@@ -145,10 +154,31 @@ def chain(desk: Desk) -> Chain:
     (folder / "one.json").write_text(said.splitlines()[-1])
     for job in jobs.values():
         job.wait()
-    words = desk.cluster.command("squeue", "-h", "-r", "-j", array.number, "-t", "all", "-o", "%A")
-    for number in words.split():
-        desk.job(number).wait()
+    for number in numbers_of(desk, array):
+        jobs[f"array {number}"] = desk.job(number)
+        jobs[f"array {number}"].wait()
+    # The last task has the number of the whole; the one before it has ended, the first has not.
+    first, fast, last = (desk.job(number) for number in numbers_of(desk, tasks))
+    assert last.number == tasks.number
+    fast.wait()
+    last.wait_for_text("start 0")
+    desk.cluster.command("scancel", "-s", "USR1", f"{tasks.number}_2")
+    last.wait_for_text("goes on at")
+    jobs |= {"first task": first, "fast task": fast, "last task": last}
+    (folder / "states.json").write_text(json.dumps([first.state, fast.state, last.state]))
+    desk.cluster.command("scancel", tasks.number)
     return Chain(folder, jobs)
+
+
+# Of the prompts of an array whose tasks end at different times.
+STEPS_EACH = (30_000, 4, 30_001)
+
+
+def numbers_of(desk: Desk, array: Job) -> list[str]:
+    """Numbers of an array's tasks, in their order."""
+    flags = ("-h", "-r", "-j", array.number, "-t", "all", "-o", "%K %A")
+    lines = desk.cluster.command("squeue", *flags).splitlines()
+    return [line.split()[1] for line in sorted(lines, key=lambda line: int(line.split()[0]))]
 
 
 # The imports of two commands, once.
@@ -218,7 +248,19 @@ def test_generation_on_two_nodes_is_that_of_one_process(chain: Chain) -> None:
 
 def test_an_array_draws_what_one_process_does(chain: Chain) -> None:
     assert samples(chain.folder / "array.jsonl") == samples(chain.folder / "one.jsonl")
-    assert not list(chain.folder.glob("array.shard-*.jsonl"))
+    assert not list(chain.folder.glob("array.shard-*"))
+    tasks = [job for name, job in chain.jobs.items() if name.startswith("array")]
+    assert [job.state for job in tasks] == ["COMPLETED"] * 5
+    assert any("no batch is left for this shard" in job.text() for job in tasks)
+
+
+def test_a_task_requeues_itself_alone(chain: Chain) -> None:
+    first, fast, last = (chain.jobs[f"{name} task"] for name in ("first", "fast", "last"))
+    states = json.loads((chain.folder / "states.json").read_text())
+    assert states == ["RUNNING", "COMPLETED", "RUNNING"]
+    assert [job.field("Restarts") for job in (first, fast)] == ["0", "0"]
+    assert "start 1 of job" in last.text() and "requeued: at" in last.text()
+    assert first.text().count("start ") == fast.text().count("start ") == 1
 
 
 def test_a_conversion_gives_the_run_in_the_published_format(chain: Chain) -> None:
