@@ -4,7 +4,8 @@ DeepSpeed takes the norm of the whole gradient at the start of its optimizer ste
 at that place. One all-reduce of three numbers gives every rank the loss, the gradient norm and
 whether any rank wants to stop, in place of the loss's own all-reduce. Whether to update and how
 much to clip are passed to the optimizer as device tensors, so that the host does not wait. It reads
-the numbers once the whole step is queued.
+the numbers once the whole step is queued, and waits for them only: the device still updates the
+weights and gathers them while the host begins the next step.
 """
 
 import math
@@ -75,7 +76,7 @@ class UpdateGate:
         self.wants_stop: Callable[[], bool] = lambda: False
         self.loss_part = loss_part
         self._layout, self._clip = layout, clip
-        self._parts = torch.full((3,), math.nan, dtype=torch.float64, device=layout.device)
+        self._numbers = _HostCopy(torch.full((3,), math.nan, dtype=torch.float64), layout.device)
         self._refused = False
         self._optimizer = engine.optimizer.optimizer
         self._stand_before_update(engine.optimizer)
@@ -83,7 +84,7 @@ class UpdateGate:
     def outcome(self) -> StepResult:
         """Of the step made last.
 
-        The host waits for the device here, and nowhere within a step without `accept`.
+        The host waits here until they are known, and nowhere within a step without `accept`.
         """
         numbers = self._read()
         return StepResult(numbers, numbers.finite and not self._refused)
@@ -138,7 +139,7 @@ class UpdateGate:
             square: of the gradient's norm, or of this rank's part of it.
             counts: whether the part is this rank's to add.
         """
-        self._parts = parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
+        parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
         parts[0] = self.loss_part()
         if counts:
             parts[1] = square
@@ -146,6 +147,7 @@ class UpdateGate:
             parts[2] = 1.0
         if self._layout.world_size > 1:
             dist.all_reduce(parts)
+        self._numbers.take(parts)
         # Asked in any case: who judges has to know of every step.
         self._refused = self.accept is not None and not self.accept(self._read())
         found_inf = torch.ones((), device=parts.device)
@@ -156,9 +158,35 @@ class UpdateGate:
         self._optimizer.grad_scale = ((norm + _CLIP_EPS) / self._clip).clamp(min=1.0).float()
 
     def _read(self) -> StepNumbers:
-        loss, square, wishes = self._parts.tolist()
+        loss, square, wishes = self._numbers.read().tolist()
         grad_norm = math.sqrt(square) if math.isfinite(square) else math.inf
         return StepNumbers(loss, grad_norm, wishes > 0)
+
+
+class _HostCopy:
+    """A few numbers of the device on the host, once they are known and whatever comes after.
+
+    Args:
+        initial: on the CPU.
+    """
+
+    def __init__(self, initial: Tensor, device: torch.device) -> None:
+        self._known: torch.cuda.Event | None = None
+        self._copy = initial
+        if device.type == "cuda":
+            self._copy, self._known = initial.pin_memory(), torch.cuda.Event()
+
+    def take(self, numbers: Tensor) -> None:
+        """Copy them behind what is queued."""
+        self._copy.copy_(numbers, non_blocking=True)
+        if self._known is not None:
+            self._known.record()
+
+    def read(self) -> Tensor:
+        """The copy made last, when it has arrived."""
+        if self._known is not None:
+            self._known.synchronize()
+        return self._copy
 
 
 def _square(norm: Tensor) -> Tensor:
