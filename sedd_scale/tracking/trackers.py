@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import re
 import secrets
 import signal
 import subprocess
@@ -46,19 +47,20 @@ def open_trackers(
     """Start what the section `logging` asks for.
 
     The id of a Weights & Biases run is kept in the run directory, so that a run that was begun
-    before goes on under it.
+    before goes on under it. Offline every start is a run of its own, of a group with that id:
+    `wandb sync` of a second folder with the same id would take the place of the first.
     """
     trackers = []
     if logging_config.wandb != "off":
-        id_file = run_dir / "wandb_id.txt"
-        if not id_file.exists():
-            write_atomically(id_file, f"{secrets.token_hex(4)}\n".encode())
+        run_id, is_offline = wandb_id(run_dir), logging_config.wandb == "offline"
+        started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         arguments: dict[str, Any] = {
             "run_dir": str(run_dir.resolve()),
             "mode": logging_config.wandb,
             "project": logging_config.wandb_project,
             "name": logging_config.wandb_name or run_dir.resolve().name,
-            "run_id": id_file.read_text().strip(),
+            "run_id": f"{run_id}-{started}" if is_offline else run_id,
+            "group": run_id if is_offline else None,
             "config": dict(run_config),
             "watched_pid": os.getpid(),
         }
@@ -71,6 +73,17 @@ def open_trackers(
         }
         trackers.append(TrackerProcess("TensorBoard", TENSORBOARD, arguments))
     return trackers
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The run's id at Weights & Biases; made where there is none, or no whole one."""
+    file = run_dir / "wandb_id.txt"
+    known = file.read_text(errors="replace").strip() if file.is_file() else ""
+    if re.fullmatch(r"[\w-]{1,100}", known):
+        return known
+    made = secrets.token_hex(4)
+    write_atomically(file, f"{made}\n".encode())
+    return made
 
 
 def finite_or_null(values: Mapping[str, float]) -> dict[str, float | None]:

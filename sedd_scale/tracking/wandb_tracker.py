@@ -7,6 +7,8 @@ from typing import Any
 
 from sedd_scale.files.package import PACKAGE, own_files
 
+STEP = "step"
+"""The axis of all numbers: wandb's own counts what it is sent, and goes back to no earlier step."""
 SECONDS_TO_ANSWER = 60.0
 """For the service, at the start of a run."""
 CODE_SUFFIXES = (".py", ".yaml", ".sh")
@@ -19,7 +21,8 @@ class WandbTracker:
     Args:
         run_dir: where wandb keeps its files.
         mode: "online" or "offline".
-        project, name, run_id: of the run; one that was begun before goes on under its id.
+        project, name, run_id: of the run; online, one that was begun before goes on under its id.
+        group: of the run's segments, offline; None for none.
         config: the resolved configuration.
         watched_pid: the process whose memory and CPU are to be reported.
         save_code: whether to keep a copy of the program that ran, CODE_ARCHIVE among its files.
@@ -36,6 +39,7 @@ class WandbTracker:
         project: str,
         name: str,
         run_id: str,
+        group: str | None,
         config: dict[str, Any],
         watched_pid: int | None = None,
         save_code: bool = True,
@@ -59,28 +63,32 @@ class WandbTracker:
             project=project,
             name=name,
             id=run_id,
+            group=group,
             resume="allow" if online else None,
             dir=run_dir,
             config=config,
             mode="online" if online else "offline",
             settings=wandb.Settings(**settings),
         )
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
         # A value with nothing else stands for its best, or its last.
         for metric, summary in (("valid_nats_per_token", "min"), ("tokens_per_second", "mean")):
-            self._run.define_metric(metric, summary=summary)
+            self._run.define_metric(metric, summary=summary, step_metric=STEP)
         if save_code:
             self._save_code()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send one step's numbers."""
         known = {name: value for name, value in values.items() if value is not None}
-        self._run.log(known, step=step)
+        self._run.log({STEP: step, **known})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Send samples as the table `samples`, a row each; `step` is a column of it."""
         columns = list(dict.fromkeys(name for sample in samples for name in sample))
         rows = [[step, *(sample.get(name) for name in columns)] for sample in samples]
-        self._run.log({"samples": self._table(columns=["step", *columns], data=rows)})
+        table = self._table(columns=[STEP, *columns], data=rows)
+        self._run.log({STEP: step, "samples": table})
 
     def close(self) -> None:
         """Send what is not yet sent."""
