@@ -14,15 +14,15 @@ def build_parser() -> argparse.ArgumentParser:
     return make_parser(
         "sedd-scale experiment",
         "Measure how well scores cover a known source (`experiment coverage`), how robust they\n"
-        "are to damaged text (`experiment robustness`), and how bounds fall with compute\n"
-        "(`experiment scaling`).",
+        "are to damaged text (`experiment robustness`), how bounds fall with compute\n"
+        "(`experiment scaling`), and what bfloat16 costs them (`experiment rounding`).",
         "sedd-scale experiment coverage --output runs/coverage",
     )
 
 
 def experiment_command(arguments: argparse.Namespace) -> None:
     """Say which experiments there are."""
-    raise ConfigError("which experiment? Give coverage, robustness or scaling")
+    raise ConfigError("which experiment? Give coverage, robustness, scaling or rounding")
 
 
 def build_coverage_parser() -> argparse.ArgumentParser:
@@ -178,9 +178,51 @@ def scaling_command(arguments: argparse.Namespace) -> None:
     print((arguments.output / "report.md").read_text(), end="")
 
 
+def build_rounding_parser() -> argparse.ArgumentParser:
+    """The arguments of `rounding`."""
+    parser = make_parser(
+        "sedd-scale experiment rounding",
+        "Evaluate a trained model in float32 and bfloat16, with logits of either, on the same "
+        "draws: report.md, report.json and report.png.",
+        "sedd-scale experiment rounding --checkpoint RUN --data valid.txt --output runs/rounding",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a run, or anything eval_ppl takes")
+    add(
+        "--data",
+        type=given_path,
+        required=True,
+        metavar="PATH",
+        help="text, or a dataset with a validation split",
+    )
+    add("--output", type=given_path, required=True, metavar="DIR", help="folder of the report")
+    add("--draws", type=count, default=16, metavar="K", help="times drawn a block (%(default)s)")
+    add("--max-blocks", type=count, default=64, metavar="K", help="most blocks (%(default)s)")
+    add("--seed", type=int, default=0, metavar="I", help="seed of the draws (%(default)s)")
+    return parser
+
+
+def rounding_command(arguments: argparse.Namespace) -> None:
+    """Evaluate, compare and report."""
+    from sedd_scale.experiments.rounding import measure, write_rounding
+
+    if arguments.max_blocks < 2:
+        raise ConfigError("--max-blocks 1: give at least 2, for an error of the difference")
+    rows = measure(
+        arguments.checkpoint,
+        arguments.data,
+        draws=arguments.draws,
+        max_blocks=arguments.max_blocks,
+        seed=arguments.seed,
+    )
+    write_rounding(rows, arguments.output, arguments.command_line)
+    print((arguments.output / "report.md").read_text(), end="")
+
+
 COMMANDS = {
     "": Command(build_parser, experiment_command),
     "coverage": Command(build_coverage_parser, coverage_command),
     "robustness": Command(build_robustness_parser, robustness_command),
     "scaling": Command(build_scaling_parser, scaling_command),
+    "rounding": Command(build_rounding_parser, rounding_command),
 }
