@@ -10,7 +10,7 @@ from sedd_scale.cli import Command, count, given_path, make_parser, need_stdout,
 from sedd_scale.evaluation import DATASETS, DOCUMENTS, PROTOCOLS, REMAINDERS
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.preparation.document_formats import FORMAT_HELP, add_format_options
+from sedd_scale.preparation.documents import FORMAT_HELP, add_format_options
 
 if TYPE_CHECKING:
     from sedd_scale.evaluation.corpora import EvaluationText

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sedd_scale.cli import Command, at_least, count, given_path, make_parser
-from sedd_scale.preparation.document_formats import FORMAT_HELP, add_format_options
+from sedd_scale.preparation.documents import FORMAT_HELP, add_format_options
 from sedd_scale.preparation.inspection import inspect_dataset
 from sedd_scale.preparation.packing import PACKINGS
 from sedd_scale.preparation.prepare import Progress, prepare

@@ -19,9 +19,8 @@ import numpy.typing as npt
 from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
-from sedd_scale.preparation.document_formats import check_name, format_of
-from sedd_scale.preparation.documents import DocumentStream
-from sedd_scale.preparation.rows import ARCHIVES, BLANK
+from sedd_scale.preparation.document_formats import ARCHIVES, BLANK
+from sedd_scale.preparation.documents import DocumentStream, check_name, format_of
 from sedd_scale.tokenizers.base import RESPELLED, Tokenizer
 
 # WikiText's rows keep the end of their line in every edition of it; those of other sources do not.

@@ -4,7 +4,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -62,93 +62,62 @@ def decompressed(raw: BinaryIO, where: str) -> tuple[io.BufferedReader, str | No
             if head.startswith(magic):
                 raise DataError(f"{where} is packed by {name}, which is not read: unpack it")
         return plain, None
-    return io.BufferedReader(_Frames(plain, where, kind), _READ_BYTES), kind
+    return io.BufferedReader(_Joined(_frames(plain, where, kind)), _READ_BYTES), kind
 
 
-def _decompressor(kind: str, where: str) -> Callable[[], Any]:
-    """What makes the decompressor of one frame, stream or member."""
-    if kind == ".gz":
-        return partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS)
-    if kind == ".bz2":
-        return bz2.BZ2Decompressor
-    if kind != ".zst":
-        return lzma.LZMADecompressor
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(
-            f"{where} needs the package zstandard: pip install 'sedd_scale[zstd]'"
-        ) from error
-    made = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
-
-    class Frame:
-        """As the other decompressors, with their error."""
-
-        def __init__(self) -> None:
-            self._inner = made()
-
-        def decompress(self, packed: bytes) -> bytes:
-            try:
-                return self._inner.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-
-        @property
-        def eof(self) -> bool:
-            return bool(self._inner.eof)
-
-        @property
-        def unused_data(self) -> bytes:
-            return self._inner.unused_data
-
-    return Frame
-
-
-class _Frames(io.RawIOBase):
-    """Frame after frame, where some of the libraries' own streams stop without a word.
+def _frames(raw: io.BufferedReader, where: str, kind: str) -> Iterator[bytes]:
+    """The content of frame after frame, where some of the libraries' own streams stop early.
 
     A frame that is cut short and what is no frame behind one are errors; zeros between are padding.
     """
+    makers: dict[str, Callable[[], Any]] = {
+        ".gz": partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS),
+        ".bz2": bz2.BZ2Decompressor,
+    }
+    make, errors = makers.get(kind, lzma.LZMADecompressor), [OSError, lzma.LZMAError, zlib.error]
+    if kind == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                f"{where} needs the package zstandard: pip install 'sedd_scale[zstd]'"
+            ) from error
+        make = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
+        errors.append(zstandard.ZstdError)
+    frame, packed = None, b""
+    try:
+        while packed := packed or raw.read(_PACKED_BYTES):
+            if frame is None and not (packed := packed.lstrip(b"\0")):
+                continue
+            frame = frame or make()
+            yield frame.decompress(packed)
+            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise OSError("it ends within a frame")
+    except tuple(errors) as error:
+        raise DataError(
+            f"{where} is cut short or not a {kind} file ({error}): replace it"
+        ) from error
 
-    def __init__(self, raw: io.BufferedReader, where: str, kind: str) -> None:
-        self._raw, self._where, self._kind = raw, where, kind
-        self._make = _decompressor(kind, where)
-        self._frame: Any = None
-        self._packed = b""
-        self._ready = memoryview(b"")
+
+class _Joined(io.RawIOBase):
+    """Parts as one stream, whose reads are full to its end."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts, self._ready = parts, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)
-        count = 0
-        try:
-            while count < len(wanted) and (self._ready or self._more()):
-                part = self._ready[: len(wanted) - count]
-                wanted[count : count + len(part)] = part
-                self._ready = self._ready[len(part) :]
-                count += len(part)
-            return count
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(
-                f"{self._where} is cut short or not a {self._kind} file ({error}): replace it"
-            ) from error
-
-    def _more(self) -> bool:
-        """Whether there was more content, which is ready now."""
-        while not self._ready:
-            packed, self._packed = self._packed or self._raw.read(_PACKED_BYTES), b""
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("it ends within a frame")
-                return False
-            if self._frame is None:
-                packed = packed.lstrip(b"\0")
-                if not packed:
-                    continue
-                self._frame = self._make()
-            self._ready = memoryview(self._frame.decompress(packed))
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        return True
+        wanted, count = memoryview(buffer), 0
+        while count < len(wanted):
+            if not self._ready:
+                part = next(self._parts, None)
+                if part is None:
+                    break
+                self._ready = memoryview(part)
+            now = self._ready[: len(wanted) - count]
+            wanted[count : count + len(now)] = now
+            self._ready, count = self._ready[len(now) :], count + len(now)
+        return count

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.preparation.document_formats import open_rows
-from sedd_scale.preparation.rows import Row, object_of
+from sedd_scale.preparation.document_formats import Row, object_of
+from sedd_scale.preparation.documents import open_rows
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,

@@ -13,8 +13,8 @@ from sedd_scale.files.atomic import write_atomically
 from sedd_scale.generation.judge import Judge, perplexities
 from sedd_scale.generation.quality import QualityReport
 from sedd_scale.parallel.agreement import gathered
-from sedd_scale.preparation.document_formats import open_rows
-from sedd_scale.preparation.rows import object_of
+from sedd_scale.preparation.document_formats import object_of
+from sedd_scale.preparation.documents import open_rows
 
 Record = dict[str, Any]
 _TEXTS_AT_A_TIME = 64

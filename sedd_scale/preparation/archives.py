@@ -14,11 +14,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.compressed import plain_name
-from sedd_scale.preparation.rows import ARCHIVES, LeftOut, Row, format_by_name, is_file
+from sedd_scale.files.compressed import decompressed, plain_name
+from sedd_scale.preparation.document_formats import (
+    ARCHIVES,
+    LeftOut,
+    Row,
+    format_by_name,
+    is_file,
+    plain_rows,
+)
 
 OTHER_SYSTEMS = "members that are metadata of other systems, left out"
 _OTHER_SYSTEMS = re.compile(
@@ -28,9 +35,8 @@ _OTHER_SYSTEMS = re.compile(
 )
 
 
-class _Member(NamedTuple):
-    name: str
-    open: Callable[[], BinaryIO]
+# A member's name, and what opens it while the archive stands there.
+_Member = tuple[str, Callable[[], Any]]
 
 
 def archive_rows(
@@ -39,9 +45,8 @@ def archive_rows(
     format: str,
     field: str | None,
     members: str | None,
-    read_rows: Callable[..., Iterator[Row]],
 ) -> Iterator[Row]:
-    """The rows of an archive, whose members `read_rows` reads; arguments as of that.
+    """The rows of an archive; arguments as of `read_rows`.
 
     Raises:
         DataError: it is damaged or holds no document, or a sample holds several.
@@ -50,7 +55,7 @@ def archive_rows(
     documents = False
     found = _tar_members(stream) if format == "tar" else _zip_members(stream, where)
     try:
-        for row in _rows(found, where, field, members, read_rows):
+        for row in _rows(found, where, field, members):
             number += 1
             documents = documents or not isinstance(row.value, _Nothing)
             yield row._replace(number=number, offset=0)
@@ -67,17 +72,12 @@ def archive_rows(
 
 
 def _rows(
-    found: Iterator[_Member],
-    where: str,
-    field: str | None,
-    members: str | None,
-    read_rows: Callable[..., Iterator[Row]],
+    found: Iterator[_Member], where: str, field: str | None, members: str | None
 ) -> Iterator[Row]:
     sample: list[tuple[str, list[Row]]] = []
-    seen: dict[str, list[str]] = {}
-    for member in found:
-        name = member.name
-        kind = format_by_name(name)
+    seen: dict[str, set[str]] = {}
+    for name, opened in found:
+        kind, place = format_by_name(name), f"{where}:{name}"
         if _OTHER_SYSTEMS.search(name):
             reason: str | None = OTHER_SYSTEMS
         elif members is not None:
@@ -87,12 +87,12 @@ def _rows(
             reason = None if kind not in (None, *ARCHIVES) else f"{what}, left out"
         if reason is not None:
             if field is not None:
-                yield Row(f"{where}:{name}", 0, _Nothing(reason))
+                yield Row(place, 0, _Nothing(reason))
             continue
         if sample and (_stem(sample[0][0]) != _stem(name) or name in dict(sample)):
             yield from _of_sample(sample, where, field)
             sample = []
-        rows = read_rows(member.open(), f"{where}:{name}", field=field, given=kind or "text")
+        rows = plain_rows(decompressed(opened(), place)[0], place, kind or "text", field)
         if kind in ("text", "json") and members is None and field is not None:
             _refuse_texts(seen, name, where)
             sample.append((name, [_read(row) for row in rows]))
@@ -123,48 +123,44 @@ def _stem(name: str) -> str:
 
 def _of_sample(sample: list[tuple[str, list[Row]]], where: str, field: str | None) -> Iterator[Row]:
     """Rows of members that are one sample: a text, an object, or a text and what belongs to it."""
-    texts = [rows for name, rows in sample if format_by_name(name) == "text"]
+    texts = [str(row.value()) for name, (row, *_) in sample if format_by_name(name) == "text"]
     if len(texts) > 1:
         names = ", ".join(name for name, _ in sample)
         raise DataError(f"{where} has a text twice ({names}): say which with --members SUFFIX")
     for name, rows in sample:
-        if texts and len(sample) > 1 and format_by_name(name) != "text":
-            assert field is not None
-            for row in rows:
-                beside = row.value().get(field)
-                if isinstance(beside, str) and beside.strip() != str(texts[0][0].value()).strip():
-                    raise DataError(
-                        f"{row.where} has the field {field!r}, and a text beside it: "
-                        "say which is the document with --members .txt or --members .json"
-                    )
-            yield Row(rows[0].where, 0, _Nothing(".json members beside a text, left out"))
-        else:
+        if not texts or format_by_name(name) == "text":
             yield from rows
+            continue
+        for row in rows:
+            beside = row.value().get(field)
+            if isinstance(beside, str) and beside.strip() != texts[0].strip():
+                raise DataError(
+                    f"{row.where} has the field {field!r}, and a text beside it: say which is the "
+                    "document with --members .txt or --members .json"
+                )
+        yield Row(f"{where}:{name}", 0, _Nothing(".json members beside a text, left out"))
 
 
-def _refuse_texts(seen: dict[str, list[str]], name: str, where: str) -> None:
+def _refuse_texts(seen: dict[str, set[str]], name: str, where: str) -> None:
     """Raise DataError where a second sample holds the same several texts under its key.
 
     Args:
         seen: the suffixes of each of the last two keys; names end their key at the first dot.
     """
-    folder, slash, base = name.rpartition("/")
-    key, _, suffix = base.partition(".")
-    key = folder + slash + key
+    key, suffix = re.findall(r"^((?:.*/)?[^./]*)(.*)$", name)[0]
     if key not in seen and len(seen) == 2:
         del seen[next(iter(seen))]
-    seen.setdefault(key, []).append(suffix)
-    sets = [{one for one in of if not one.endswith("json")} for of in seen.values()]
-    if len(sets) == 2 and len(sets[0]) > 1 and sets[0] == sets[1]:
-        listed = sorted(f".{one}" for one in sets[0])
+    seen.setdefault(key, set()).add(suffix)
+    first, second = ({one for one in of if "json" not in one} for of in [*seen.values(), set()][:2])
+    if len(first) > 1 and first == second:
         raise DataError(
-            f"{where} has several texts in a sample ({', '.join(listed)}): name one with --members "
-            f"{listed[0]}, or take all with --members .{suffix.rpartition('.')[2]}"
+            f"{where} has several texts in a sample ({', '.join(sorted(first))}): name one with "
+            f"--members {min(first)}, or take all with --members .{suffix.rpartition('.')[2]}"
         )
 
 
 class _Blocks:
-    """What tarfile reads from: block after block, with the last one at hand."""
+    """What tarfile reads: block after block, with the last one at hand."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
@@ -195,7 +191,7 @@ def _tar_members(stream: io.BufferedReader) -> Iterator[_Member]:
         ) as archive:
             for member in archive:
                 if member.isfile():
-                    yield _Member(member.name, lambda: cast(BinaryIO, archive.extractfile(member)))  # noqa: B023
+                    yield member.name, lambda: archive.extractfile(member)  # noqa: B023
         if any(blocks.last) or len(blocks.last) < tarfile.BLOCKSIZE:
             raise EOFError("it has no end mark")  # tarfile takes a damaged header for the end
         if not blocks.to_next():
@@ -210,4 +206,4 @@ def _zip_members(stream: io.BufferedReader, where: str) -> Iterator[_Member]:
             raise DataError(f"{where} is several zip files end to end: give each by itself")
         for entry in entries:
             if not entry.is_dir():
-                yield _Member(entry.filename, lambda: cast(BinaryIO, archive.open(entry)))  # noqa: B023
+                yield entry.filename, lambda: archive.open(entry)  # noqa: B023

@@ -4,165 +4,165 @@ A row is a text, or an object with fields. Rows come in the file's order, each w
 messages, and reading can begin behind a number of them, as a resumed preparation does.
 """
 
-import argparse
 import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.compressed import decompressed, plain_name
-from sedd_scale.preparation.archives import archive_rows
-from sedd_scale.preparation.rows import (
-    ARCHIVES,
-    FORMATS,
-    Columns,
-    ReadText,
-    Row,
-    format_by_name,
-    is_file,
-    not_utf8_column,
-)
+from sedd_scale.files.compressed import plain_name
 
 PIECE_CHARACTERS = 2_000
 LONGEST_PIECE_CHARACTERS = 20_000
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 256
-HEAD_BYTES = 512
 
-_TABLES = (".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".h5", ".hdf5", ".npy", ".npz", ".pdf")
-FORMAT_HELP = (
-    "text (.txt, .md, .tokens, .raw or any other name), .jsonl, .json, .parquet, .tar (webdataset) "
-    "and .zip, each also .gz, .xz, .zst or .bz2"
-)
+FORMATS = ("text", "jsonl", "json", "parquet", "tar", "zip")
+ARCHIVES = ("tar", "zip")
+TEXT_SUFFIXES = (".txt", ".text", ".tokens", ".raw", ".md")
+_OF_SUFFIX = {
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".jl", ".jsonlines"), "jsonl"),
+    ".json": "json",
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **{f".{name}": name for name in ARCHIVES},
+}
 
-_LIKE_JSON = re.compile(rb'\s*(?:\[\s*)?\{\s*"[^"\n]{0,99}"\s*:')
+NULL = "null rows, left out"
+BLANK = "blank documents, left out"
+LINE_ENDS = "documents with line ends CRLF or CR, read as LF"
+
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
-def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that reads people's files."""
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="what the files are, whatever they are called (each by its first bytes or its name)",
-    )
-    parser.add_argument(
-        "--members",
-        metavar="SUFFIX",
-        help="of .tar and .zip, only members whose names end so, such as .txt (text and JSON)",
-    )
+class Row(NamedTuple):
+    """A row of a file.
 
-
-def check_name(path: Path, given: str | None) -> None:
-    """Raise DataError where a file cannot be read whatever it holds.
-
-    Args:
-        given: its format, where that was said.
+    Attributes:
+        where: its place, for messages: "FILE:LINE".
+        number: rows up to this one; of lines, all of them.
+        value: gives what it holds: a text, an object as a dict (`Columns` of a table), or
+            `LeftOut`; raises DataError where that is damaged.
+        offset: the byte behind it, where reading may go on there; else 0.
     """
-    if path.is_dir():
-        raise DataError(f"input {path} is a directory: give a glob such as {path}/*.txt")
-    if not path.is_file():
-        raise DataError(
-            f"input {path} is no file that can be read twice, as a pipe cannot: save it to a file"
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"input {path} is empty: remove it or give a file with text")
-    suffix = Path(plain_name(path.name)[0]).suffix
-    if given is None and suffix in _TABLES:
-        raise DataError(
-            f"input {path} has no format that is read: convert it to .jsonl or .parquet, or give "
-            "--format text to take it as it stands"
-        )
-    if path.name.startswith("._"):
-        raise DataError(f"input {path} is macOS metadata of another file: leave it out")
+
+    where: str
+    number: int
+    value: Callable[[], Any]
+    offset: int = 0
 
 
-def format_of(path: Path, given: str | None = None) -> str:
-    """The format of a file: `given`, or by its first bytes, or by its name."""
-    if given is not None:
-        return given
-    with path.open("rb") as raw:
-        stream, _ = decompressed(raw, str(path))
-        return _format(stream, str(path))
+class Columns(dict[str, Any]):
+    """A row of a table, whose missing values are None."""
 
 
-def _format(stream: io.BufferedReader, where: str) -> str:
-    head = stream.peek(HEAD_BYTES)
-    if head[257:262] == b"ustar":
-        return "tar"
-    for format, magic in (("parquet", b"PAR1"), ("zip", b"PK\3\4")):
-        if head.startswith(magic):
-            return format
-    named = format_by_name(Path(where).name)
-    if named is None and _LIKE_JSON.match(head.removeprefix(codecs.BOM_UTF8)):
-        raise DataError(
-            f"{where} may be text or JSON: say which with --format text, jsonl (an object per "
-            "line) or json (an array)"
-        )
-    return named or "text"
+class LeftOut(str):
+    """Why a row gives no document."""
 
 
-def read_rows(
-    raw: BinaryIO,
+class ReadText(str):
+    """A text whose line ends were not all LF before."""
+
+
+def format_by_name(name: str) -> str | None:
+    """The format that a file's name says, or None."""
+    return _OF_SUFFIX.get(Path(plain_name(name)[0]).suffix)
+
+
+def plain_rows(
+    stream: io.BufferedReader,
     where: str,
-    *,
+    format: str,
     field: str | None,
-    given: str | None = None,
-    members: str | None = None,
+    *,
     in_pieces: bool = False,
     after: tuple[int, int] = (0, 0),
 ) -> Iterator[Row]:
-    """The rows of an open file.
+    """The rows of a file that is no archive, those of `after` or before it perhaps among them.
 
     Args:
+        stream: its content, not compressed.
         where: its name.
+        format: of `FORMATS`.
         field: the one field of objects that is wanted; None: all.
-        given: the format, one of `FORMATS`; None: by the first bytes, or the name.
-        members: of an archive, only those whose name ends in this; None: text and JSON.
         in_pieces: cut a text into several documents.
-        after: rows (their number and offset) to go on behind.
-
-    Raises:
-        DataError: the file is damaged or its format is not read.
+        after: of the rows to go on behind, their number and the offset.
     """
-    stream, kind = decompressed(raw, where)
-    skip, offset = after
-    format = given or _format(stream, where)
     if format == "jsonl":
-        rows = _json_lines(stream, where, *((skip, offset) if offset and not kind else (0, 0)))
-    elif format == "json":
-        rows = _json_entries(stream, where)
-    elif format == "parquet":
-        rows = _parquet_rows(stream, where, field, skip)
-    elif format in ARCHIVES:
-        rows = archive_rows(stream, where, format, field, members, read_rows)
-    elif in_pieces:
-        rows = _pieces(stream, where)
-    else:
-        rows = iter([Row(where, 1, lambda: _text(stream.read(), where))])
-    for row in rows:
-        if row.number > skip:
-            yield row
+        return _json_lines(stream, where, *(after if after[1] else (0, 0)))
+    if format == "json":
+        return _json_entries(stream, where)
+    if format == "parquet":
+        return _parquet_rows(stream, where, field, after[0])
+    if in_pieces:
+        return _pieces(stream, where)
+    return iter([Row(where, 1, lambda: _text(stream.read(), where))])
 
 
-def open_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of objects, such as prompts; a name that says no format holds JSON lines.
+def text_of(row: Row, field: str) -> str:
+    """The text of a row: `LeftOut`, `ReadText` or any other.
 
     Raises:
-        DataError: the file is missing or cannot be read; from `value`, a row is no object.
+        DataError: it holds no text under the field, or text that is damaged.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a JSONL file")
-    check_name(path, None)
-    named = format_by_name(path.name)
-    with path.open("rb") as raw:
-        given = "jsonl" if named in (None, "text") else None
-        yield from read_rows(raw, str(path), field=None, given=given)
+    value, where = row.value(), row.where
+    if isinstance(value, str):
+        return value
+    what = "column" if isinstance(value, Columns) else "field"
+    if field not in value:
+        available = ", ".join(map(str, value)) or "none"
+        raise DataError(f"{where} has no {what} {field!r}: name one with --field ({available})")
+    found = value[field]
+    if found is None:
+        return LeftOut(NULL)
+    if isinstance(found, bytes):
+        try:
+            found = found.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8_column(where, field, error) from error
+    if not isinstance(found, str):
+        raise DataError(
+            f"{where}: {what} {field!r} is a {type(found).__name__}: name a {what} of text with "
+            "--field"
+        )
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {what} {field!r} holds half of a surrogate pair at character "
+            f"{error.start}: mend the line"
+        ) from error
+    return found
+
+
+def object_of(row: Row) -> dict[str, Any]:
+    """The object of a row; of a table's row what is not null.
+
+    Raises:
+        DataError: it is none, or damaged.
+    """
+    value = row.value()
+    if isinstance(value, Columns):
+        return {name: entry for name, entry in value.items() if entry is not None}
+    if not isinstance(value, dict):
+        raise DataError(f"{row.where} is text: each row must be one JSON object")
+    return value
+
+
+def _not_utf8_column(where: str, name: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{where}: column {name!r} is not UTF-8 (byte 0x{error.object[error.start]:02x} at "
+        f"{error.start}): mend the row"
+    )
+
+
+def is_file(stream: io.BufferedReader) -> bool:
+    """Whether a stream is a file of the disk, where any place of it can be read."""
+    return isinstance(getattr(stream, "raw", None), io.FileIO)
 
 
 def _text(content: bytes, where: str, offset: int = 0) -> str:
@@ -194,13 +194,13 @@ def _not_utf8(where: str, offset: int, byte: int, content: bytes) -> DataError:
 
 
 def _json_lines(
-    stream: io.BufferedReader, where: str, number: int = 0, offset: int = 0
+    stream: io.BufferedReader, where: str, number: int = 0, offset: int = 0, first: bytes = b""
 ) -> Iterator[Row]:
-    """Lines that are not blank; `offset` is where line `number` ends."""
+    """Lines that are not blank; `offset` is where line `number` ends, `first` was read of it."""
     if offset:
         stream.seek(offset)
-    while line := stream.readline():
-        begin = offset
+    while line := first or stream.readline():
+        begin, first = offset, b""
         number += 1
         offset += len(line)
         if line.strip():
@@ -233,17 +233,13 @@ def _object(row: Any, where: str, law: str) -> dict[str, Any]:
 def _json_entries(stream: io.BufferedReader, where: str) -> Iterator[Row]:
     """The objects of an array, of lines, or the one that the file is."""
     first = stream.readline()
-    while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-        first = stream.readline()
-    if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
-        try:
-            json.loads(first.removeprefix(codecs.BOM_UTF8))
-        except ValueError:
-            pass
-        else:
-            rest = io.BufferedReader(cast(Any, _Behind(first, stream)))
-            yield from _json_lines(rest, where)
-            return
+    try:
+        is_line = isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict)
+    except ValueError:
+        is_line = False
+    if is_line:
+        yield from _json_lines(stream, where, first=first)
+        return
     try:
         whole = json.loads(_decode(first + stream.read(), where, 0))
     except (ValueError, RecursionError) as error:
@@ -254,22 +250,6 @@ def _json_entries(stream: io.BufferedReader, where: str) -> Iterator[Row]:
         place = f"{where} (entry {number})"
         value = partial(_object, entry, place, "each entry must be an object")
         yield Row(place, number, value)
-
-
-class _Behind(io.RawIOBase):
-    """A stream with bytes that were read of it put back."""
-
-    def __init__(self, head: bytes, stream: io.BufferedReader) -> None:
-        self._head, self._stream = head, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._head[: len(buffer)] or self._stream.read(len(buffer))
-        self._head = self._head[len(content) :]
-        buffer[: len(content)] = content
-        return len(content)
 
 
 def _parquet_rows(
@@ -314,7 +294,7 @@ def _table_row(batch: Any, place: int, where: str) -> Columns:
         try:
             row[name] = column[place].as_py()
         except UnicodeDecodeError as error:
-            raise not_utf8_column(where, name, error) from error
+            raise _not_utf8_column(where, name, error) from error
     return row
 
 

@@ -7,19 +7,43 @@ lines, each of at least 2,000 characters, so that one file can give both trainin
 text.
 """
 
+import argparse
+import codecs
 import glob
+import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
+from sedd_scale.files.compressed import decompressed, plain_name
+from sedd_scale.preparation.archives import archive_rows
 from sedd_scale.preparation.builtin_text import builtin_python_documents
-from sedd_scale.preparation.document_formats import check_name, read_rows
-from sedd_scale.preparation.rows import LINE_ENDS, LeftOut, ReadText, text_of
+from sedd_scale.preparation.document_formats import (
+    ARCHIVES,
+    FORMATS,
+    LINE_ENDS,
+    LeftOut,
+    ReadText,
+    Row,
+    format_by_name,
+    plain_rows,
+    text_of,
+)
 
 BUILTIN_PYTHON = "builtin:python"
+
+
+_TABLES = (".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".h5", ".hdf5", ".npy", ".npz", ".pdf")
+FORMAT_HELP = (
+    "text (.txt, .md, .tokens, .raw or any other name), .jsonl, .json, .parquet, .tar (webdataset) "
+    "and .zip, each also .gz, .xz, .zst or .bz2"
+)
+
+_LIKE_JSON = re.compile(rb'\s*(?:\[\s*)?\{\s*"[^"\n]{0,99}"\s*:')
 
 
 class Place(NamedTuple):
@@ -150,3 +174,117 @@ def _expand(patterns: Sequence[str], format: str | None) -> list[Path]:
             status = path.stat()
             files.setdefault((status.st_dev, status.st_ino), path)
     return list(files.values())
+
+
+def add_format_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that reads people's files."""
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="what the files are, whatever they are called (each by its first bytes or its name)",
+    )
+    parser.add_argument(
+        "--members",
+        metavar="SUFFIX",
+        help="of .tar and .zip, only members whose names end so, such as .txt (text and JSON)",
+    )
+
+
+def check_name(path: Path, given: str | None) -> None:
+    """Raise DataError where a file cannot be read whatever it holds.
+
+    Args:
+        given: its format, where that was said.
+    """
+    if path.is_dir():
+        raise DataError(f"input {path} is a directory: give a glob such as {path}/*.txt")
+    if not path.is_file():
+        raise DataError(
+            f"input {path} is no file that can be read twice, as a pipe cannot: save it to a file"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"input {path} is empty: remove it or give a file with text")
+    suffix = Path(plain_name(path.name)[0]).suffix
+    if given is None and suffix in _TABLES:
+        raise DataError(
+            f"input {path} has no format that is read: convert it to .jsonl or .parquet, or give "
+            "--format text to take it as it stands"
+        )
+    if path.name.startswith("._"):
+        raise DataError(f"input {path} is macOS metadata of another file: leave it out")
+
+
+def format_of(path: Path, given: str | None = None) -> str:
+    """The format of a file: `given`, or by its first bytes, or by its name."""
+    if given is not None:
+        return given
+    with path.open("rb") as raw:
+        stream, _ = decompressed(raw, str(path))
+        return _format(stream, str(path))
+
+
+def _format(stream: io.BufferedReader, where: str) -> str:
+    head = stream.peek(512)
+    if head[257:262] == b"ustar":
+        return "tar"
+    for format, magic in (("parquet", b"PAR1"), ("zip", b"PK\3\4")):
+        if head.startswith(magic):
+            return format
+    named = format_by_name(Path(where).name)
+    if named is None and _LIKE_JSON.match(head.removeprefix(codecs.BOM_UTF8)):
+        raise DataError(
+            f"{where} may be text or JSON: say which with --format text, jsonl (an object per "
+            "line) or json (an array)"
+        )
+    return named or "text"
+
+
+def read_rows(
+    raw: BinaryIO,
+    where: str,
+    *,
+    field: str | None,
+    given: str | None = None,
+    members: str | None = None,
+    in_pieces: bool = False,
+    after: tuple[int, int] = (0, 0),
+) -> Iterator[Row]:
+    """The rows of an open file.
+
+    Args:
+        where: its name.
+        field: the one field of objects that is wanted; None: all.
+        given: the format, one of `FORMATS`; None: by the first bytes, or the name.
+        members: of an archive, only those whose name ends in this; None: text and JSON.
+        in_pieces: cut a text into several documents.
+        after: rows (their number and offset) to go on behind.
+
+    Raises:
+        DataError: the file is damaged or its format is not read.
+    """
+    stream, kind = decompressed(raw, where)
+    skip, offset = after
+    format = given or _format(stream, where)
+    if format in ARCHIVES:
+        rows = archive_rows(stream, where, format, field, members)
+    else:
+        at = (skip, 0 if kind else offset)
+        rows = plain_rows(stream, where, format, field, in_pieces=in_pieces, after=at)
+    for row in rows:
+        if row.number > skip:
+            yield row
+
+
+def open_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file of objects, such as prompts; a name that says no format holds JSON lines.
+
+    Raises:
+        DataError: the file is missing or cannot be read; from `value`, a row is no object.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a JSONL file")
+    check_name(path, None)
+    named = format_by_name(path.name)
+    with path.open("rb") as raw:
+        given = "jsonl" if named in (None, "text") else None
+        yield from read_rows(raw, str(path), field=None, given=given)

@@ -19,11 +19,11 @@ from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.processors import available_cores
 from sedd_scale.preparation import journal
+from sedd_scale.preparation.document_formats import BLANK
 from sedd_scale.preparation.documents import START, DocumentStream, Place
 from sedd_scale.preparation.encoding import Encoded, Encoder
 from sedd_scale.preparation.output_folder import check_output, remove_preparation
 from sedd_scale.preparation.packing import SplitPacker
-from sedd_scale.preparation.rows import BLANK
 from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.preparation.settings import DEFAULT_SENTENCEPIECE_VOCABULARY, Preparation
 from sedd_scale.preparation.shard_writer import ShardWriter

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.preparation.document_formats import FORMATS
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.preparation.packing import PACKINGS
-from sedd_scale.preparation.rows import FORMATS
 from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import KINDS
 
