@@ -195,6 +195,12 @@ def _leave_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else STDOUT)
 
 
+def take_any_character() -> None:
+    """Let standard output replace a character that its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def need_stdout(instead: str) -> None:
     """Refuse to begin where standard output, the only place of a result, is closed.
 
@@ -246,8 +252,7 @@ def run_command(
     that fails says so and leaves at once, so that the launcher stops the others. A reader of the
     output that has seen enough, as in `... | head`, ends it without a word.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that it lacks ends nothing
+    take_any_character()
     # DeepSpeed calls collectives under names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args

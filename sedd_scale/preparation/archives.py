@@ -2,8 +2,8 @@
 
 A member is read as a file of its name is. What other systems put beside files is left out, and so
 is what is neither text nor JSON, such as the pictures of a webdataset; both are counted. Members
-whose names differ in the last suffix only are one sample: of a text and its JSON the text is the
-document, unless the JSON has another one.
+whose names are equal up to the first dot are a sample, as in webdataset: beside its text, JSON is
+left out, unless it has a text of its own.
 """
 
 import io
@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.compressed import decompressed, plain_name
+from sedd_scale.files.compressed import decompressed
 from sedd_scale.preparation.document_formats import (
     ARCHIVES,
     LeftOut,
@@ -27,6 +27,7 @@ from sedd_scale.preparation.document_formats import (
     plain_rows,
 )
 
+_MOST_OBJECTS = 64  # held of one key
 OTHER_SYSTEMS = "members that are metadata of other systems, left out"
 _OTHER_SYSTEMS = re.compile(
     r"(?:^|/)(?:\._|(?:__MACOSX|PaxHeaders?(?:\.\d+)?|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/"
@@ -74,8 +75,7 @@ def archive_rows(
 def _rows(
     found: Iterator[_Member], where: str, field: str | None, members: str | None
 ) -> Iterator[Row]:
-    sample: list[tuple[str, list[Row]]] = []
-    seen: dict[str, set[str]] = {}
+    sample = _Sample("", where, field, set())
     for name, opened in found:
         kind, place = format_by_name(name), f"{where}:{name}"
         if _OTHER_SYSTEMS.search(name):
@@ -85,20 +85,23 @@ def _rows(
         else:
             what = f"{PurePosixPath(name).suffix} members".strip()
             reason = None if kind not in (None, *ARCHIVES) else f"{what}, left out"
+        key, suffix = re.findall(r"^((?:.*/)?[^./]*)(.*)$", name, re.DOTALL)[0]
+        if reason != OTHER_SYSTEMS and (key != sample.key or len(sample.objects) > _MOST_OBJECTS):
+            yield from sample.rest()
+            sample = _Sample(key, where, field, set(sample.texts) or sample.before)
         if reason is not None:
+            sample.has_others = sample.has_others or reason != OTHER_SYSTEMS
             if field is not None:
                 yield Row(place, 0, _Nothing(reason))
             continue
-        if sample and (_stem(sample[0][0]) != _stem(name) or name in dict(sample)):
-            yield from _of_sample(sample, where, field)
-            sample = []
         rows = plain_rows(decompressed(opened(), place)[0], place, kind or "text", field)
-        if kind in ("text", "json") and members is None and field is not None:
-            _refuse_texts(seen, name, where)
-            sample.append((name, [_read(row) for row in rows]))
-        else:
+        if members is not None or field is None or kind not in ("text", "json"):
             yield from rows
-    yield from _of_sample(sample, where, field)
+        elif kind == "json":
+            sample.objects += map(_read, rows)
+        else:
+            yield from (sample.add(suffix, _read(row)) for row in rows)
+    yield from sample.rest()
 
 
 @dataclass(frozen=True)
@@ -117,46 +120,54 @@ def _read(row: Row) -> Row:
     return row._replace(value=lambda: value)
 
 
-def _stem(name: str) -> str:
-    return plain_name(name)[0].rpartition(".")[0]
-
-
-def _of_sample(sample: list[tuple[str, list[Row]]], where: str, field: str | None) -> Iterator[Row]:
-    """Rows of members that are one sample: a text, an object, or a text and what belongs to it."""
-    texts = [str(row.value()) for name, (row, *_) in sample if format_by_name(name) == "text"]
-    if len(texts) > 1:
-        names = ", ".join(name for name, _ in sample)
-        raise DataError(f"{where} has a text twice ({names}): say which with --members SUFFIX")
-    for name, rows in sample:
-        if not texts or format_by_name(name) == "text":
-            yield from rows
-            continue
-        for row in rows:
-            beside = row.value().get(field)
-            if isinstance(beside, str) and beside.strip() != texts[0].strip():
-                raise DataError(
-                    f"{row.where} has the field {field!r}, and a text beside it: say which is the "
-                    "document with --members .txt or --members .json"
-                )
-        yield Row(f"{where}:{name}", 0, _Nothing(".json members beside a text, left out"))
-
-
-def _refuse_texts(seen: dict[str, set[str]], name: str, where: str) -> None:
-    """Raise DataError where a second sample holds the same several texts under its key.
+class _Sample:
+    """Members of one key, which is a name up to its first dot.
 
     Args:
-        seen: the suffixes of each of the last two keys; names end their key at the first dot.
+        before: the suffixes of the texts of the sample before.
     """
-    key, suffix = re.findall(r"^((?:.*/)?[^./]*)(.*)$", name)[0]
-    if key not in seen and len(seen) == 2:
-        del seen[next(iter(seen))]
-    seen.setdefault(key, set()).add(suffix)
-    first, second = ({one for one in of if "json" not in one} for of in [*seen.values(), set()][:2])
-    if len(first) > 1 and first == second:
-        raise DataError(
-            f"{where} has several texts in a sample ({', '.join(sorted(first))}): name one with "
-            f"--members {min(first)}, or take all with --members .{suffix.rpartition('.')[2]}"
-        )
+
+    def __init__(self, key: str, where: str, field: str | None, before: set[str]) -> None:
+        self.key, self.before = key, before
+        self.texts: dict[str, int] = {}
+        self.objects: list[Row] = []
+        self.has_others = False
+        self._where, self._field = where, field
+
+    def add(self, suffix: str, row: Row) -> Row:
+        """A row of a text."""
+        text = str(row.value()).strip()
+        if text:
+            self.texts[suffix] = hash(text)
+        return row
+
+    def rest(self) -> Iterator[Row]:
+        """Rows of its objects, left out where they belong to a text or to another object.
+
+        Raises:
+            DataError: it has several texts, and other members or the suffixes of the one before.
+        """
+        names = sorted(self.texts)
+        if len(names) > 1 and (self.objects or self.has_others or set(names) == self.before):
+            raise DataError(
+                f"{self._where} has several texts in a sample ({', '.join(names)} of {self.key}): "
+                f"name one with --members {names[0]}, or all with --members "
+                f".{names[0].rpartition('.')[2]}"
+            )
+        held = [row.value().get(self._field) for row in self.objects]
+        alone = not self.texts and not any(isinstance(text, str) for text in held)
+        for row, text in zip(self.objects, held):
+            if alone or (isinstance(text, str) and not self.texts):
+                yield row
+            elif isinstance(text, str) and hash(text.strip()) not in self.texts.values():
+                raise DataError(
+                    f"{row.where} has the field {self._field!r}, and a text beside it: say which "
+                    "is the document with --members .txt or --members .json"
+                )
+            elif self.texts or self._field not in row.value():
+                yield row._replace(value=_Nothing("objects beside a document, left out"))
+            else:
+                yield row
 
 
 class _Blocks:

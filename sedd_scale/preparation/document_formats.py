@@ -185,11 +185,12 @@ def _decode(content: bytes, where: str, offset: int) -> str:
 def _not_utf8(where: str, offset: int, byte: int, content: bytes) -> DataError:
     packed = plain_name(re.sub(r":\d+$", "", where))[1]
     of_what = "of the decompressed text " if packed else ""
-    is_16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    example = "iconv -f UTF-16 -t UTF-8" if is_16 else "iconv -f ISO-8859-1 -t UTF-8"
+    coded = "ISO-8859-1"
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        coded = "UTF-32" if content[2:4] == b"\0\0" else "UTF-16"
     return DataError(
         f"{where}: byte 0x{byte:02x} at offset {offset} {of_what}is not UTF-8: convert the file "
-        f"to UTF-8 (for example with {example})"
+        f"to UTF-8 (for example with iconv -f {coded} -t UTF-8)"
     )
 
 
@@ -209,18 +210,15 @@ def _json_lines(
 
 
 def _line_object(line: bytes, where: str, offset: int) -> dict[str, Any]:
+    law = "each line must be one object"
+    if offset == 0 and line.lstrip().startswith(b"["):
+        law += "; an array of objects is read with the name .json, or with --format json"
+    if b"\r" in line.strip():
+        law += "; lines that end in CR alone become lines with tr '\\r' '\\n'"
     try:
         row = json.loads(_decode(line, where, offset))
     except (ValueError, RecursionError) as error:
-        hint = ""
-        if b"\r" in line.strip():
-            hint = "; lines that end in CR alone become lines with tr '\\r' '\\n'"
-        raise DataError(
-            f"{where} is not JSON ({error}): each line must be one object{hint}"
-        ) from error
-    law = "each line must be one object"
-    if isinstance(row, list) and offset == 0:
-        law += "; an array of objects is read with the name .json, or with --format json"
+        raise DataError(f"{where} is not JSON ({error}): {law}") from error
     return _object(row, where, law)
 
 
@@ -231,22 +229,32 @@ def _object(row: Any, where: str, law: str) -> dict[str, Any]:
 
 
 def _json_entries(stream: io.BufferedReader, where: str) -> Iterator[Row]:
-    """The objects of an array, of lines, or the one that the file is."""
-    first = stream.readline()
+    """The objects of arrays, of lines, or of the file, end to end."""
+    number, first = 0, stream.readline()
+    while first and not first.removeprefix(codecs.BOM_UTF8).strip():
+        number, first = number + 1, stream.readline()
     try:
         is_line = isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict)
     except ValueError:
         is_line = False
     if is_line:
-        yield from _json_lines(stream, where, first=first)
+        yield from _json_lines(stream, where, number, first=first)
         return
+    text = _decode(first + stream.read(), where, 0).rstrip()
+    entries: list[Any] = []
+    end = 0
     try:
-        whole = json.loads(_decode(first + stream.read(), where, 0))
+        while end < len(text) or not entries:
+            start = len(text) - len(text[end:].lstrip())
+            entry, end = json.JSONDecoder().raw_decode(text, start)
+            entries += entry if isinstance(entry, list) else [entry]
+            if entry == []:
+                break
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where} is not JSON ({error}): give an array of objects, or one object per line"
         ) from error
-    for number, entry in enumerate(whole if isinstance(whole, list) else [whole], start=1):
+    for number, entry in enumerate(entries, start=1):
         place = f"{where} (entry {number})"
         value = partial(_object, entry, place, "each entry must be an object")
         yield Row(place, number, value)

@@ -141,7 +141,8 @@ class DocumentStream:
                         if isinstance(text, LeftOut):
                             self.notes[str(text)] += 1
                             continue
-                        self.notes[LINE_ENDS] += isinstance(text, ReadText)
+                        if isinstance(text, ReadText):
+                            self.notes[LINE_ENDS] += 1
                         after = Place(number, row.number, row.offset)
                         yield Document(str(text), row.where, after)
                 self._raw = None
@@ -198,10 +199,14 @@ def check_name(path: Path, given: str | None) -> None:
     """
     if path.is_dir():
         raise DataError(f"input {path} is a directory: give a glob such as {path}/*.txt")
+    if not path.exists():
+        raise DataError(f"input {path} is a link to nothing: remove it")
     if not path.is_file():
         raise DataError(
             f"input {path} is no file that can be read twice, as a pipe cannot: save it to a file"
         )
+    if not os.access(path, os.R_OK):
+        raise DataError(f"input {path} may not be read: change its permissions or leave it out")
     if path.stat().st_size == 0:
         raise DataError(f"input {path} is empty: remove it or give a file with text")
     suffix = Path(plain_name(path.name)[0]).suffix
@@ -235,6 +240,12 @@ def _format(stream: io.BufferedReader, where: str) -> str:
         raise DataError(
             f"{where} may be text or JSON: say which with --format text, jsonl (an object per "
             "line) or json (an array)"
+        )
+    zeros = head.count(0) > len(head) // 4 and head[:1] not in (b"\xfe", b"\xff")
+    if zeros and named in (None, "text"):
+        raise DataError(
+            f"{where} is mostly zeros and no UTF-8 text: convert it (for example with iconv -f "
+            "UTF-16LE -t UTF-8), or take it as it stands with --format text"
         )
     return named or "text"
 

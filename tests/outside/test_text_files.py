@@ -177,6 +177,16 @@ GIVES: dict[str, tuple[str, bytes, list[str]]] = {
         tar_of(("0.txt", ROWS[0]), ("0.json", lines(TEXTS[:1]))),
         TEXTS[:1],
     ),
+    "samples of JSON, and JSON about it": (
+        "a.tar",
+        tar_of(("0.json", b'{"text": "x"}'), ("0.meta.json", b'{"url": 1}')),
+        ["x"],
+    ),
+    "metadata behind several texts' names": (
+        "a.tar",
+        tar_of(("0.txt", ROWS[0]), ("1.json", lines(TEXTS[1:2])), ("1.txt", b" \n")),
+        [TEXTS[0], " \n", TEXTS[1]],
+    ),
     "names with many dots": (
         "a.tar",
         tar_of(("wiki.train.tokens", ROWS[0]), ("wiki.valid.tokens", ROWS[1])),
@@ -206,6 +216,13 @@ GIVES: dict[str, tuple[str, bytes, list[str]]] = {
     "JSON array in one line": ("a.json", json.dumps([{"text": t} for t in TEXTS]).encode(), TEXTS),
     "JSON lines called .json": ("a.json.gz", gzip.compress(lines()), TEXTS),
     "one JSON object over lines": ("a.json", json.dumps({"text": "x"}, indent=1).encode(), ["x"]),
+    "JSON objects end to end": (
+        "a.json",
+        json.dumps({"text": "x"}, indent=1).encode() + json.dumps({"text": "y"}, indent=1).encode(),
+        ["x", "y"],
+    ),
+    "JSON arrays end to end": ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]\n', ["x", "y"]),
+    "JSON lines behind blank ones": ("a.json", b"\n\n" + lines(), TEXTS),
     "ndjson": ("a.ndjson", lines(), TEXTS),
     "jl": ("a.jl", lines(), TEXTS),
     "JSONL in capitals": ("a.JSONL", lines(), TEXTS),
@@ -245,7 +262,7 @@ def test_every_text_is_read_once(tmp_path: Path, situation: str) -> None:
         assert rest == texts[number + 1 :], "a resumed preparation goes on behind any document"
     # Evaluation reads the very same: documents with an EOS behind each.
     found = read_blocks(path, BytesTokenizer(), 1, TextSettings())
-    assert found.tokens == sum(len(text.encode()) + 1 for text in texts)
+    assert found.tokens == sum(len(text.encode()) + 1 for text in texts if text.strip())
 
 
 REFUSED: dict[str, tuple[str, bytes, str]] = {
@@ -279,7 +296,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "two texts in each sample": (
         "a.tar",
         tar_of(*((f"{k}.{what}.txt", ROWS[0]) for k in range(3) for what in ("caption", "title"))),
-        r"several texts in a sample \(\.caption\.txt, \.title\.txt\): name one with --members",
+        r"several texts in a sample \(\.caption\.txt, \.title\.txt of 1\): name one with --members",
+    ),
+    "two texts in one sample with a picture": (
+        "a.tar",
+        tar_of(("0.jpg", b"\xff"), ("0.txt", ROWS[0]), ("0.caption.txt", ROWS[1])),
+        r"several texts in a sample \(\.caption\.txt, \.txt of 0\)",
     ),
     "a text and JSON of another text": (
         "a.tar",
@@ -311,6 +333,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "lists in a table": ("a.parquet", table([["a"], ["b"]]), "column 'text' is a list"),
     "text of Latin-1": ("a.txt", b"caf\xe9", r"byte 0xe9 at offset 3 .*iconv -f ISO-8859-1"),
     "text of UTF-16": ("a.txt", "caf".encode("utf-16"), r"not UTF-8: .*iconv -f UTF-16"),
+    "text of UTF-32": ("a.txt", "caf".encode("utf-32"), r"not UTF-8: .*iconv -f UTF-32"),
+    "text of UTF-16 without a mark": ("a.txt", "café".encode("utf-16-le"), "mostly zeros and no"),
+    "an empty file": ("a.txt", b"", "a.txt is empty"),
     "lines of an old Macintosh": ("a.jsonl", lines(end="\r"), r"a\.jsonl:1 is not JSON.*CR alone"),
     "an array called .jsonl": ("a.jsonl", b'[{"text": "x"}]', r"with --format json"),
     "JSON that no name tells": ("data", lines(), "say which with --format text, jsonl"),
@@ -383,7 +408,10 @@ def test_one_file_by_many_names_is_read_once(
     assert len(lone.files) == 1
 
 
-def test_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_a_pipe_and_a_link_to_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to("nowhere.txt")
+    with pytest.raises(DataError, match=r"link\.txt is a link to nothing"):
+        DocumentStream([str(tmp_path / "*.txt")])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="as a pipe cannot: save it to a file"):
         DocumentStream([str(tmp_path / "pipe")])
