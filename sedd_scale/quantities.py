@@ -13,6 +13,11 @@ def format_count(value: float) -> str:
     return f"{value:.1f}T"
 
 
+def with_error(value: float, error: float, sign: str) -> str:
+    """A number and its standard error, if it has one: 5.0912 ± 0.5598."""
+    return f"{value:.4f}" + (f" {sign} {error:.4f}" if math.isfinite(error) else "")
+
+
 def format_duration(seconds: float) -> str:
     """The two largest units: 41s, 3m12s, 2h05m, 1d07h."""
     if not math.isfinite(seconds):

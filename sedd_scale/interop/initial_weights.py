@@ -94,6 +94,16 @@ class InitialWeights:
         grown = f", {self.grown} tokens added" if self.grown else ""
         return f"initialised from {self.source.path} ({self.source.format}{step}{grown})"
 
+    def beyond(self, block_length: int) -> str | None:
+        """A note where the run's blocks are longer than those the source was trained on."""
+        trained = self.source.described.block_length
+        if trained is None or block_length <= trained:
+            return None
+        return (
+            f"note: blocks of {block_length} tokens are longer than the {trained} that "
+            f"{self.source.path} was trained on"
+        )
+
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """One parameter, whole, float32, in the run's shape, and which of its numbers are given.
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from sedd_scale.quantities import format_count, format_duration
+from sedd_scale.quantities import format_count, format_duration, with_error
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -205,7 +205,7 @@ class LiveConsole:
         validation = Text("–")
         if self._validation is not None:
             step, nats, stderr = self._validation
-            validation = Text(f"{nats:.4f} ± {stderr:.4f}", style="bold")
+            validation = Text(with_error(nats, stderr, "±"), style="bold")
             validation.append(f" at step {step:,}", style="dim")
         return [
             ("loss", loss),
@@ -303,8 +303,9 @@ def format_validation_line(
     perplexity = math.exp(min(nats_per_token, 700.0))
     digits = f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
     return (
-        f"step {step}/{total_steps}  validation bound {nats_per_token:.4f} +- {stderr:.4f} "
-        f"nats/token (averaged weights, perplexity {digits})"
+        f"step {step}/{total_steps}  validation bound "
+        f"{with_error(nats_per_token, stderr, '+-')} nats/token "
+        f"(averaged weights, perplexity {digits})"
     )
 
 

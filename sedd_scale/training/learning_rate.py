@@ -2,7 +2,7 @@
 
 import math
 
-from sedd_scale.config import OptimizerConfig
+from sedd_scale.config import Config, OptimizerConfig
 
 
 def learning_rate(step: int, optimizer_config: OptimizerConfig, total_steps: int) -> float:
@@ -34,6 +34,18 @@ def learning_rate(step: int, optimizer_config: OptimizerConfig, total_steps: int
     assert optimizer_config.schedule == "wsd", optimizer_config.schedule
     left = _clamp((total_steps - step) / max(1, optimizer_config.decay_steps))
     return peak * (floor + (1.0 - floor) * left)
+
+
+def unreached_rate(config: Config) -> str | None:
+    """A note where the run ends before the warm-up does, and so before its learning rate is lr."""
+    warmup, steps = config.optimizer.warmup_steps, config.training.steps
+    if warmup <= steps:
+        return None
+    highest = learning_rate(steps - 1, config.optimizer, steps)
+    return (
+        f"note: optimizer.warmup_steps={warmup} is more than training.steps={steps}: the learning "
+        f"rate ends at {highest:.3g}, below optimizer.lr={config.optimizer.lr:g}"
+    )
 
 
 def _clamp(value: float) -> float:

@@ -32,7 +32,7 @@ from sedd_scale.tracking.utilisation import Utilisation
 from sedd_scale.training.bad_steps import BadSteps, stopped_at
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.guards import StepGuard
-from sedd_scale.training.learning_rate import learning_rate
+from sedd_scale.training.learning_rate import learning_rate, unreached_rate
 from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
 from sedd_scale.training.optimizer import AdamWithEMA
 from sedd_scale.training.replicas import check_replicas
@@ -89,6 +89,10 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         log.say(f"resumed {start.source} at step {start.step}")
     if initial is not None:
         log.say(initial.description)
+    longer = None if initial is None else initial.beyond(corpus.block_length)
+    for note in (unreached_rate(config), longer):
+        if note is not None:
+            log.say(note)
     batches = TrainBatches(corpus, config, graph, schedule, layout, skipped=start.skipped_shards)
     validation = None
     if config.training.valid_every:
