@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num-samples 16 --length 128 --steps 64 --sampler analytic --seed 0 "
         "--output samples.jsonl",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, precision="auto")
     add = parser.add_argument
     add(
         "--output",

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    *,
+    precision: str = "fp32",
+    leave_out: tuple[str, ...] = (),
 ) -> None:
     """Add --checkpoint, --weights, --tokenizer-path, --tensor, --precision and those that say what
     a checkpoint does not.
 
     Args:
+        precision: where none is given; "auto": bf16 on a GPU, fp32 on a CPU.
         leave_out: of the latter, names that the command has its own flag of.
     """
     parser.add_argument(
@@ -56,15 +60,18 @@ def add_model_arguments(
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="number format of the network; statistics stay fp32 or finer (%(default)s)",
+        choices=tuple(dict.fromkeys((precision, "fp32", "bf16"))),
+        default=precision,
+        help="number format of the network; statistics stay fp32 or finer (%(default)s"
+        f"{': bf16 on a GPU' * (precision == 'auto')})",
     )
     add_assumptions(parser, leave_out=leave_out)
 
 
 def open_model(arguments: argparse.Namespace) -> "ScoreModel":
     """The model that the flags name, in the layout they ask for, with its tokenizer if any.
+
+    `arguments.precision` becomes the one that was taken.
 
     Raises:
         ConfigError: the number of processes does not fit --tensor.
@@ -78,11 +85,14 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
 
     tokenizer = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
     assumptions = assumptions_of(arguments)
+    layout = initialize_layout(tensor=arguments.tensor)
+    if arguments.precision == "auto":
+        arguments.precision = "bf16" if layout.device.type == "cuda" else "fp32"
     model = load_pretrained(
         arguments.checkpoint,
         weights=arguments.weights,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision],
-        layout=initialize_layout(tensor=arguments.tensor),
+        layout=layout,
         assumptions=assumptions,
     )
     if tokenizer is not None:
