@@ -106,7 +106,7 @@ def load_checkpoint(
     layout = fragments.layout
     with together(CheckpointError):
         path = find_checkpoint(path)
-        _verify(path, hashes=verify, rank=layout.rank, num_ranks=layout.world_size)
+        verify_files(path, hashes=verify, rank=layout.rank, num_ranks=layout.world_size)
     with together(CheckpointError):
         meta = read_meta(path)
         check(Path(path), meta)
@@ -152,7 +152,7 @@ def load_weights(
     """
     assert weights in ("ema", "master"), weights
     path = find_checkpoint(path)
-    _verify(path, hashes=verify)
+    verify_files(path, hashes=verify)
     meta = read_meta(path)
     metadata = _read_metadata(path)
     parameters = list(parameters)
@@ -180,7 +180,7 @@ def load_weights(
     return meta
 
 
-def _verify(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> None:
+def verify_files(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1) -> None:
     """Compare this process's share of the files, and the sizes of all, with the manifest.
 
     Raises:

@@ -38,6 +38,7 @@ class Assumptions:
     )
     mask_id: int | None = _said(
         "id of the mask among its states (assumed: the last); tokens behind it move up by one",
+        "mask_id",
         type=int,
         metavar="ID",
     )
@@ -84,19 +85,18 @@ class Assumptions:
         """Names of the fields that were set."""
         return [item.name for item in fields(self) if getattr(self, item.name) is not None]
 
-    def overrides(self) -> list[str]:
-        """The fields that were set as dotted overrides of a configuration."""
-        return [
-            f"{KEYS[name]}={text_of(getattr(self, name))}" for name in self.given() if KEYS[name]
-        ]
 
-
-# Our key of each field; "mask_id" and "network" have none.
+# Our key of each field; "network" has none.
 KEYS = {item.name: item.metadata["key"] for item in fields(Assumptions)}
 # A command may have a flag of its own of that name.
 _DEST = "said_{}"
 # Where the flag is not the name.
 _FLAGS = {"eps": "noise-eps"}
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + _FLAGS.get(name, name.replace("_", "-"))
 
 
 def text_of(value: Any) -> str:
@@ -111,9 +111,10 @@ def add_assumptions(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ..
     )
     for item in fields(Assumptions):
         if item.name not in leave_out:
-            flag = "--" + _FLAGS.get(item.name, item.name.replace("_", "-"))
             help, options = item.metadata["help"], item.metadata["options"]
-            group.add_argument(flag, dest=_DEST.format(item.name), help=help, **options)
+            group.add_argument(
+                flag_of(item.name), dest=_DEST.format(item.name), help=help, **options
+            )
 
 
 def assumptions_of(arguments: argparse.Namespace) -> Assumptions | None:

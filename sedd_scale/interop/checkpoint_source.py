@@ -4,7 +4,7 @@ Names, shapes and row order are ours, whatever the file's are.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_scale.config import Config, config_from_dict
-from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.config import Config
+from sedd_scale.errors import CheckpointError
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
@@ -155,22 +155,6 @@ def check_tensors(path: Path, expected: Mapping[str, Shape], found: Mapping[str,
     ]
     if problems:
         raise CheckpointError(f"{path} does not hold the model it describes: {'; '.join(problems)}")
-
-
-def described_config(
-    path: Path, sections: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()
-) -> Config:
-    """The configuration that a checkpoint describes.
-
-    Raises:
-        CheckpointError: it describes a model that cannot be.
-    """
-    try:
-        config = config_from_dict(sections).override(*overrides)
-        config.validate()
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return config
 
 
 def _few(names: list[str]) -> str:

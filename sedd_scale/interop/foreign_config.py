@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sedd_scale.config import Config
 from sedd_scale.diffusion.objectives import D3PMAbsorb, MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.assumptions import KEYS, Assumptions, text_of
+from sedd_scale.interop.assumptions import KEYS, Assumptions, flag_of, text_of
 from sedd_scale.interop.foreign_files import CONFIG_FILE, read_json
 from sedd_scale.interop.pickled_files import plain
 
@@ -22,23 +22,19 @@ _OTHER_NETWORKS = {
     "causal": "which attends to the left alone",
     "causal_attention": "which attends to the left alone",
 }
-_MDLM = {
-    "graph.name": "absorb",
-    "training.objective": MaskedCrossEntropy.name,
-    "model.parametrisation": "score",
-}
-_DUO = {
-    "graph.name": "uniform",
-    "training.objective": ScoreEntropy.name,
-    "model.parametrisation": "mean",
-}
-_SEDD = {"training.objective": ScoreEntropy.name, "model.parametrisation": "score"}
+_SCORE = {"training.objective": ScoreEntropy.name, "model.parametrisation": "score"}
+SEDD: dict[str, Any] = {**_SCORE, "model.time_conditioning": True}
+_DUO = {**_SCORE, "model.parametrisation": "mean", "graph.name": "uniform"}
+_MDLM = {**_SCORE, "training.objective": MaskedCrossEntropy.name, "graph.name": "absorb"}
 _D3PM = {**_MDLM, "training.objective": D3PMAbsorb.name}
 # Programs, by a word in their model_type, architectures or algo.name; and parametrisations.
-_KINDS = {"mdlm": _MDLM, "udlm": _DUO, "duo": _DUO, "sedd": _SEDD, "d3pm": _D3PM}
-_PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SEDD, "d3pm": _D3PM}
+_KINDS = {"mdlm": _MDLM, "udlm": _DUO, "duo": _DUO, "sedd": _SCORE, "d3pm": _D3PM}
+_PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SCORE, "d3pm": _D3PM}
 # Ours, theirs, and the type of their values.
 _VALUES: tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...] = (
+    ("model.hidden_size", ("model.hidden_size", "hidden_dim"), (int,)),
+    ("model.num_layers", ("model.n_blocks", "n_blocks"), (int,)),
+    ("model.cond_dim", ("model.cond_dim", "cond_dim"), (int,)),
     ("model.num_heads", ("model.n_heads", "n_heads"), (int,)),
     ("model.dropout", ("model.dropout", "dropout"), (float, int)),
     ("model.scale_by_sigma", ("model.scale_by_sigma",), (bool,)),
@@ -49,8 +45,13 @@ _VALUES: tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...] = (
     ("noise.eps", ("noise.eps",), (float, int)),
     ("mask_id", ("mask_token_id", "mask_index"), (int,)),
 )
-_GRAPHS = {"absorb": "absorb", "absorbing": "absorb", "absorbingstate": "absorb"}
-_GRAPHS["uniform"] = "uniform"
+_GRAPHS = {"absorb": "absorb", "absorbingstate": "absorb", "uniform": "uniform"}
+# What is assumed where nothing says it, and of it what only one graph has.
+ASSUMED = (
+    *("objective", "parametrisation", "graph", "noise", "block_length", "num_heads"),
+    *("time_conditioning", "mask_id"),
+)
+OF_ONE = ("model.parametrisation", "mask_id")
 _NOISES = {name: name for name in ("loglinear", "geometric", "cosine", "linear")}
 
 
@@ -61,111 +62,93 @@ class Said(NamedTuple):
     words: str
 
 
-_NOTHING = Said(None, "")
-
-
-def said_by(path: Path, tree: Mapping[str, Any], assumptions: Assumptions) -> dict[str, Said]:
-    """What is said of a checkpoint, by our keys; of `mask_id` besides.
-
-    Args:
-        path: the file of weights.
-        tree: what it holds beside them.
-        assumptions: what the user says, where the files do not.
-
-    Raises:
-        CheckpointError: it is another kind of network, one of an unknown kind, or contradicts an
-            assumption.
-    """
-    found: dict[str, Said] = {}
-    for file, raw in _configurations(path, tree):
-        for name, item in _said(file, raw, assumptions).items():
-            found.setdefault(name, item)
-    if found.get("graph.name", _NOTHING).value == "uniform":
-        found.pop("model.scale_by_sigma", None)  # of absorb alone, though all configurations say it
-    for field, key in KEYS.items():
-        key, assumed = key or field, getattr(assumptions, field)
-        if assumed is not None and key in found and found[key].value != assumed:
-            raise CheckpointError(
-                f"{path}: {found[key].words}, not {text_of(assumed)}: use that, and leave "
-                f"--{field.replace('_', '-')} out"
-            )
-    return found
-
-
-def sections_of(known: Mapping[str, Said]) -> dict[str, dict[str, Any]]:
-    """Values by section and key."""
-    sections: dict[str, dict[str, Any]] = {}
-    for dotted, said in known.items():
-        section, _, key = dotted.partition(".")
-        if key:
-            sections.setdefault(section, {})[key] = said.value
-    return sections
-
-
-def assumed(
-    config: Config,
-    known: Mapping[str, Said],
-    assumptions: Assumptions,
-    has_frequencies: bool,
-    mask_id: int | None,
-) -> dict[str, str]:
-    """Flag and value of what neither the files nor the user say."""
-    found = {}
-    for field in (
-        "objective",
-        "parametrisation",
-        "graph",
-        "noise",
-        "block_length",
-        "num_heads",
-        "time_conditioning",
-    ):
-        key = KEYS[field]
-        section, name = key.split(".")
-        says = getattr(assumptions, field) is not None or (key in known and known[key].words)
-        if says or (field == "num_heads" and has_frequencies):
-            continue
-        if field == "parametrisation" and config.graph.name == "absorb":
-            continue
-        found[f"--{field.replace('_', '-')}"] = text_of(getattr(getattr(config, section), name))
-    if config.graph.name == "absorb" and mask_id is None:
-        found["--mask-id"] = str(config.model.vocab_size)
-    return found
-
-
+NOTHING = Said(None, "")
 # Vocabularies of tokenizers that have a mask of their own, by their number of states.
 _OWN_MASKS = {
     35: ("text8's characters in MDLM's code", 4),
     30_522: ("BERT's uncased word pieces", 103),
     28_996: ("BERT's cased word pieces", 103),
 }
+# What config.json of a published SEDD has to say.
+_PUBLISHED = (
+    *("tokens", "graph.type", "noise.type", "model.n_heads", "model.length"),
+    *("model.scale_by_sigma", "model.hidden_size", "model.n_blocks", "model.cond_dim"),
+)
 
 
-def mask_of(path: Path, config: Config, said: Said | None, assumptions: Assumptions) -> int | None:
-    """The mask's id where it is said; None: the last.
+def known_of(path: Path, tree: Mapping[str, Any], assumptions: Assumptions) -> dict[str, Said]:
+    """What the files or the user say of a checkpoint, by our keys; of `mask_id` besides.
+
+    Args:
+        path: the file of weights.
+        tree: what it holds beside them.
+
+    Raises:
+        CheckpointError: it is another kind of network, one of an unknown kind, or both contradict.
+    """
+    found: dict[str, Said] = {}
+    for file, raw in _configurations(path, tree):
+        found = {**_said(file, raw, assumptions), **found}
+    for name in assumptions.given():
+        key, value, flag = KEYS[name], getattr(assumptions, name), flag_of(name)
+        if key in found and found[key].value != value:
+            raise CheckpointError(
+                f"{path}: {found[key].words}, not {text_of(value)}: use that, and leave {flag} out"
+            )
+        if key:
+            found[key] = Said(value, flag)
+    return found
+
+
+def assumed(known: Mapping[str, Said], config: Config, has_heads: bool) -> dict[str, str]:
+    """Flag and value of what neither the files nor the user say."""
+    found = {}
+    for name in ASSUMED:
+        key = KEYS[name]
+        if known.get(key, NOTHING).words or (name == "num_heads" and has_heads):
+            continue
+        if key == "mask_id":
+            value: Any = config.model.vocab_size
+        else:
+            section, _, field = key.partition(".")
+            value = getattr(getattr(config, section), field)
+        if config.graph.name == ("uniform" if key == "mask_id" else "absorb") and key in OF_ONE:
+            continue
+        found[flag_of(name)] = text_of(value)
+    return found
+
+
+def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None:
+    """The mask's id where it is not the last.
 
     Raises:
         CheckpointError: there is no such state, no mask at all, or a tokenizer of this size has its
             own and nothing says which it is.
     """
-    given = assumptions.mask_id if assumptions.mask_id is not None else said and said.value
+    said = known.get("mask_id", NOTHING)
+    given: int | None = said.value
     assert config.model.vocab_size is not None
-    states = config.model.vocab_size + 1
+    last = config.model.vocab_size
     if config.graph.name != "absorb":
-        if assumptions.mask_id is not None:
+        if said.words.startswith("--"):
             raise CheckpointError(f"{path}: --mask-id belongs to --graph absorb: leave it out")
         return None
-    if given is None and states in _OWN_MASKS:
-        what, where = _OWN_MASKS[states]
+    if given is None and last + 1 in _OWN_MASKS:
+        what, where = _OWN_MASKS[last + 1]
         raise CheckpointError(
-            f"{path} has {states} states, as many as {what}, whose mask is {where}: give --mask-id "
-            f"{where}, or --mask-id {states - 1} if it is the last"
+            f"{path} has {last + 1} states, as many as {what}, whose mask is {where}: give "
+            f"--mask-id {where}, or --mask-id {last} if it is the last"
         )
-    if given is not None and not 0 <= given < states:
+    if given is not None and not 0 <= given <= last:
         raise CheckpointError(
-            f"{path}: --mask-id {given} is none of its {states} states: change it"
+            f"{path}: --mask-id {given} is none of its {last + 1} states: change it"
         )
-    return given
+    return None if given == last else given
+
+
+def is_published(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of the published SEDD format."""
+    return "tokens" in raw or {"graph", "model"} <= raw.keys()
 
 
 def _configurations(
@@ -213,20 +196,33 @@ def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[
     found |= _chosen(file, raw, "graph.name", ("graph.type", "diffusion"), _GRAPHS, assumptions)
     found |= _chosen(file, raw, "noise.name", ("noise.type",), _NOISES, assumptions)
     kind, words = _kind(file, raw)
+    if is_published(raw):
+        missing = [name for name in _PUBLISHED if _value(raw, name) is None]
+        if missing and file.name == CONFIG_FILE:
+            raise CheckpointError(
+                f"{file} lacks the key {missing[0].rpartition('.')[2]!r}; it must have "
+                f"{', '.join(_PUBLISHED)}"
+            )
+        kind, words = SEDD, "graph and tokens, as SEDD's"
+        if isinstance(raw.get("tokens"), int):
+            tokens = Said(raw["tokens"], f"{file.name} says tokens={raw['tokens']}")
+            found["model.vocab_size"] = found["mask_id"] = tokens
     if kind is None and words and assumptions.objective is None:
         raise CheckpointError(
             f"{file} says {words}, which is not known here: say what it is, as --objective "
             f"{MaskedCrossEntropy.name} (MDLM), or --objective {ScoreEntropy.name} (SEDD), or "
             "--graph uniform --parametrisation mean with the latter (Duo)"
         )
-    if kind in (_MDLM, _D3PM) and found.get("graph.name", _NOTHING).value == "uniform":
+    if kind in (_MDLM, _D3PM) and found.get("graph.name", NOTHING).value == "uniform":
         kind = _DUO  # UDLM's parametrisations
+    if kind is _DUO:  # scaled scores are of absorb alone, though all configurations have the key
+        found.pop("model.scale_by_sigma", None)
     for key, value in (kind or {}).items():
         found.setdefault(key, Said(value, f"{file.name} says {words} ({key}={value})"))
     return found
 
 
-def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, str] | None, str]:
+def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """The kind of network that a configuration names, if it is a known one, and its words."""
     words = ""
     architectures = raw.get("architectures")

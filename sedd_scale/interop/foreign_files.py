@@ -189,23 +189,6 @@ def _listed(networks: Mapping[str, Network]) -> str:
     return ", ".join(repr(place) for place in networks)
 
 
-def network_of(file: Path, state: Mapping[str, Any], pickled: PickledFile) -> Network:
-    """The network of one state dict.
-
-    Raises:
-        CheckpointError: it holds none, or several.
-    """
-    found = list(_networks(file, _entries(pickled, state)))
-    if len(found) != 1:
-        some = ", ".join(map(str, list(state)[:3]))
-        raise CheckpointError(
-            f"{file}: missing {_ANCHOR} [V, H] in model, which holds {some or 'nothing'}"
-            if not found
-            else f"{file}: model holds several networks ({', '.join(n.prefix for n in found)})"
-        )
-    return found[0]
-
-
 def read_json(file: Path) -> Mapping[str, Any]:
     """A configuration in JSON; empty where there is no such file.
 
@@ -258,16 +241,14 @@ def _state_dicts(
 
 
 def _entries(pickled: PickledFile, state: Mapping[Any, Any]) -> dict[str, Entry]:
-    def entry(name: str, tensor: Tensor) -> Entry:
-        return Entry(*described(name, tensor), lambda: pickled.read(tensor))
-
-    return {str(name): entry(str(name), t) for name, t in state.items() if isinstance(t, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: entry_of(pickled, name, tensor) for name, tensor in tensors.items()}
 
 
-def described(name: str, tensor: Tensor) -> tuple[str, Shape, str, int]:
-    """Name, shape, type and bytes of a tensor of a pickled file."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return name, tuple(tensor.shape), dtype, size_in_bytes(tensor)
+def entry_of(pickled: PickledFile, name: str, tensor: Tensor) -> Entry:
+    """The entry of a tensor in the tree of a pickled file."""
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    return Entry(name, shape, dtype, size_in_bytes(tensor), lambda: pickled.read(tensor))
 
 
 def _safetensors(file: Path) -> dict[str, Entry]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sedd_scale.config import Config
-from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import Shape, described_config
+from sedd_scale.config import Config, config_from_dict
+from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.checkpoint_source import Shape
+from sedd_scale.interop.foreign_config import NOTHING, Said
 from sedd_scale.interop.sedd_names import INV_FREQ
 
 DEFAULT_BLOCK_LENGTH = 1024
@@ -22,19 +22,12 @@ _MATRICES = {
 }
 
 
-def config_of_shapes(
-    path: Path,
-    shapes: Mapping[str, Shape],
-    assumptions: Assumptions,
-    *,
-    known: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Config:
+def config_of_shapes(path: Path, shapes: Mapping[str, Shape], known: Mapping[str, Said]) -> Config:
     """The configuration of the model whose tensors have these shapes.
 
     Args:
         shapes: by published name, `INV_FREQ` included where it is there.
-        assumptions: what shapes cannot tell; they win over everything else.
-        known: sections that the format itself gives.
+        known: what is said, by our keys; it wins over the shapes.
 
     Raises:
         CheckpointError: a tensor that the sizes are read from is missing, or no such model can be.
@@ -50,7 +43,7 @@ def config_of_shapes(
             raise CheckpointError(f"{path}: {name} is {list(found)} and should be {wanted}")
     states, width = shapes["vocab_embed.embedding"]
     blocks = [int(match[1]) for match in map(_BLOCK.match, shapes) if match]
-    graph = assumptions.graph or (known or {}).get("graph", {}).get("name", "absorb")
+    graph = known.get("graph.name", NOTHING).value or "absorb"
     head_dim = 2 * shapes[INV_FREQ][0] if INV_FREQ in shapes else DEFAULT_HEAD_DIM
     sections: dict[str, dict[str, Any]] = {
         "model": {
@@ -64,9 +57,15 @@ def config_of_shapes(
         "graph": {"name": graph},
         "data": {"block_length": DEFAULT_BLOCK_LENGTH},
     }
-    for section, values in (known or {}).items():
-        sections.setdefault(section, {}).update(values)
-    config = described_config(path, sections, assumptions.overrides())
+    for dotted, said in known.items():
+        section, _, key = dotted.partition(".")
+        if key:
+            sections.setdefault(section, {})[key] = said.value
+    try:
+        config = config_from_dict(sections)
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if INV_FREQ in shapes and config.head_dim != head_dim:
         raise CheckpointError(
             f"{path}: {INV_FREQ} [{head_dim // 2}] belongs to heads of width {head_dim}, but "

@@ -6,6 +6,7 @@ from sedd_scale.checkpoint.directory import is_ours, warn_once
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
+from sedd_scale.interop.foreign_config import is_published
 from sedd_scale.interop.foreign_files import (
     CONFIG_FILE,
     STANDARD_FILES,
@@ -14,11 +15,10 @@ from sedd_scale.interop.foreign_files import (
     read_json,
     weights_file,
 )
-from sedd_scale.interop.mdlm import MdlmSource
+from sedd_scale.interop.foreign_source import ForeignSource
 from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pickled_files import PickledFile
 from sedd_scale.interop.reference_training import ReferenceTrainingSource
-from sedd_scale.interop.sedd_directory import PublishedSource
 
 FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
 # These say everything themselves.
@@ -55,13 +55,11 @@ def open_checkpoint(
     if found == "native":
         return NativeSource(path, verify=verify)
     path = described_path(path)
-    if found == "sedd-hf":
-        return PublishedSource(path)
     source: CheckpointSource
     if found == "sedd-train":
         source = ReferenceTrainingSource(path, assumptions)
     else:
-        source = MdlmSource(path, assumptions)
+        source = ForeignSource(path, found, assumptions)
     if source.described.assumed:
         values = ", ".join(f"{flag} {value}" for flag, value in source.described.assumed.items())
         warn_once(f"note: {path} does not say all of itself; assumed is {values}")
@@ -85,7 +83,7 @@ def detect_format(path: Path) -> str:
             )
         return "native"
     raw = read_json(path / CONFIG_FILE) if path.is_dir() else {}
-    if "tokens" in raw or {"graph", "model"} <= raw.keys():
+    if is_published(raw):
         return "sedd-hf"
     file = weights_file(path)
     if file.name.endswith(".index.json") or is_safetensors(file):

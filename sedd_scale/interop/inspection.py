@@ -1,31 +1,13 @@
 """What a checkpoint is: its format, model, run and tensors, without reading its weights."""
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import CheckpointSource
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape
 from sedd_scale.interop.formats import open_checkpoint
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors that differ in their block alone.
-
-    Attributes:
-        name: with * in the place of the block's number.
-        shape, dtype: of each.
-        count: how many there are.
-        num_bytes: of all of them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    count: int
-    num_bytes: int
 
 
 def inspect(path: str | Path, assumptions: Assumptions | None = None) -> str:
@@ -37,24 +19,13 @@ def inspect(path: str | Path, assumptions: Assumptions | None = None) -> str:
     return "\n".join(_lines(open_checkpoint(path, assumptions=assumptions)))
 
 
-def group_tensors(source: CheckpointSource) -> list[Group]:
-    """The tensors of a checkpoint, blocks taken together, in the order of the file."""
-    groups: dict[tuple[str, tuple[int, ...], str], Group] = {}
+def group_tensors(source: CheckpointSource) -> dict[tuple[str, Shape, str], list[int]]:
+    """Bytes of the tensors of a checkpoint by name (* for the block), shape and type."""
+    groups: dict[tuple[str, Shape, str], list[int]] = {}
     for name, shape, dtype, num_bytes in source.contents():
-        words = name.split(".")
-        starred = ".".join("*" if word.isdigit() and i else word for i, word in enumerate(words))
-        if "blocks" not in words:
-            starred = name
-        key = (starred, shape, dtype)
-        before = groups.get(key)
-        groups[key] = Group(
-            starred,
-            shape,
-            dtype,
-            1 if before is None else before.count + 1,
-            num_bytes if before is None else before.num_bytes + num_bytes,
-        )
-    return list(groups.values())
+        starred = re.sub(r"(\bblocks\.(?:\w+\.)*?)\d+\.", r"\1*.", name, count=1)
+        groups.setdefault((starred, shape, dtype), []).append(num_bytes)
+    return groups
 
 
 def _lines(source: CheckpointSource) -> Iterator[str]:
@@ -97,11 +68,11 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
         values = ", ".join(f"{flag} {value}" for flag, value in described.assumed.items())
         yield f"assumed     {values}"
     groups = group_tensors(source)
-    count, num_bytes = sum(g.count for g in groups), sum(g.num_bytes for g in groups)
-    yield f"tensors     {count}, {num_bytes:,} bytes"
-    width = max(len(group.name) for group in groups)
-    for group in groups:
+    sizes = [size for group in groups.values() for size in group]
+    yield f"tensors     {len(sizes)}, {sum(sizes):,} bytes"
+    width = max(len(name) for name, _, _ in groups)
+    for (name, shape, dtype), group in groups.items():
         yield (
-            f"  {group.name:{width}}  {group.count:4} x {list(group.shape)!s:16} {group.dtype:9} "
-            f"{group.num_bytes:15,} bytes"
+            f"  {name:{width}}  {len(group):4} x {list(shape)!s:16} {dtype:9} "
+            f"{sum(group):15,} bytes"
         )

@@ -84,7 +84,6 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
     from sedd_scale.parallel.layout import initialize_layout
 
     tokenizer = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
-    assumptions = assumptions_of(arguments)
     layout = initialize_layout(tensor=arguments.tensor)
     if arguments.precision == "auto":
         arguments.precision = "bf16" if layout.device.type == "cuda" else "fp32"
@@ -93,7 +92,7 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
         weights=arguments.weights,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision],
         layout=layout,
-        assumptions=assumptions,
+        assumptions=assumptions_of(arguments),
     )
     if tokenizer is not None:
         own = model.tokenizer
@@ -104,7 +103,7 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
                 f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer-path out"
             )
         model.tokenizer = tokenizer
-    fit_tokenizer(model, None if assumptions is None else assumptions.mask_id)
+    fit_tokenizer(model)
     return model
 
 
@@ -127,11 +126,8 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return load_tokenizer(path)
 
 
-def fit_tokenizer(model: "ScoreModel", mask_id: int | None = None) -> None:
+def fit_tokenizer(model: "ScoreModel") -> None:
     """Adapt the model's tokenizer to its vocabulary, and say so where it has fewer tokens.
-
-    Args:
-        mask_id: of the tokenizer's ids, the mask, where it has one.
 
     Raises:
         DataError: it has another vocabulary.
@@ -139,7 +135,7 @@ def fit_tokenizer(model: "ScoreModel", mask_id: int | None = None) -> None:
     if model.tokenizer is None:
         return
     before, num_tokens = model.tokenizer.vocab_size, model.graph.num_tokens
-    model.tokenizer = adapted(model.tokenizer, num_tokens, mask_id)
+    model.tokenizer = adapted(model.tokenizer, num_tokens)
     if before < num_tokens:
         warn_once(
             f"note: the {model.tokenizer.kind} tokenizer has {before} tokens and the checkpoint "

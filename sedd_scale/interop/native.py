@@ -36,14 +36,8 @@ from sedd_scale.checkpoint.directory import (
     read_meta,
 )
 from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
-from sedd_scale.checkpoint.manifest import (
-    MANIFEST,
-    FileRecord,
-    first_wrong_hash,
-    first_wrong_size,
-    read_manifest,
-    write_manifest,
-)
+from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
+from sedd_scale.checkpoint.reading import verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.checkpoint_source import (
@@ -95,7 +89,7 @@ class NativeSource(CheckpointSource):
         self._reader = dcp.FileSystemReader(self.path)
         with _reading(self.path):
             self._metadata: Metadata = self._reader.read_metadata()
-        self._check_files(hashes=verify)
+        verify_files(self.path, hashes=verify)
         found = {
             name: tuple(tensor.size)
             for name, tensor in self._metadata.state_dict_metadata.items()
@@ -107,25 +101,6 @@ class NativeSource(CheckpointSource):
             for key in STATE_KEYS
         }
         check_tensors(self.path, expected, found)
-
-    def _check_files(self, *, hashes: bool) -> None:
-        """Sizes and hashes by the manifest; of a checkpoint older than manifests, sizes alone."""
-        if (self.path / MANIFEST).is_file():
-            try:
-                files = read_manifest(self.path)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from None
-            problem = first_wrong_size(self.path, files)
-            if problem is None and hashes:
-                problem = first_wrong_hash(self.path, files)
-            if problem is not None:
-                raise CheckpointError(problem)
-        for info in self._metadata.storage_data.values():
-            file = self.path / info.relative_path
-            if not file.is_file():
-                raise CheckpointError(f"checkpoint {self.path} is incomplete: no {file.name}")
-            if file.stat().st_size < info.offset + info.length:
-                raise CheckpointError(f"checkpoint file {file} is cut short")
 
     def _read(self, name: str, key: str) -> Tensor:
         # What dcp.load does for a state dict of this one tensor, its index being read already.

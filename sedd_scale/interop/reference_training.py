@@ -25,10 +25,10 @@ from sedd_scale.interop.checkpoint_source import (
     Shape,
     check_tensors,
 )
-from sedd_scale.interop.foreign_config import assumed, mask_of, said_by, sections_of
-from sedd_scale.interop.foreign_files import described, network_of, weights_file
+from sedd_scale.interop.foreign_config import SEDD, Said, assumed, known_of, mask_of
+from sedd_scale.interop.foreign_files import Entry, entry_of, open_weights, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
-from sedd_scale.interop.pickled_files import PickledFile, placeholder, tensors_in, write_pickled
+from sedd_scale.interop.pickled_files import placeholder, tensors_in, write_pickled
 from sedd_scale.interop.sedd_directory import (
     check_expressible,
     published_shapes,
@@ -61,19 +61,18 @@ class ReferenceTrainingSource(CheckpointSource):
     def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
         self.path = weights_file(path)
         assumptions = assumptions or Assumptions()
-        self._file = PickledFile(self.path)
-        tree = _dictionary(self.path, "the file", self._file.tree)
+        weights = open_weights(self.path, assumptions.network)
+        assert weights.file is not None
+        tree, shapes, self._file = weights.tree, weights.network.shapes, weights.file
         for key in ("model", "ema", "optimizer", "step"):
             if key not in tree:
                 raise CheckpointError(
                     f"{self.path} is not a training checkpoint: missing {key} (it has "
                     f"{', '.join(map(str, list(tree)[:6]))}; it needs model, ema, optimizer, step)"
                 )
-        model = _dictionary(self.path, "model", tree["model"])
-        network = network_of(self.path, model, self._file)
-        shapes = network.shapes
-        known = said_by(self.path, {}, assumptions)
-        config = config_of_shapes(self.path, shapes, assumptions, known=sections_of(known))
+        own = {key: Said(value, self.format) for key, value in SEDD.items()}
+        known = {**own, **known_of(self.path, {}, assumptions)}
+        config = config_of_shapes(self.path, shapes, known)
         expected = published_shapes(config)
         check_tensors(self.path, expected, without_buffer(shapes))
 
@@ -81,11 +80,11 @@ class ReferenceTrainingSource(CheckpointSource):
         numbered, group = _optimizer_state(self.path, tree["optimizer"])
         listed = [tuple(tensor.shape) for tensor in averages]
         order = parameter_order(self.path, expected, list(without_buffer(shapes)), listed)
-        self._tensors: dict[tuple[str, str], Tensor] = {}
-        self.mask_id = mask_of(self.path, config, known.get("mask_id"), assumptions)
+        self._tensors: dict[tuple[str, str], Entry] = {}
+        self.mask_id = mask_of(self.path, known, config)
         for number, name in enumerate(order):
-            self._tensors[name, "master"] = model[network.tensors[name].name]
-            self._tensors[name, "ema"] = averages[number]
+            self._tensors[name, "master"] = weights.network.tensors[name]
+            self._tensors[name, "ema"] = self._entry(name, "ema", averages[number])
         optimizer_step, self.holds = 0, frozenset({"master", "ema"})
         if any(numbered):
             self._take_moments(order, expected, numbered)
@@ -115,11 +114,14 @@ class ReferenceTrainingSource(CheckpointSource):
                 "param_group": _plain(group),
                 "extra_parameters": len(numbered) - len(order),
             },
-            assumed=assumed(config, known, assumptions, INV_FREQ in shapes, self.mask_id),
+            assumed=assumed(known, config, INV_FREQ in shapes),
         )
         self._theirs = {
             ours: name for name, ours in published_names(config.model.num_layers).items()
         }
+
+    def _entry(self, name: str, key: str, tensor: Tensor) -> Entry:
+        return entry_of(self._file, f"{name} ({key})", tensor)
 
     def _take_moments(
         self,
@@ -132,7 +134,7 @@ class ReferenceTrainingSource(CheckpointSource):
             own = numbered[number] if number < len(numbered) else {}
             for key in MOMENTS:
                 if isinstance(own.get(key), Tensor):
-                    self._tensors[name, key] = own[key]
+                    self._tensors[name, key] = self._entry(name, key, own[key])
                     found[f"{name}/{key}"] = tuple(own[key].shape)
         wanted = {f"{name}/{key}": expected[name] for name in order for key in MOMENTS}
         check_tensors(self.path, wanted, found)
@@ -162,15 +164,13 @@ class ReferenceTrainingSource(CheckpointSource):
         return steps.pop()
 
     def _read(self, name: str, key: str) -> Tensor:
-        tensor = self._file.read(self._tensors[self._theirs[name], key])
+        tensor = self._tensors[self._theirs[name], key].read()
         num_heads = self.described.config.model.num_heads
         return our_rows(name, tensor, num_heads, mask_id=self.mask_id)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
-        return [
-            described(f"{name} ({key})", tensor) for (name, key), tensor in self._tensors.items()
-        ]
+        return [entry.row for entry in self._tensors.values()]
 
 
 def write_reference_training(

@@ -12,24 +12,19 @@ from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.checkpoint_source import (
-    CheckpointSource,
     Description,
     Shape,
-    check_tensors,
     model_shapes,
-    tokenizer_in,
 )
-from sedd_scale.interop.foreign_files import CONFIG_FILE, open_weights, weights_file
+from sedd_scale.interop.foreign_files import CONFIG_FILE
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
 from sedd_scale.interop.sedd_names import (
     INV_FREQ,
     PUBLISHED_MLP_RATIO,
     ROTARY_BASE,
-    our_rows,
     published_config,
     published_names,
     published_rows,
-    read_published_config,
     rotary_frequencies,
 )
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
@@ -47,35 +42,6 @@ _EXPRESSIBLE = (
     ),
     ("model.parametrisation", "score", "readers take a network's outputs for log-scores"),
 )
-
-
-class PublishedSource(CheckpointSource):
-    """A directory in the published format."""
-
-    format = "sedd-hf"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.holds = frozenset({"ema"})
-        config = read_published_config(path)
-        self._network = open_weights(weights_file(path)).network
-        self.described = Description(
-            config=config,
-            block_length=config.data.block_length,
-            tokenizer_directory=tokenizer_in(path),
-        )
-        check_tensors(path, published_shapes(config), without_buffer(self._network.shapes))
-        self._theirs = {
-            ours: theirs for theirs, ours in published_names(config.model.num_layers).items()
-        }
-
-    def _read(self, name: str, key: str) -> Tensor:
-        tensor = self._network.tensors[self._theirs[name]].read()
-        return our_rows(name, tensor, self.described.config.model.num_heads)
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Name, shape, type and bytes of each tensor as the file has them."""
-        return [entry.row for entry in self._network.tensors.values()]
 
 
 def published_shapes(config: Config) -> dict[str, Shape]:

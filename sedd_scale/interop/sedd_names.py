@@ -4,16 +4,12 @@ Its parameter names and its row order of the joint query-key-value matrix differ
 published tensor corresponds to exactly one of ours and back, and so do gradients.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sedd_scale.config import Config
-from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.checkpoint_source import described_config
 
 _EMBEDDING_NAMES = {
     "vocab_embed.embedding": "embedding.tokens.weight",
@@ -93,50 +89,6 @@ def _kinds_first(weight: Tensor, num_heads: int) -> Tensor:
     rows, columns = weight.shape
     shaped = weight.view(num_heads, 3, rows // (3 * num_heads), columns)
     return shaped.transpose(0, 1).reshape(rows, columns)
-
-
-def read_published_config(directory: Path) -> Config:
-    """The configuration a published directory describes.
-
-    Raises:
-        CheckpointError: config.json is missing, is not JSON, or lacks a key we need.
-    """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no config.json; give a directory in the published SEDD format"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch the file again") from None
-    try:
-        model, noise = raw["model"], raw["noise"]
-        sections: dict[str, Any] = {
-            "model": {
-                "hidden_size": model["hidden_size"],
-                "num_layers": model["n_blocks"],
-                "num_heads": model["n_heads"],
-                "cond_dim": model["cond_dim"],
-                "dropout": model.get("dropout", 0.1),
-                "scale_by_sigma": model["scale_by_sigma"],
-                "vocab_size": raw["tokens"],
-            },
-            "graph": {"name": raw["graph"]["type"]},
-            "noise": {
-                "name": noise["type"],
-                "sigma_min": noise.get("sigma_min", 1e-4),
-                "sigma_max": noise.get("sigma_max", 20.0),
-                "eps": noise.get("eps", 1e-3),
-            },
-            "data": {"block_length": model["length"]},
-        }
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} lacks the key {error}; it must have tokens, graph.type, noise.type and "
-            "model.{hidden_size, n_blocks, n_heads, cond_dim, scale_by_sigma, length}"
-        ) from None
-    return described_config(path, sections)
 
 
 def published_config(config: Config, *, num_tokens: int, block_length: int) -> dict[str, Any]:

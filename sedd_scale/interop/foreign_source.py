@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.assumptions import KEYS, Assumptions
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
@@ -26,18 +26,19 @@ from sedd_scale.interop.checkpoint_source import (
     check_tensors,
     tokenizer_in,
 )
-from sedd_scale.interop.foreign_config import Said, assumed, mask_of, said_by, sections_of
-from sedd_scale.interop.foreign_files import Entry, described, open_weights, weights_file
+from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
+from sedd_scale.interop.foreign_files import Entry, entry_of, open_weights, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
 from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
 from sedd_scale.interop.sedd_directory import published_shapes, without_buffer
 from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
 
 
-class MdlmSource(CheckpointSource):
+class ForeignSource(CheckpointSource):
     """A file of weights, or a directory that holds one, maybe with its configuration.
 
     Args:
+        format: sedd-hf or mdlm: whether the configuration is SEDD's.
         assumptions: what the files do not say.
 
     Raises:
@@ -45,40 +46,35 @@ class MdlmSource(CheckpointSource):
             network may be two things and nothing says which.
     """
 
-    format = "mdlm"
-
-    def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, format: str, assumptions: Assumptions | None = None) -> None:
+        self.path, self.format = path, format
         assumptions = assumptions or Assumptions()
         file = weights_file(path)
         weights = open_weights(file, assumptions.network)
-        network = weights.network
-        known = meaning(file, network.prefix, said_by(file, weights.tree, assumptions), assumptions)
-        config = config_of_shapes(path, network.shapes, assumptions, known=sections_of(known))
+        prefix, shapes = weights.network.prefix, weights.network.shapes
+        known = meaning(file, prefix, known_of(file, weights.tree, assumptions))
+        config = config_of_shapes(path, shapes, known)
         expected = published_shapes(config)
-        averages = None if weights.averages is None else weights.averages.tensors
-        for tensors in (network.tensors, averages):
-            if tensors is not None:
-                check_tensors(
-                    path,
-                    {network.prefix + name: shape for name, shape in expected.items()},
-                    {
-                        network.prefix + name: tensor.shape
-                        for name, tensor in tensors.items()
-                        if name != INV_FREQ
-                    },
-                )
+        self._tensors = {"ema": weights.network.tensors, "master": weights.network.tensors}
+        if weights.averages is not None:
+            self._tensors["ema"] = weights.averages.tensors
+        for tensors in self._tensors.values():
+            check_tensors(
+                path,
+                {prefix + name: shape for name, shape in expected.items()},
+                {prefix + name: t.shape for name, t in tensors.items() if name != INV_FREQ},
+            )
         ema = weights.tree.get("ema")
-        if averages is None and isinstance(ema, dict) and ema and weights.file is not None:
-            averages = self._in_order(weights.file, ema, expected, network.shapes)
-        self._tensors = {"ema": averages or network.tensors, "master": network.tensors}
-        self.holds = frozenset({"ema", "master"} if averages else {"ema"})
-        self.mask_id = mask_of(path, config, known.get("mask_id"), assumptions)
+        if weights.averages is None and isinstance(ema, dict) and "shadow_params" in ema:
+            self._tensors["ema"] = self._in_order(weights.file, ema, expected, shapes)
+        is_one = self._tensors["ema"] is self._tensors["master"]
+        self.holds = frozenset({"ema"} if is_one else {"ema", "master"})
+        self.mask_id = mask_of(path, known, config)
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
             tokenizer_directory=tokenizer_in(path),
-            assumed=assumed(config, known, assumptions, INV_FREQ in network.shapes, self.mask_id),
+            assumed=assumed(known, config, INV_FREQ in shapes),
         )
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
@@ -98,10 +94,8 @@ class MdlmSource(CheckpointSource):
             [tuple(average.shape) for average in averages],
         )
 
-        def entry(name: str, tensor: Tensor) -> Entry:
-            return Entry(*described(f"{name} (ema)", tensor), lambda: file.read(tensor))
-
-        return {name: entry(name, t) for name, t in zip(order, averages, strict=True)}
+        named = zip(order, averages, strict=True)
+        return {name: entry_of(file, f"{name} (ema)", tensor) for name, tensor in named}
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors[key][self._theirs[name]].read()
@@ -114,39 +108,33 @@ class MdlmSource(CheckpointSource):
         return [entry.row for key in keys for entry in self._tensors[key].values()]
 
 
-def meaning(
-    file: Path, prefix: str, said: dict[str, Said], assumptions: Assumptions
-) -> dict[str, Said]:
+def meaning(file: Path, prefix: str, said: Mapping[str, Said]) -> dict[str, Said]:
     """What is said, and what follows from it of the outputs' meaning.
 
     Raises:
         CheckpointError: nothing says what the outputs are, and they may be two things.
     """
     known = dict(said)
-
-    def value_of(field: str) -> Any:
-        given = getattr(assumptions, field)
-        return given if given is not None else known.get(KEYS[field], Said(None, "")).value
-
-    graph, objective = value_of("graph") or "absorb", value_of("objective")
-    parametrisation = value_of("parametrisation")
-    if graph == "absorb" and objective is None and not prefix:
-        raise CheckpointError(
-            f"{file} does not say what its outputs are: put the config.json of a published SEDD "
-            f"model beside it, or give --objective {ScoreEntropy.name} (log-scores, as SEDD's) or "
-            f"--objective {MaskedCrossEntropy.name} (logits, as MDLM's)"
-        )
-    if graph == "uniform" and parametrisation is None:
-        if assumptions.objective is not None or not prefix:
+    is_uniform = known.get("graph.name", NOTHING).value == "uniform"
+    objective = known.get("training.objective", NOTHING)
+    if is_uniform and "model.parametrisation" not in known:
+        if objective.words.startswith("--") or not prefix:
             raise CheckpointError(
                 f"{file} does not say what its outputs are: give --parametrisation mean (logits of "
                 "the clean token, as Duo's and UDLM's) or --parametrisation score (log-scores, as "
                 "SEDD's)"
             )
         known["model.parametrisation"] = Said("mean", "")
-    if graph == "absorb" and objective is None:
-        known["training.objective"] = Said(MaskedCrossEntropy.name, "")
-        objective = MaskedCrossEntropy.name
+    if not is_uniform and objective is NOTHING:
+        if not prefix:
+            raise CheckpointError(
+                f"{file} does not say what its outputs are: put the config.json of a published "
+                f"SEDD model beside it, or give --objective {ScoreEntropy.name} (log-scores, as "
+                f"SEDD's) or --objective {MaskedCrossEntropy.name} (logits, as MDLM's)"
+            )
+        objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
     # MDLM trains without unless told otherwise; its configuration says so, if it is there.
-    known.setdefault("model.time_conditioning", Said(objective != MaskedCrossEntropy.name, ""))
+    known.setdefault(
+        "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
+    )
     return known
