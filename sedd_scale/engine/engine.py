@@ -23,7 +23,8 @@ from torch import Tensor
 from sedd_scale.config import Config
 from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
-from sedd_scale.engine.reduction import exchange_buckets, reduce_no_more_than_needed
+from sedd_scale.engine.gathers import WeightGathers, exchange_buckets
+from sedd_scale.engine.reduction import reduce_no_more_than_needed
 from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
@@ -72,14 +73,11 @@ class Engine(ABC):
         mpu: ModelParallelUnit | None = None,
     ) -> None:
         self.layout = layout
-        weights: Any = network.parameters()
-        if (
-            layout.data > 1
-            and config.parallel.zero_stage == 1
-            and config.training.precision == "bf16"
-        ):
-            weights = exchange_buckets(weights)
-        self._optimizer = make_optimizer(weights)
+        # Under ZeRO 2 in float32 each rank would keep whole gradients at the edges of every bucket.
+        stages = (1, 2) if config.training.precision == "bf16" else (1,)
+        travels = layout.data > 1 and config.parallel.zero_stage in stages
+        weights = network.parameters()
+        self._optimizer = make_optimizer(exchange_buckets(weights) if travels else weights)
         self._deepspeed: Any
         self._deepspeed, *_ = deepspeed.initialize(
             model=network,
@@ -87,12 +85,15 @@ class Engine(ABC):
             config=_deepspeed_config(config, layout),
             mpu=mpu,
         )
-        reduce_no_more_than_needed(self._deepspeed, layout, network.stack)
+        reduce_no_more_than_needed(self._deepspeed, layout)
+        gathers = None
+        if travels:
+            gathers = WeightGathers(self._deepspeed.optimizer, layout, network.stack)
         self._gate = UpdateGate(
             self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
         )
         self.parameters = list(logical_parameters(network, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout)
+        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout, gathers)
 
     def train_step(
         self,

@@ -13,7 +13,7 @@ from a parameter to that flat tensor in three ways; here it is one question with
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from sedd_scale.engine.gathers import WeightGathers
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
@@ -65,20 +66,23 @@ class ZeroFragments:
     Args:
         engine: a DeepSpeedEngine (ZeRO 1, 2, 3) or PipelineEngine (ZeRO 1), float32 or bfloat16,
             whose optimizer is an `AdamWithEMA`.
+        gathers: of the engine's working weights, which are read here when they have arrived.
 
     Attributes:
         parameters: all of the engine's parameters.
         layout: where this process stands.
-        finish_gathers: waits for the working weights that travel after a step; whoever reads them
-            but in the network's forward pass calls it first.
     """
 
-    def __init__(self, engine: Any, parameters: Sequence[LogicalParameter], layout: Layout) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Sequence[LogicalParameter],
+        layout: Layout,
+        gathers: WeightGathers | None = None,
+    ) -> None:
         self.parameters, self.layout = parameters, layout
         self._zero: Any = engine.optimizer
-        self.finish_gathers: Callable[[], None] = getattr(
-            engine.optimizer, "finish_gathers", lambda: None
-        )
+        self._gathers = gathers
         self._stage_3 = isinstance(self._zero, DeepSpeedZeroOptimizer_Stage3)
         self._partitions: list[Tensor]
         if self._stage_3:
@@ -119,7 +123,7 @@ class ZeroFragments:
         place = self._places[parameter.name]
         if place is None:
             return []
-        self.finish_gathers()
+        self._finish_gathers()
         tensor, copies = parameter.parameter, []
         if tuple(tensor.shape) == parameter.local_shape:
             copies.append(tensor.detach().reshape(-1).narrow(0, place.start, place.numel))
@@ -155,8 +159,9 @@ class ZeroFragments:
         """Give the working parameters the masters' values; collective over data-parallel ranks."""
         zero = self._zero
         if not self._stage_3:
+            self._finish_gathers()  # which would bring back what is overwritten now
             zero.update_lp_params()
-            self.finish_gathers()
+            self._finish_gathers()
             return
         # As after a step: parameters that are whole somewhere are stale, the small persistent ones
         # for good, so all are released, rewritten from the masters and those gathered again.
@@ -165,6 +170,10 @@ class ZeroFragments:
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _finish_gathers(self) -> None:
+        if self._gathers is not None:
+            self._gathers.finish()
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:

@@ -1,14 +1,14 @@
 """Gradients after the backward pass: what ZeRO needs to send and read, where DeepSpeed does more.
 
 ZeRO 1 needs each rank to hold the sum of its own partition: a reduce-scatter. DeepSpeed's bf16
-optimizer all-reduces the whole gradient instead, after the backward pass, and gathers the weights
-before the next forward pass; here both travel under the passes. With one replica its other
-optimizer still copies every gradient into buckets and back to reduce it over itself, joins all of
-them in a second copy for the update, and for the norm it makes a float64 copy of each.
+optimizer all-reduces the whole gradient instead, after the backward pass; here it travels under it.
+With one replica its other optimizer still copies every gradient into buckets and back to reduce it
+over itself, joins all of them in a second copy for the update, and for the norm it makes a float64
+copy of each.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,43 +19,16 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.planning.model_states import EXCHANGE_BUCKET
-
-# A small network's are cut as well, for its exchange to lie under its passes.
-_FEWEST_BUCKETS = 4
 
 
-def exchange_buckets(weights: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
-    """Neighbouring weights as groups of an optimizer: ZeRO 1 reduces and gathers one at a time."""
-    weights = list(weights)
-    most = min(EXCHANGE_BUCKET, sum(weight.numel() for weight in weights) // _FEWEST_BUCKETS)
-    buckets: list[list[nn.Parameter]] = []
-    filled = most
-    for weight in weights:
-        if filled >= most:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(weight)
-        filled += weight.numel()
-    return [{"params": bucket} for bucket in buckets]
-
-
-def reduce_no_more_than_needed(engine: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
-    """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait.
-
-    Args:
-        layers: the network's, in the order in which they compute.
-    """
+def reduce_no_more_than_needed(engine: Any, layout: Layout) -> None:
+    """Teach a DeepSpeed engine the shorter way; of ZeRO 3 the norm alone, without a wait."""
     if isinstance(engine.optimizer, BF16_Optimizer):
         partitions = _Bf16Partitions(engine, layout)
         engine.buffered_allreduce_fallback = partitions.reduce
         engine.optimizer.get_grads_for_norm = partitions.for_norm_or_clipping
         engine.optimizer.clear_hp_grads = partitions.forget
         engine.optimizer._update_hp_grad = partitions.add
-        if layout.data > 1:
-            gathers = Bf16Gathers(engine.optimizer, layout, layers)
-            engine.optimizer.update_lp_params = gathers.start
-            engine.optimizer.finish_gathers = gathers.finish
     elif isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         zero = engine.optimizer
         zero.get_grad_norm_direct = functools.partial(_norm_of_partition, zero, layout)
@@ -286,57 +259,3 @@ class _Bf16Partitions:
         if for_clipping:
             return self._mine
         return [_sum_of_squares(self._counted, self.layout).sqrt()], {}
-
-
-class Bf16Gathers:
-    """The bf16 weights of all ranks' partitions, on their way under the next forward pass.
-
-    Before a layer computes, it waits for the buckets that its weights lie in. Whoever else reads
-    the weights calls `finish` first.
-
-    Args:
-        optimizer: DeepSpeed's `BF16_Optimizer` (ZeRO 1).
-        layers: the network's, in the order in which they compute.
-    """
-
-    def __init__(self, optimizer: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
-        self._group = layout.data_group
-        self._whole: list[Tensor] = optimizer.bf16_groups_flat
-        self._masters: list[Tensor] = optimizer.fp32_groups_flat_partition
-        self._mine: list[Tensor] = [
-            partitions[layout.data_rank] for partitions in optimizer.bf16_partitioned_groups
-        ]
-        self._on_their_way: dict[int, Any] = {}
-        bucket_of = {
-            weight: bucket
-            for bucket, weights in enumerate(optimizer.bf16_groups)
-            for weight in weights
-        }
-        needs = [sorted({bucket_of[weight] for weight in layer.parameters()}) for layer in layers]
-        layers[0].register_forward_pre_hook(lambda *_: self._wait(needs[0]))
-        # After the layer before, since a head is not always called as a module.
-        for layer, buckets in zip(layers, needs[1:]):
-            layer.register_forward_hook(functools.partial(self._wait_after, buckets))
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """Round this rank's masters to its part of the weights, and begin to gather the others'."""
-        self.finish()
-        for bucket, mine in enumerate(self._mine):
-            mine.copy_(self._masters[bucket])
-            self._on_their_way[bucket] = dist.all_gather_into_tensor(
-                self._whole[bucket], mine, group=self._group, async_op=True
-            )
-
-    def finish(self) -> None:
-        """Wait for all that is on its way; on a GPU the stream does, not the host."""
-        self._wait(list(self._on_their_way))
-
-    def _wait(self, buckets: Iterable[int]) -> None:
-        for bucket in buckets:
-            work = self._on_their_way.pop(bucket, None)
-            if work is not None:
-                work.wait()
-
-    def _wait_after(self, buckets: Iterable[int], *_: Any) -> None:
-        self._wait(buckets)

@@ -238,11 +238,13 @@ def _exchange_seconds(
     # The first layers' bucket is reduced when the backward pass has ended, and gathered before the
     # forward pass begins.
     bare = min(1.0, EXCHANGE_BUCKET / parameters)
+    gather = _not_hidden(copy, forward, bare)
     if parallel.zero_stage == 2:
-        return count * _not_hidden(copy, 2 * forward, bare) + copy
-    if weight == 4:
-        return 2 * copy
-    return _not_hidden(2 * copy, 2 * forward, bare) + _not_hidden(copy, forward, bare)
+        return count * _not_hidden(copy, 2 * forward, bare) + (copy if weight == 4 else gather)
+    reduction = 4 / weight * copy  # in float32
+    if weight == 4 and parallel.pipeline > 1:
+        return reduction + gather
+    return _not_hidden(reduction, 2 * forward, bare) + gather
 
 
 def _not_hidden(exchange: float, under: float, bare: float) -> float:

@@ -177,9 +177,9 @@ def late_exchange(events: list[str]) -> Iterator[None]:
 
 
 def exchange_of_steps(*overrides: str, late: bool) -> dict[str, Any]:
-    """Losses of three steps of bf16 and ZeRO 1, and what happened in the second."""
+    """Numbers of three steps, the bound of the average, and what happened in the second step."""
     events: list[str] = []
-    run = run_of("training.precision=bf16", *overrides)
+    run = run_of(*overrides)
     engine = run.engine()
     stack = engine._deepspeed.module.stack
     for index, layer in enumerate(stack):
@@ -211,7 +211,12 @@ def main() -> None:
         "ZeRO 2": waits_of_a_step("parallel.zero_stage=2"),
         "ZeRO 2 bf16": waits_of_a_step("parallel.zero_stage=2", "training.precision=bf16"),
     }
-    found |= {"late": exchange_of_steps(late=True), "at once": exchange_of_steps(late=False)}
+    for stage, precision in ((1, "bf16"), (1, "fp32"), (2, "bf16")):
+        options = (f"parallel.zero_stage={stage}", f"training.precision={precision}")
+        found[f"exchange of ZeRO {stage} {precision}"] = {
+            "late": exchange_of_steps(*options, late=True),
+            "at once": exchange_of_steps(*options, late=False),
+        }
     rank = dist.get_rank()
     Path(sys.argv[1], f"found-{rank}.json").write_text(json.dumps(found))
 
