@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="cache of a remote dataset's files (in the temporary directory; for the hub its "
         "client's cache)",
     )
-    add("--field", help="of a .jsonl line or column of a .parquet, the text (text)")
     add(
         "--detokenizer",
         choices=DETOKENIZERS,

@@ -49,12 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GLOB",
         help=f"files: {FORMAT_HELP}; or builtin:python for text of this Python",
     )
-    add_format_options(parser)
-    add(
-        "--field",
-        default="text",
-        help="field of a .jsonl line, or column of a .parquet, that holds the text",
-    )
+    add_format_options(parser, "text")
     add("--tokenizer", choices=KINDS, required=True, help="kind of tokenizer")
     add(
         "--tokenizer-path",

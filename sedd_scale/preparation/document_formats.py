@@ -78,7 +78,6 @@ def plain_rows(
     where: str,
     format: str,
     field: str | None,
-    *,
     in_pieces: bool = False,
     after: tuple[int, int] = (0, 0),
 ) -> Iterator[Row]:

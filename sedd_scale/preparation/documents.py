@@ -35,8 +35,6 @@ from sedd_scale.preparation.document_formats import (
 )
 
 BUILTIN_PYTHON = "builtin:python"
-
-
 _TABLES = (".csv", ".tsv", ".xlsx", ".arrow", ".feather", ".h5", ".hdf5", ".npy", ".npz", ".pdf")
 FORMAT_HELP = (
     "text (.txt, .md, .tokens, .raw or any other name), .jsonl, .json, .parquet, .tar (webdataset) "
@@ -73,7 +71,7 @@ class DocumentStream:
 
     Args:
         inputs: globs, paths or `builtin:python`.
-        field: the field of a .jsonl line or the column of a .parquet that holds the text.
+        field: the field of a .jsonl line or the column of a .parquet with the text; None: all.
         format: of all files; None: each by its first bytes or its name.
         members: of archives, only those whose names end in this; None: text and JSON.
         in_pieces: cut a lone text into documents.
@@ -92,7 +90,7 @@ class DocumentStream:
         self,
         inputs: Sequence[str],
         *,
-        field: str = "text",
+        field: str | None = "text",
         format: str | None = None,
         members: str | None = None,
         in_pieces: bool = True,
@@ -123,28 +121,31 @@ class DocumentStream:
             rows = builtin_python_documents()
             for number, own in enumerate(rows[place.records :], start=place.records + 1):
                 yield Document(own["text"], BUILTIN_PYTHON, Place(-1, number, 0))
+        for number, row in self.rows_after(place):
+            text = text_of(row, self.field or "text")
+            if isinstance(text, LeftOut):
+                self.notes[str(text)] += 1
+                continue
+            if isinstance(text, ReadText):
+                self.notes[LINE_ENDS] += 1
+            yield Document(str(text), row.where, Place(number, row.number, row.offset))
+
+    def rows_after(self, place: Place) -> Iterator[tuple[int, Row]]:
+        """The rows of all files behind a place, with the number of their file."""
         for number, path in enumerate(self.files):
             if number >= place.file:
-                behind = (place.records, place.offset) if number == place.file else (0, 0)
-                with open(path, "rb") as raw:
-                    self._raw = raw
-                    for row in read_rows(
-                        raw,
-                        str(path),
-                        field=self.field,
-                        given=self.format,
-                        members=self.members,
-                        in_pieces=self._in_pieces,
-                        after=behind,
-                    ):
-                        text = text_of(row, self.field)
-                        if isinstance(text, LeftOut):
-                            self.notes[str(text)] += 1
-                            continue
-                        if isinstance(text, ReadText):
-                            self.notes[LINE_ENDS] += 1
-                        after = Place(number, row.number, row.offset)
-                        yield Document(str(text), row.where, after)
+                skip, offset = place[1:] if number == place.file else (0, 0)
+                with open(path, "rb") as self._raw:
+                    stream, kind = decompressed(self._raw, str(path))
+                    format = self.format or _format(stream, str(path))
+                    if format in ARCHIVES:
+                        rows = archive_rows(stream, str(path), format, self.field, self.members)
+                    else:
+                        at = (skip, 0 if kind else offset)
+                        rows = plain_rows(
+                            stream, str(path), format, self.field, self._in_pieces, at
+                        )
+                    yield from ((number, row) for row in rows if row.number > skip)
                 self._raw = None
             self._finished_bytes += path.stat().st_size
 
@@ -177,8 +178,11 @@ def _expand(patterns: Sequence[str], format: str | None) -> list[Path]:
     return list(files.values())
 
 
-def add_format_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that reads people's files."""
+def add_format_options(parser: argparse.ArgumentParser, field: str | None = None) -> None:
+    """The options of a command that reads people's files; `field` is the default of --field."""
+    parser.add_argument(
+        "--field", default=field, help="of a .jsonl line or column of a .parquet, the text (text)"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -192,11 +196,7 @@ def add_format_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_name(path: Path, given: str | None) -> None:
-    """Raise DataError where a file cannot be read whatever it holds.
-
-    Args:
-        given: its format, where that was said.
-    """
+    """Raise DataError where a file of this name and format cannot be read whatever it holds."""
     if path.is_dir():
         raise DataError(f"input {path} is a directory: give a glob such as {path}/*.txt")
     if not path.exists():
@@ -250,42 +250,6 @@ def _format(stream: io.BufferedReader, where: str) -> str:
     return named or "text"
 
 
-def read_rows(
-    raw: BinaryIO,
-    where: str,
-    *,
-    field: str | None,
-    given: str | None = None,
-    members: str | None = None,
-    in_pieces: bool = False,
-    after: tuple[int, int] = (0, 0),
-) -> Iterator[Row]:
-    """The rows of an open file.
-
-    Args:
-        where: its name.
-        field: the one field of objects that is wanted; None: all.
-        given: the format, one of `FORMATS`; None: by the first bytes, or the name.
-        members: of an archive, only those whose name ends in this; None: text and JSON.
-        in_pieces: cut a text into several documents.
-        after: rows (their number and offset) to go on behind.
-
-    Raises:
-        DataError: the file is damaged or its format is not read.
-    """
-    stream, kind = decompressed(raw, where)
-    skip, offset = after
-    format = given or _format(stream, where)
-    if format in ARCHIVES:
-        rows = archive_rows(stream, where, format, field, members)
-    else:
-        at = (skip, 0 if kind else offset)
-        rows = plain_rows(stream, where, format, field, in_pieces=in_pieces, after=at)
-    for row in rows:
-        if row.number > skip:
-            yield row
-
-
 def open_rows(path: Path) -> Iterator[Row]:
     """The rows of a file of objects, such as prompts; a name that says no format holds JSON lines.
 
@@ -294,8 +258,6 @@ def open_rows(path: Path) -> Iterator[Row]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist: give a JSONL file")
-    check_name(path, None)
-    named = format_by_name(path.name)
-    with path.open("rb") as raw:
-        given = "jsonl" if named in (None, "text") else None
-        yield from read_rows(raw, str(path), field=None, given=given)
+    given = "jsonl" if format_by_name(path.name) in (None, "text") else None
+    for _, row in DocumentStream([str(path)], field=None, format=given).rows_after(START):
+        yield row
