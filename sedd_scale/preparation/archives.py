@@ -62,8 +62,10 @@ def archive_rows(
             yield row._replace(number=number, offset=0)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{where} is cut short or not a tar file ({error}): replace it") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise DataError(f"{where} cannot be read as a zip file ({error}): replace it") from error
+    except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{where} cannot be read as a {format} file ({error}): replace it"
+        ) from error
     if not documents:
         wanted = members or ".txt or .json, or as other text and JSON"
         raise DataError(
@@ -216,5 +218,5 @@ def _zip_members(stream: io.BufferedReader, where: str) -> Iterator[_Member]:
         if entries and min(entry.header_offset for entry in entries) > 0:
             raise DataError(f"{where} is several zip files end to end: give each by itself")
         for entry in entries:
-            if not entry.is_dir():
+            if not entry.filename.endswith("/"):
                 yield entry.filename, lambda: archive.open(entry)  # noqa: B023

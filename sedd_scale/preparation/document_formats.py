@@ -234,7 +234,7 @@ def _json_entries(stream: io.BufferedReader, where: str) -> Iterator[Row]:
         number, first = number + 1, stream.readline()
     try:
         is_line = isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_line = False
     if is_line:
         yield from _json_lines(stream, where, number, first=first)
@@ -270,9 +270,9 @@ def _parquet_rows(
             f"{where} needs the package pyarrow: pip install 'sedd_scale[parquet]'"
         ) from error
     source: Any = stream if is_file(stream) else io.BytesIO(stream.read())
+    _refuse_several(source, where)
     try:
         table = parquet.ParquetFile(source)
-        _refuse_several(source, table.metadata, where)
         names = table.schema_arrow.names
         if field is not None and field not in names:
             raise DataError(
@@ -290,7 +290,7 @@ def _parquet_rows(
                     number += 1
                     value = partial(_table_row, batch, place, f"{where}:{number}")
                     yield Row(f"{where}:{number}", number, value)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{where} is not a whole parquet file ({reason}): replace it") from error
 
@@ -302,21 +302,14 @@ def _table_row(batch: Any, place: int, where: str) -> Columns:
             row[name] = column[place].as_py()
         except UnicodeDecodeError as error:
             raise _not_utf8_column(where, name, error) from error
+        except (ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"{where}: column {name!r} is damaged ({error}): mend it") from error
     return row
 
 
-def _refuse_several(source: BinaryIO, metadata: Any, where: str) -> None:
+def _refuse_several(source: BinaryIO, where: str) -> None:
     """Raise DataError where parquet files stand end to end: the last one's index shows it alone."""
-    end = source.seek(-8, io.SEEK_END)
-    end -= int.from_bytes(source.read(4), "little")
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(number)
-            begin = min(chunk.dictionary_page_offset or end, chunk.data_page_offset)
-            if begin + chunk.total_compressed_size == end:
-                return
     tail = b""
-    source.seek(0)
     while content := source.read(READ_BYTES):
         if b"PAR1PAR1" in tail + content:
             raise DataError(f"{where} is several parquet files end to end: give each by itself")

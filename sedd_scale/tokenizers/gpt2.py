@@ -123,7 +123,7 @@ def _parse_gpt2_merges(
     merges: bytes, ids_of_pieces: dict[str, int], name: str
 ) -> list[tuple[str, str]]:
     try:
-        lines = merges.decode().split("\n")
+        lines = merges.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"the merges of {name} are not UTF-8: give GPT-2's merges.txt") from error
     pairs = []
