@@ -76,7 +76,7 @@ def test_a_gpu_samples_in_bf16_unless_told(
     asked: dict[str, Any] = {}
     monkeypatch.setattr(layouts, "initialize_layout", lambda tensor: layout)
     monkeypatch.setattr(pretrained, "load_pretrained", lambda path, **given: asked.update(given))
-    monkeypatch.setattr(model_arguments, "fit_tokenizer", lambda model, mask_id: None)
+    monkeypatch.setattr(model_arguments, "fit_tokenizer", lambda model: None)
     parser = argparse.ArgumentParser()
     add_model_arguments(parser, precision="auto")
     arguments = parser.parse_args(["--checkpoint", "RUN", *flags])
