@@ -277,7 +277,7 @@ def write_run_files(
     config: Config, run_dir: Path, layout: Layout, utilisation: Utilisation
 ) -> None:
     """Write the resolved configuration and the environment into the run directory."""
-    (run_dir / "config.yaml").write_text(config.to_yaml())
+    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     environment: dict[str, Any] = {
         "command": sys.argv,
         "platform": platform.platform(),
