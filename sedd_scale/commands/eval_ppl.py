@@ -13,9 +13,8 @@ from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.preparation.documents import FORMAT_HELP, add_format_options
 
 if TYPE_CHECKING:
-    from sedd_scale.evaluation.corpora import EvaluationText
     from sedd_scale.evaluation.finished_groups import FinishedGroups
-    from sedd_scale.evaluation.text_blocks import TextSettings
+    from sedd_scale.evaluation.text_blocks import EvaluationText, TextSettings
     from sedd_scale.model.score_model import ScoreModel
 
 

@@ -5,14 +5,11 @@ as in training: documents' ids, each document followed by EOS, form one stream t
 blocks of L, and the rest at its end is dropped and reported.
 """
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sedd_scale.arrays import IntArray
 from sedd_scale.config import DataConfig
 from sedd_scale.data.cache import FileCache
 from sedd_scale.data.corpus import cache_directory
@@ -21,60 +18,8 @@ from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.remote_sources import is_remote
 from sedd_scale.data.shards import INDEX_FILE, Dataset
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.evaluation.text_blocks import TextSettings, read_blocks
+from sedd_scale.evaluation.text_blocks import EvaluationText, TextSettings, read_blocks
 from sedd_scale.tokenizers.base import Tokenizer
-
-
-@dataclass(frozen=True)
-class EvaluationText:
-    """Blocks to evaluate.
-
-    Attributes:
-        name: where they come from.
-        blocks_nL: token ids.
-        text_n: how many of each block's first tokens are text; the rest is padding.
-        block_ids_n: number of each block within the source.
-        source_blocks: whole blocks in the source, of which these are some or all.
-        dropped_tokens: tokens of the source in no whole block.
-        characters_per_token: of the source, EOS counted as tokens; characters as the tokenizer
-            spells them.
-        bytes_per_token: the same in UTF-8 bytes.
-        fingerprint: SHA-256 of the source.
-        detokenizer, documents: how text was read; None for a prepared dataset, which has tokens.
-        wrap: whether documents follow each other within blocks.
-        remainder: what became of tokens that filled no block, "drop" or "pad".
-        unknown_share: of the source's tokens, those that stand for what the tokenizer cannot spell.
-        notes: what reading left out or changed, counted.
-    """
-
-    name: str
-    blocks_nL: IntArray
-    text_n: IntArray
-    block_ids_n: IntArray
-    source_blocks: int
-    dropped_tokens: int
-    characters_per_token: float
-    bytes_per_token: float
-    fingerprint: str
-    detokenizer: str | None
-    documents: str | None
-    wrap: bool
-    remainder: str
-    unknown_share: float
-    notes: Mapping[str, int]
-
-    @property
-    def block_length(self) -> int:
-        """L."""
-        return int(self.blocks_nL.shape[1])
-
-    @property
-    def blocks_fingerprint(self) -> str:
-        """SHA-256 of the blocks themselves, their numbers and their lengths."""
-        digest = hashlib.sha256(str(self.blocks_nL.shape).encode())
-        for array in (self.blocks_nL, self.text_n, self.block_ids_n):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-        return digest.hexdigest()
 
 
 def open_corpus(
@@ -147,8 +92,15 @@ def open_corpus(
     block_length = block_length or default_length
     if block_length is None:
         raise DataError("the checkpoint does not name its block length: give block_length")
-    made = _from_file(path, tokenizer, block_length, text or TextSettings(), max_blocks)
-    return made if name is None else replace(made, name=name)
+    made = read_blocks(path, tokenizer, block_length, text or TextSettings())
+    ids_n = spread_blocks(made.source_blocks, max_blocks or made.source_blocks)
+    return replace(
+        made,
+        name=name or made.name,
+        blocks_nL=made.blocks_nL[ids_n],
+        text_n=made.text_n[ids_n],
+        block_ids_n=ids_n,
+    )
 
 
 def _prepared(
@@ -202,32 +154,4 @@ def _prepared(
         remainder="pad" if padded else "drop",
         unknown_share=entry["unknown_tokens"] / entry["tokens"],
         notes=dataset.index.get("notes", {}),
-    )
-
-
-def _from_file(
-    path: Path,
-    tokenizer: Tokenizer,
-    block_length: int,
-    text: TextSettings,
-    max_blocks: int | None,
-) -> EvaluationText:
-    found = read_blocks(path, tokenizer, block_length, text)
-    ids_n = spread_blocks(len(found.blocks_nL), max_blocks or len(found.blocks_nL))
-    return EvaluationText(
-        name=str(path),
-        blocks_nL=found.blocks_nL[ids_n],
-        text_n=found.text_n[ids_n],
-        block_ids_n=ids_n,
-        source_blocks=len(found.blocks_nL),
-        dropped_tokens=found.dropped_tokens,
-        characters_per_token=found.characters / found.tokens,
-        bytes_per_token=found.utf8_bytes / found.tokens,
-        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
-        detokenizer=text.detokenizer,
-        documents=found.documents,
-        wrap=text.wrap,
-        remainder=found.remainder,
-        unknown_share=found.unknown_tokens / found.tokens,
-        notes=found.notes,
     )

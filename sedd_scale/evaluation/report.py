@@ -5,8 +5,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from sedd_scale.evaluation.corpora import EvaluationText
 from sedd_scale.evaluation.result import BoundResult
+from sedd_scale.evaluation.text_blocks import EvaluationText
 from sedd_scale.quantities import format_duration
 
 

@@ -6,10 +6,11 @@ cut into blocks of L, or each begins a block of its own; what fills no block is 
 Padding is EOS, has no noise and no part in the numbers.
 """
 
+import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -60,35 +61,60 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
-class TextBlocks:
-    """All blocks of a text.
+class EvaluationText:
+    """Blocks to evaluate.
 
     Attributes:
+        name: where they come from.
         blocks_nL: token ids.
         text_n: how many of each block's first tokens are text; the rest is padding.
-        tokens: of the text, EOS included.
-        dropped_tokens: of these, in no block.
-        characters, utf8_bytes: of the text after detokenising, as the tokenizer spells it.
-        unknown_tokens: of the tokens, those that stand for what the tokenizer cannot spell.
-        documents, remainder: how it was cut, of `TextSettings`.
+        block_ids_n: number of each block within the source.
+        source_blocks: whole blocks in the source, of which these are some or all.
+        dropped_tokens: tokens of the source in no whole block.
+        characters_per_token: of the source, EOS counted as tokens; characters as the tokenizer
+            spells them.
+        bytes_per_token: the same in UTF-8 bytes.
+        fingerprint: SHA-256 of the source; None of a text in memory.
+        detokenizer, documents: how text was read; None for a prepared dataset, which has tokens.
+        wrap: whether documents follow each other within blocks.
+        remainder: what became of tokens that filled no block, "drop" or "pad".
+        unknown_share: of the source's tokens, those that stand for what the tokenizer cannot spell.
         notes: what reading left out or changed, counted.
     """
 
+    name: str
     blocks_nL: IntArray
     text_n: IntArray
-    tokens: int
+    block_ids_n: IntArray
+    source_blocks: int
     dropped_tokens: int
-    characters: int
-    utf8_bytes: int
-    unknown_tokens: int = 0
-    documents: str = "rows"
-    remainder: str = "drop"
-    notes: Counter[str] = field(default_factory=Counter)
+    characters_per_token: float
+    bytes_per_token: float
+    fingerprint: str | None
+    detokenizer: str | None
+    documents: str | None
+    wrap: bool
+    remainder: str
+    unknown_share: float
+    notes: Mapping[str, int]
+
+    @property
+    def block_length(self) -> int:
+        """L."""
+        return int(self.blocks_nL.shape[1])
+
+    @property
+    def blocks_fingerprint(self) -> str:
+        """SHA-256 of the blocks themselves, their numbers and their lengths."""
+        digest = hashlib.sha256(str(self.blocks_nL.shape).encode())
+        for array in (self.blocks_nL, self.text_n, self.block_ids_n):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
 
 def read_blocks(
     path: Path, tokenizer: Tokenizer, block_length: int, settings: TextSettings
-) -> TextBlocks:
+) -> EvaluationText:
     """The blocks of a file.
 
     Raises:
@@ -124,7 +150,13 @@ def read_blocks(
     found = cut_documents(
         texts(), tokenizer, block_length, wrap=settings.wrap, remainder=remainder, name=str(path)
     )
-    return replace(found, documents=mode, remainder=remainder, notes=found.notes + stream.notes)
+    return replace(
+        found,
+        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        detokenizer=settings.detokenizer,
+        documents=mode,
+        notes=Counter(found.notes) + stream.notes,
+    )
 
 
 def cut_documents(
@@ -135,7 +167,7 @@ def cut_documents(
     wrap: bool = True,
     remainder: str = "drop",
     name: str,
-) -> TextBlocks:
+) -> EvaluationText:
     """The blocks of documents, each followed by EOS; the arguments are those of `TextSettings`.
 
     Raises:
@@ -163,14 +195,22 @@ def cut_documents(
     parts = [_cut(stream, block_length, tokenizer.eos_id, remainder) for stream in streams]
     blocks_nL = np.concatenate([blocks for blocks, _ in parts])
     text_n = np.concatenate([counts for _, counts in parts])
-    return TextBlocks(
+    unknown = sum(int((ids == tokenizer.unknown_id).sum()) for ids in documents)
+    return EvaluationText(
+        name=name,
         blocks_nL=blocks_nL,
         text_n=text_n,
-        tokens=tokens,
+        block_ids_n=np.arange(len(blocks_nL)),
+        source_blocks=len(blocks_nL),
         dropped_tokens=tokens - int(text_n.sum()),
-        characters=characters,
-        utf8_bytes=utf8_bytes,
-        unknown_tokens=sum(int((ids == tokenizer.unknown_id).sum()) for ids in documents),
+        characters_per_token=characters / tokens,
+        bytes_per_token=utf8_bytes / tokens,
+        fingerprint=None,
+        detokenizer=None,
+        documents=None,
+        wrap=wrap,
+        remainder=remainder,
+        unknown_share=unknown / tokens,
         notes=+Counter({RESPELLED: respelled}),
     )
 

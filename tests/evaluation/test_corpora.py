@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.evaluation.corpora import EvaluationText, open_corpus
-from sedd_scale.evaluation.text_blocks import TextSettings
+from sedd_scale.evaluation.corpora import open_corpus
+from sedd_scale.evaluation.text_blocks import EvaluationText, TextSettings
 from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.tokenizers.base import Tokenizer

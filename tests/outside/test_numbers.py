@@ -177,7 +177,7 @@ def test_line_ends_change_no_number(tmp_path: Path, detokenizer: str, documents:
         found.append(read_blocks(path, BytesTokenizer(), 16, settings))
     for other in found[1:]:
         assert np.array_equal(other.blocks_nL, found[0].blocks_nL)
-        assert other.characters == found[0].characters
+        assert other.characters_per_token == found[0].characters_per_token
     assert any("line ends" in note for note in found[1].notes)
     assert any("@-@" in note for note in found[0].notes) == (detokenizer == "none")
 
