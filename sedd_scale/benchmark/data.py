@@ -11,6 +11,7 @@ from typing import Any
 
 from sedd_scale.benchmark.report import environment, print_report
 from sedd_scale.cli import add_command, given_path
+from sedd_scale.config.graph_facts import GRAPHS
 
 # Tokens/s of ready micro-batches of 1024 from one process: so 8 GPUs use a part of a node's cores.
 BAR = 20_000_000
@@ -42,7 +43,7 @@ def add_arguments(subparsers: Any) -> None:
         default=64,
         help="sequences of this rank in a step (default: 64)",
     )
-    parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
+    parser.add_argument("--graph", choices=tuple(GRAPHS), default="absorb")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="to measure each rate for (default: 5)"
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.benchmark.arguments import add_measured_arguments
 from sedd_scale.benchmark.report import environment, run_measured, side_by_side
 from sedd_scale.cli import add_command
+from sedd_scale.config.graph_facts import GRAPHS
 from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def add_arguments(subparsers: Any) -> None:
     parser.add_argument("--block-length", type=int, default=1024, help="positions (default: 1024)")
     parser.add_argument("--vocab-size", type=int, default=50257, help="tokens N (default: 50257)")
     parser.add_argument("--width", type=int, default=768, help="hidden size (default: 768)")
-    parser.add_argument("--graph", choices=("absorb", "uniform"), default="absorb")
+    parser.add_argument("--graph", choices=tuple(GRAPHS), default="absorb")
     parser.add_argument(
         "--unscaled", action="store_true", help="absorb: the logits are the log-scores themselves"
     )
@@ -53,6 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from sedd_scale.benchmark.measure import median_seconds, peak_bytes
     from sedd_scale.diffusion.graphs import make_graph
+    from sedd_scale.diffusion.row_law import row_law
     from sedd_scale.diffusion.schedules import make_schedule
     from sedd_scale.parallel.vocab import linear_score_entropy, score_targets
     from sedd_scale.parallel.vocab_shard import VocabShard
@@ -86,7 +88,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     targets = score_targets(graph, clean_BL=clean_BL, noisy_BL=noisy_BL, noise_B3=noise_B3)
     num_rows = len(targets.rows_M)
     targets = targets.to(device)
-    shard = VocabShard(graph, scaled, 0, graph.num_tokens, None, mean=arguments.mean)
+    law = row_law(graph, scaled=scaled, mean=arguments.mean)
+    shard = VocabShard(law, 0, graph.num_tokens, None)
     on_device = [tensor.to(device) for tensor in (clean_BL, noisy_BL, noise_B3)]
 
     def forget_gradients() -> None:

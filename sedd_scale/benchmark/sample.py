@@ -68,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.sampling.time_grid import time_steps
 
     config = synthetic_config(arguments, world_size=1)
-    if config.graph.name != "absorb":
+    if not config.graph.facts.has_mask:
         raise ConfigError(f"graph.name={config.graph.name} has no masks to fill: choose absorb")
     steps, timed = arguments.steps, arguments.timed_steps
     if not 1 <= timed <= steps:
@@ -151,16 +151,12 @@ def textbook_step(
     """
     import torch
 
-    from sedd_scale.diffusion.score_entropy import log_scores_from_logits
-
     mask = model.graph.num_tokens
     sigma_B = step.sigma_t.to(model.device).expand(len(state_BL))
     hidden_LBH = model.network.hidden(state_BL, sigma_B)
     head = model.network.head.linear
     logits_BLV = torch.nn.functional.linear(hidden_LBH.transpose(0, 1), head.weight, head.bias)
-    chance_BLV = log_scores_from_logits(
-        logits_BLV[..., : mask + 1], state_BL, sigma_B, graph=model.graph, scaled=model.scaled
-    ).double()
+    chance_BLV = model.law.log_scores(logits_BLV[..., : mask + 1], state_BL, sigma_B).double()
     if sampler == "ancestral" or step.is_last:
         chance_BLV[..., mask] = -torch.inf
         leave = 1.0 - float(step.move_s / step.move_t)

@@ -108,7 +108,7 @@ def required_traffic(
     # The embedding, the head and the blocks lie on different stages: the average over them.
     tensor = data = pipeline = 0.0
     if layout.tensor > 1:
-        statistics = 3 if config.graph.name == "absorb" else 4
+        statistics = config.graph.facts.row_statistics
         if layout.sequence_parallel:
             # Forward a gather and a scatter for two pairs, backward one gather more each.
             moved = (4 + 6) * layers * hidden * size

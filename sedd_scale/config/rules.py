@@ -31,6 +31,7 @@ def check_value(key: str, metadata: Mapping[str, Any], value: Any) -> None:
 
 def check_combinations(config: ConfigTree) -> None:
     """Raise ConfigError for the first combination that no number of processes can run."""
+    _check_effects(config)
     _check_model(config)
     _check_objective(config)
     _check_parallel(config)
@@ -39,6 +40,20 @@ def check_combinations(config: ConfigTree) -> None:
     _check_batch(config)
     _check_guards(config)
     check_data(config.data)
+
+
+def _check_effects(config: ConfigTree) -> None:
+    """Refuse a key that was set and has no effect with the others as they are."""
+    for key, field, value in config.all_keys():
+        if value == field.default:
+            continue
+        for other, needed in field.metadata["only_with"].items():
+            now = config.value(other)
+            if now not in needed:
+                raise ConfigError(
+                    f"{key}={value} has no effect with {other}={now}: leave it out or set "
+                    f"{other}={' or '.join(needed)}"
+                )
 
 
 def _check_multiple(config: ConfigTree, key: str, of: str, fix: str) -> None:
@@ -63,7 +78,7 @@ def _check_model(config: ConfigTree) -> None:
             f"model.rotary_base={model.rotary_base} would turn later entries faster: give at least "
             "1, or 0 for no positions"
         )
-    if model.parametrisation == "mean" and config.graph.name != "uniform":
+    if model.parametrisation == "mean" and not config.graph.facts.has_mean:
         raise ConfigError(
             f"model.parametrisation=mean belongs to graph.name=uniform, not graph.name="
             f"{config.graph.name}, where model.scale_by_sigma=true does the same: set "
@@ -111,7 +126,7 @@ def _check_model(config: ConfigTree) -> None:
 def _check_objective(config: ConfigTree) -> None:
     objective = config.training.objective
     if objective != "score_entropy":
-        if config.graph.name != "absorb":
+        if not config.graph.facts.has_mask:
             raise ConfigError(
                 f"training.objective={objective} needs a mask, which graph.name="
                 f"{config.graph.name} does not have: set graph.name=absorb or "
@@ -122,21 +137,6 @@ def _check_objective(config: ConfigTree) -> None:
                 f"training.objective={objective} learns normalised scores, but "
                 "model.scale_by_sigma=false: set model.scale_by_sigma=null"
             )
-    softening = config.training.weight_softening
-    if softening > 0 and objective not in ("score_entropy", "masked_cross_entropy"):
-        raise ConfigError(
-            f"training.weight_softening={softening} has no effect with training.objective="
-            f"{objective}: leave it out or set training.objective=score_entropy"
-        )
-    if objective != "d3pm_absorb":
-        standard = type(config.training)()
-        for key in ("d3pm_steps", "d3pm_ce_weight"):
-            value = getattr(config.training, key)
-            if value != getattr(standard, key):
-                raise ConfigError(
-                    f"training.{key}={value} has no effect with training.objective={objective}: "
-                    "leave it out or set training.objective=d3pm_absorb"
-                )
 
 
 def _check_parallel(config: ConfigTree) -> None:
@@ -172,10 +172,10 @@ def _check_parallel(config: ConfigTree) -> None:
 
 def _check_noise(config: ConfigTree) -> None:
     noise = config.noise
-    if config.graph.name == "uniform" and config.model.scale_by_sigma:
+    if config.model.scale_by_sigma and not config.graph.facts.scales_by_sigma:
         raise ConfigError(
-            "graph.name=uniform has no scaled parametrisation, but model.scale_by_sigma=true: "
-            "set model.scale_by_sigma=null or graph.name=absorb"
+            f"graph.name={config.graph.name} has no scaled parametrisation, but "
+            "model.scale_by_sigma=true: set model.scale_by_sigma=null or graph.name=absorb"
         )
     if noise.name == "geometric" and noise.sigma_min >= noise.sigma_max:
         raise ConfigError(
@@ -191,16 +191,6 @@ def _check_optimizer(config: ConfigTree) -> None:
         raise ConfigError(
             "optimizer.schedule=wsd needs a final decay, but optimizer.decay_steps=0: "
             "set optimizer.decay_steps>0 or optimizer.schedule=constant"
-        )
-    if schedule != "wsd" and decay > 0:
-        raise ConfigError(
-            f"optimizer.decay_steps={decay} has no effect with optimizer.schedule={schedule}: "
-            "set optimizer.decay_steps=0 or optimizer.schedule=wsd"
-        )
-    if schedule == "constant" and optimizer.min_lr_ratio > 0:
-        raise ConfigError(
-            f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} has no effect with "
-            "optimizer.schedule=constant: set it to 0 or choose cosine or wsd"
         )
     if schedule == "wsd" and warmup + decay > steps:
         raise ConfigError(

@@ -1,43 +1,76 @@
 """The sections of a run's configuration: each key with its sentence, its limits and its choices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+from sedd_scale.config.graph_facts import GRAPHS, GraphFacts
 
-def _key(default: Any, sentence: str, *, choices: Sequence[Any] = (), **limits: float) -> Any:
-    """A dataclass field with its sentence, its choices and its limits.
+NETWORK, TASK, ORDER, FREE = "network", "task", "order", "free"
+"""What a key belongs to: the network, which whoever reads its weights must have alike; what it is
+trained for or the order of its data, which a resume must have alike; or nothing of these."""
 
-    Limits are `at_least`, `above` and `below`, as `config.rules.LIMITS` reads them.
+
+def _key(
+    default: Any,
+    sentence: str,
+    *,
+    choices: Sequence[Any] = (),
+    shared: str = FREE,
+    only_with: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    **limits: float,
+) -> Any:
+    """A dataclass field with its sentence and the facts of its key.
+
+    Args:
+        choices: the values there are; none: all of its type.
+        shared: what it belongs to, as `NETWORK` and the others say.
+        only_with: other keys with the values that they must have for this one to have an effect.
+        limits: `at_least`, `at_most`, `above` and `below`, as `config.rules.LIMITS` reads them.
     """
-    metadata = {"sentence": sentence, "choices": tuple(choices), "limits": limits}
+    metadata = {
+        "sentence": sentence,
+        "choices": tuple(choices),
+        "shared": shared,
+        "only_with": only_with,
+        "limits": limits,
+    }
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    hidden_size: int = _key(768, "Width of the residual stream.", at_least=1)
-    num_layers: int = _key(12, "Number of transformer blocks.", at_least=1)
-    num_heads: int = _key(12, "Attention heads in each block.", at_least=1)
+    hidden_size: int = _key(768, "Width of the residual stream.", at_least=1, shared=NETWORK)
+    num_layers: int = _key(12, "Number of transformer blocks.", at_least=1, shared=NETWORK)
+    num_heads: int = _key(12, "Attention heads in each block.", at_least=1, shared=NETWORK)
     cond_dim: int = _key(
-        128, "Width of the time conditioning that modulates every block.", at_least=1
+        128,
+        "Width of the time conditioning that modulates every block.",
+        at_least=1,
+        shared=NETWORK,
     )
     time_conditioning: bool = _key(
         True,
         "Condition on sigma; false needs scaled absorb, or uniform with parametrisation=mean.",
+        shared=NETWORK,
     )
-    mlp_ratio: int = _key(4, "Inner width of the MLP in multiples of hidden_size.", at_least=1)
+    mlp_ratio: int = _key(
+        4, "Inner width of the MLP in multiples of hidden_size.", at_least=1, shared=NETWORK
+    )
     dropout: float = _key(
         0.1, "Probability of dropping a number on each residual branch.", at_least=0, below=1
     )
     scale_by_sigma: bool | None = _key(
         None,
         "Divide the score by expm1(sigma) times N; null: true for absorb, false for uniform.",
+        shared=NETWORK,
     )
     parametrisation: str = _key(
         "score",
         "What outputs are; mean (uniform only): logits of the clean token's law, giving scores.",
         choices=("score", "mean"),
+        shared=NETWORK,
     )
     vocab_size: int | None = _key(
         None, "Number of real tokens N, without the mask; null: the dataset's.", at_least=2
@@ -48,12 +81,13 @@ class ModelConfig:
         choices=("auto", "sdpa", "flash"),
     )
     document_attention: bool = _key(
-        False, "Attend only to positions of the same document of a packed block."
+        False, "Attend only to positions of the same document of a packed block.", shared=TASK
     )
     rotary_base: float = _key(
         10_000.0,
         "Base of the rotary angles; smaller tells near positions apart better; 0: no positions.",
         at_least=0,
+        shared=NETWORK,
     )
     residual_dtype: str = _key(
         "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")
@@ -72,8 +106,14 @@ class GraphConfig:
     name: str = _key(
         "absorb",
         "Forward corruption; absorb: tokens become the mask, uniform: tokens are redrawn.",
-        choices=("absorb", "uniform"),
+        choices=tuple(GRAPHS),
+        shared=NETWORK,
     )
+
+    @property
+    def facts(self) -> GraphFacts:
+        """What is known of the graph by its name."""
+        return GRAPHS[self.name]
 
 
 @dataclass(frozen=True)
@@ -82,16 +122,22 @@ class NoiseConfig:
         "loglinear",
         "Noise schedule, the curve of total noise sigma over time t in [0, 1].",
         choices=("loglinear", "geometric", "cosine", "linear"),
+        shared=TASK,
     )
     eps: float = _key(
         1e-3,
         "Distance of the move probability at t = 1 from one (not geometric).",
         above=0,
         below=1,
+        shared=TASK,
     )
-    sigma_min: float = _key(1e-4, "Total noise at t = 0 of the geometric schedule.", above=0)
-    sigma_max: float = _key(20.0, "Total noise at t = 1 of the geometric schedule.", above=0)
-    t_min: float = _key(1e-3, "Smallest time drawn in training.", above=0, below=1)
+    sigma_min: float = _key(
+        1e-4, "Total noise at t = 0 of the geometric schedule.", above=0, shared=TASK
+    )
+    sigma_max: float = _key(
+        20.0, "Total noise at t = 1 of the geometric schedule.", above=0, shared=TASK
+    )
+    t_min: float = _key(1e-3, "Smallest time drawn in training.", above=0, below=1, shared=TASK)
 
 
 @dataclass(frozen=True)
@@ -111,13 +157,14 @@ class DataConfig:
         None, "Tokens in a training sequence; null: the dataset's.", at_least=1
     )
     shuffle_window: int | None = _key(
-        262_144, "Blocks shuffled together, in whole shards; null: all.", at_least=1
+        262_144, "Blocks shuffled together, in whole shards; null: all.", at_least=1, shared=ORDER
     )
     random_length: float = _key(
         0.0,
         "Share of blocks cut to a random length; what is cut off becomes padding.",
         at_least=0,
         at_most=1,
+        shared=ORDER,
     )
     on_bad_shard: str = _key(
         "stop",
@@ -166,9 +213,18 @@ class OptimizerConfig:
         choices=("constant", "cosine", "wsd"),
     )
     warmup_steps: int = _key(2500, "Steps of linear warm-up from zero to lr.", at_least=0)
-    decay_steps: int = _key(0, "Steps of the final decay, for schedule wsd alone.", at_least=0)
+    decay_steps: int = _key(
+        0,
+        "Steps of the final decay, for schedule wsd alone.",
+        at_least=0,
+        only_with={"optimizer.schedule": ("wsd",)},
+    )
     min_lr_ratio: float = _key(
-        0.0, "Last learning rate over lr, for cosine and wsd.", at_least=0, below=1
+        0.0,
+        "Last learning rate over lr, for cosine and wsd.",
+        at_least=0,
+        below=1,
+        only_with={"optimizer.schedule": ("cosine", "wsd")},
     )
     ema_decay: float = _key(
         0.9999, "Decay of the moving average of the weights, once warmed up.", at_least=0, below=1
@@ -181,20 +237,34 @@ class TrainingConfig:
         "score_entropy",
         "What is learned; the others are baselines of the same network: absorb only.",
         choices=("score_entropy", "masked_cross_entropy", "d3pm_absorb", "autoregressive"),
+        shared=TASK,
     )
-    d3pm_steps: int = _key(1000, "Steps of the chain, for objective d3pm_absorb alone.", at_least=2)
+    d3pm_steps: int = _key(
+        1000,
+        "Steps of the chain, for objective d3pm_absorb alone.",
+        at_least=2,
+        only_with={"training.objective": ("d3pm_absorb",)},
+    )
     d3pm_ce_weight: float = _key(
-        0.01, "Weight of plain cross-entropy, for objective d3pm_absorb alone.", at_least=0
+        0.01,
+        "Weight of plain cross-entropy, for objective d3pm_absorb alone.",
+        at_least=0,
+        only_with={"training.objective": ("d3pm_absorb",)},
     )
     weight_softening: float = _key(
         0.0,
         "Train with weights m' / (m + this) of the move probability m; 0: m' / m, the bound's.",
         at_least=0,
+        only_with={"training.objective": ("score_entropy", "masked_cross_entropy")},
     )
     steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1, below=2**31)
-    global_batch: int = _key(512, "Sequences in one optimizer step, over all ranks.", at_least=1)
+    global_batch: int = _key(
+        512, "Sequences in one optimizer step, over all ranks.", at_least=1, shared=ORDER
+    )
     micro_batch: int = _key(8, "Sequences in one forward pass of one rank.", at_least=1)
-    seed: int = _key(0, "Seed of weights, data order, noise and dropout.", at_least=0, below=2**63)
+    seed: int = _key(
+        0, "Seed of weights, data order, noise and dropout.", at_least=0, below=2**63, shared=ORDER
+    )
     precision: str = _key(
         "bf16",
         "Number format of weights and activations; losses and master weights stay fp32.",

@@ -39,11 +39,23 @@ class ConfigTree:
     logging: LoggingConfig = _section(LoggingConfig, "What is reported, and where to.")
     checkpoint: CheckpointConfig = _section(CheckpointConfig, "What is saved.")
 
+    def all_keys(self) -> Iterator[tuple[str, "Field[Any]", Any]]:
+        """Every key by its whole name, with its field and its value."""
+        for section in fields(self):
+            tree = getattr(self, section.name)
+            for one in fields(tree):
+                yield f"{section.name}.{one.name}", one, getattr(tree, one.name)
+
+    def value(self, key: str) -> Any:
+        """The value of a key by its whole name."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
     @property
     def resolved_scale_by_sigma(self) -> bool:
         """`model.scale_by_sigma`, with null resolved by the graph."""
         if self.model.scale_by_sigma is None:
-            return self.graph.name == "absorb"
+            return self.graph.facts.scales_by_sigma
         return self.model.scale_by_sigma
 
     @property

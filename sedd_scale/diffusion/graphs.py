@@ -197,11 +197,10 @@ class Uniform(Graph):
 
 def make_graph(name: str, num_tokens: int) -> Graph:
     """Build the graph of that name over `num_tokens` tokens; ConfigError if unknown or below 2."""
-    if name == Absorb.name:
-        return Absorb(num_tokens)
-    if name == Uniform.name:
-        return Uniform(num_tokens)
-    raise ConfigError(f"graph.name={name!r}: choose absorb or uniform")
+    kinds = {kind.name: kind for kind in (Absorb, Uniform)}
+    if name not in kinds:
+        raise ConfigError(f"graph.name={name!r}: choose {' or '.join(kinds)}")
+    return kinds[name](num_tokens)
 
 
 def _relative_excess(x: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ Sources: arXiv 2310.16834, section 4 (Euler, Tweedie tau-leaping); arXiv 2406.07
 (ancestral steps); arXiv 2503.00307, section 3 (remasking).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.diffusion.score_entropy import log_expm1
 
 
@@ -33,37 +32,25 @@ def ancestral_chances(
     return leave.clamp(max=1.0), take_back
 
 
-def analytic_log_factor(
-    sigma_t: Tensor, sigma_s: Tensor, *, num_tokens: int, scaled: bool
-) -> Tensor:
+def analytic_log_factor(sigma_t: Tensor, sigma_s: Tensor, *, law: RowLaw) -> Tensor:
     """Analytic step: a mask becomes y with probability e^(factor + z_y).
 
-    The factor is ln of expm1(sigma_t - sigma_s) [/ (N expm1(sigma_t))]; the divisor belongs to
-    scaled logits. Where the probabilities add up to more than 1, they are scaled to 1. Float64, of
-    the shape of the noise levels.
+    The factor is ln expm1(sigma_t - sigma_s), less what logits lie above log-scores. Where the
+    probabilities add up to more than 1, they are scaled to 1. Float64, of the shape of the noise
+    levels.
     """
-    log_factor = log_expm1(sigma_t.double() - sigma_s.double())
-    if scaled:
-        log_factor = log_factor - log_expm1(sigma_t.double()) - math.log(num_tokens)
-    return log_factor
+    return log_expm1(sigma_t.double() - sigma_s.double()) - law.log_divisor(sigma_t)
 
 
 def euler_log_factor(
-    step_size: float | Tensor,
-    *,
-    rate: Tensor,
-    rate_over_expm1: Tensor,
-    num_tokens: int,
-    scaled: bool,
+    step_size: float | Tensor, *, sigma: Tensor, rate: Tensor, law: RowLaw
 ) -> Tensor:
     """Euler step: a mask becomes y with probability e^(factor + z_y).
 
-    The factor is ln of step_size * rate [/ (N expm1(sigma))]; the divisor belongs to scaled logits.
-    Float64, of the shape of the rates.
+    The factor is ln(step_size * rate), less what logits lie above log-scores. Float64, of the shape
+    of the rates.
     """
-    if scaled:
-        return torch.log(rate_over_expm1.double() * step_size) - math.log(num_tokens)
-    return torch.log(rate.double() * step_size)
+    return torch.log(rate.double() * step_size) - law.log_divisor(sigma)
 
 
 def draw_categorical(

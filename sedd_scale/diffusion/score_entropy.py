@@ -28,9 +28,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_scale.diffusion.graphs import Absorb, Graph, Uniform, over_positions
-from sedd_scale.errors import ConfigError
-
 
 class RowNoise(NamedTuple):
     """Noise at each row, [M] each; float64 keeps every digit of the weights."""
@@ -97,40 +94,10 @@ class MeanRowLoss(NamedTuple):
     grad_own: Tensor
 
 
-def row_loss(
-    statistics: Statistics,
-    noise: RowNoise,
-    *,
-    graph: Graph,
-    scaled: bool,
-    unchanged_M: Tensor | None = None,
-) -> RowLoss:
-    """Score entropy of each row in nats, weighted by the rate, with its gradient coefficients.
-
-    statistics and noise are [M]; `scaled` says that the log-score is z - ln(e^sigma - 1) - ln N
-    (absorb only); `unchanged_M` (uniform only) marks rows whose noisy token is the clean one. The
-    rows are combined in float64, so the only rounding is that of the statistics. A logit too large
-    for the dtype of the statistics gives an infinite loss. Raises ConfigError for a scaled uniform
-    graph.
-    """
-    noise = RowNoise(*(part.double() for part in noise))
-    if isinstance(graph, Absorb):
-        rows = _absorb_rows(statistics, noise, graph.num_tokens, scaled)
-    else:
-        assert isinstance(graph, Uniform), graph
-        if scaled:
-            raise ConfigError(
-                "model.scale_by_sigma=true with graph.name=uniform: set scale_by_sigma=false"
-            )
-        assert unchanged_M is not None, "the uniform graph needs to know which rows are unchanged"
-        rows = _uniform_rows(statistics, noise, graph.num_tokens, unchanged_M)
-    return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
-
-
 def cross_entropy_rows(statistics: Statistics, weight_M: Tensor) -> RowLoss:
     """weight * (logsumexp(z) - z_x0) of each row in nats, with its gradient coefficients.
 
-    Every column is counted. The rows are combined in float64, as in `row_loss`.
+    Every column is counted. The rows are combined in float64.
     """
     top, target = statistics.max.double(), statistics.target.double()
     sum_exp, weight = statistics.sum_exp.double(), weight_M.double()
@@ -140,34 +107,7 @@ def cross_entropy_rows(statistics: Statistics, weight_M: Tensor) -> RowLoss:
         grad_rest=torch.zeros_like(top),
         grad_target=-weight,
     )
-    return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
-
-
-def log_scores_from_logits(
-    logits_V: Tensor,
-    states: Tensor,
-    sigma: Tensor,
-    *,
-    graph: Graph,
-    scaled: bool,
-    mean: bool = False,
-) -> Tensor:
-    """Log-scores [.., V] from logits [.., V]: shifted by sigma where scaled, own entry 0.
-
-    states [..] are the noisy ids, sigma has their leading shape. Scaled: z - ln(e^sigma - 1) - ln N
-    on every column (arXiv 2310.16834, appendix C). Mean: see `mean_log_scores`. Raises ConfigError
-    for a scaled uniform graph.
-    """
-    if mean:
-        return mean_log_scores(logits_V, states, over_positions(sigma.double(), states))
-    if scaled:
-        if not isinstance(graph, Absorb):
-            raise ConfigError(
-                "model.scale_by_sigma=true with graph.name=uniform: set scale_by_sigma=false"
-            )
-        shift = log_expm1(over_positions(sigma.double(), states)) + math.log(graph.num_tokens)
-        logits_V = logits_V - shift.unsqueeze(-1).to(logits_V.dtype)
-    return logits_V.scatter(-1, states.long().unsqueeze(-1), 0.0)
+    return _in_type_of(statistics, rows)
 
 
 def clean_odds(sigma: Tensor, num_tokens: int) -> Tensor:
@@ -190,10 +130,10 @@ def mean_row_loss(
 ) -> MeanRowLoss:
     """Score entropy of the uniform graph in nats under the mean parametrisation, weighted.
 
-    As `row_loss`: [M], in float64 within, and `unchanged_M` marks rows whose token is the clean
+    [M] each, in float64 within, and `unchanged_M` marks rows whose token is the clean
     one.
     """
-    noise = RowNoise(*(part.double() for part in noise))
+    noise = _in_float64(noise)
     own, target, others, log_total, share_total = (part.double() for part in statistics)
     odds = clean_odds(noise.sigma, num_tokens)
     log_a = -torch.log1p(odds)
@@ -234,28 +174,36 @@ def log_expm1(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
-def _absorb_rows(statistics: Statistics, noise: RowNoise, num_tokens: int, scaled: bool) -> RowLoss:
+def absorb_rows(statistics: Statistics, noise: RowNoise) -> RowLoss:
+    """Score entropy of masked rows whose logits are log-scores; see `row_law.RowLaw.rows`."""
+    noise = _in_float64(noise)
     top, target = statistics.max.double(), statistics.target.double()
     log_sum = torch.log(statistics.sum_exp.double())
-    weight = noise.rate_over_expm1
-    if scaled:
-        # Cross-entropy plus the price of not being normalised; the sigma shift has cancelled on
-        # paper.
-        cross_entropy = (top - target) + log_sum
-        excess = top - math.log(num_tokens)
-        loss = weight * (cross_entropy + _expm1_minus(excess + log_sum))
-        grad_exp = weight * torch.exp(excess)
-    else:
-        # g * (e^lse - r z[x0] + K(r)) with r = 1/e1 and g r = weight.
-        log_odds = log_expm1(noise.sigma)
-        loss = noise.rate * torch.exp(top + log_sum) - weight * (target + log_odds + 1.0)
-        grad_exp = noise.rate * torch.exp(top)
-    return RowLoss(loss, grad_exp, torch.zeros_like(loss), -weight)
+    # g * (e^lse - r z[x0] + K(r)) with r = 1/e1 and g r the weight.
+    weight, log_odds = noise.rate_over_expm1, log_expm1(noise.sigma)
+    loss = noise.rate * torch.exp(top + log_sum) - weight * (target + log_odds + 1.0)
+    grad_exp = noise.rate * torch.exp(top)
+    return _in_type_of(statistics, RowLoss(loss, grad_exp, torch.zeros_like(loss), -weight))
 
 
-def _uniform_rows(
+def scaled_absorb_rows(statistics: Statistics, noise: RowNoise, num_tokens: int) -> RowLoss:
+    """The same whose log-scores are z - ln(e^sigma - 1) - ln N; the shift cancels on paper."""
+    top, target = statistics.max.double(), statistics.target.double()
+    log_sum = torch.log(statistics.sum_exp.double())
+    weight = noise.rate_over_expm1.double()
+    # Cross-entropy plus the price of not being normalised.
+    cross_entropy = (top - target) + log_sum
+    excess = top - math.log(num_tokens)
+    loss = weight * (cross_entropy + _expm1_minus(excess + log_sum))
+    grad_exp = weight * torch.exp(excess)
+    return _in_type_of(statistics, RowLoss(loss, grad_exp, torch.zeros_like(loss), -weight))
+
+
+def uniform_rows(
     statistics: Statistics, noise: RowNoise, num_tokens: int, unchanged_M: Tensor
 ) -> RowLoss:
+    """Score entropy of the uniform graph whose logits are log-scores."""
+    noise = _in_float64(noise)
     assert statistics.total is not None, "the uniform graph needs the sum of the counted logits"
     top, target = statistics.max.double(), statistics.target.double()
     score_sum = torch.exp(top) * statistics.sum_exp.double()
@@ -271,12 +219,21 @@ def _uniform_rows(
     others = score_sum - (total - target) - (num_tokens - 2)
     differs = others - (1.0 + odds) * (target + log_a + 1.0)
     zero = torch.zeros_like(scale)
-    return RowLoss(
+    rows = RowLoss(
         loss=scale * torch.where(unchanged_M, same, differs),
         grad_exp=scale * torch.exp(top),
         grad_rest=-scale * torch.where(unchanged_M, a, 1.0),
         grad_target=torch.where(unchanged_M, zero, -noise.rate_over_expm1),
     )
+    return _in_type_of(statistics, rows)
+
+
+def _in_float64(noise: RowNoise) -> RowNoise:
+    return RowNoise(*(part.double() for part in noise))
+
+
+def _in_type_of(statistics: Statistics, rows: RowLoss) -> RowLoss:
+    return RowLoss(*(part.to(statistics.max.dtype) for part in rows))
 
 
 def _expm1_minus(u: Tensor) -> Tensor:

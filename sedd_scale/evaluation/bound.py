@@ -257,12 +257,9 @@ def _diffusion_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tenso
     noisy_BL, weight_B = _corrupted(model, plan, draws, "noise")
     counted_BL = within_spans(draws.clean_BL, draws.span_B2)
     noise_B3 = model.objective.noise_columns(model.schedule, draws.t_B, training=False)
-    kinds: tuple[str, ...] = ("score_entropy", "cross_entropy")
-    if model.objective.cross_entropy:
-        kinds = kinds[1:]
-    elif model.graph.mask_id is None:
-        kinds = kinds[:1]
-    nats_BC = model.losses(draws.clean_BL, noisy_BL, noise_B3, counted_BL, kinds=kinds)
+    normalised = model.law.when_normalised()
+    laws = [model.law] if normalised is None else [model.law, normalised]
+    nats_BC = model.losses(draws.clean_BL, noisy_BL, noise_B3, counted_BL, laws=laws)
     return nats_BC.double().cpu() * weight_B[:, None], len(noisy_BL)
 
 
@@ -293,7 +290,7 @@ def _reconstruction_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[
         if graph.mask_id is None:
             jump, stay = move / graph.num_tokens, 1.0 - move + move / graph.num_tokens
             own_m = noisy_R[rows_M[chunk]]
-            if model.mean:
+            if model.law.of_clean_token:
                 weights_mN = mean_log_scores(weights_mN, own_m, sigma_B[:1].to(model.device))
             own_m1 = own_m[:, None]
             weights_mN = (weights_mN + math.log(jump)).scatter(1, own_m1, math.log(stay))

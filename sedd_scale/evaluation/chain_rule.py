@@ -21,6 +21,7 @@ from torch import Tensor
 from sedd_scale.arrays import FloatArray, IntArray
 from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import shifted
+from sedd_scale.diffusion.row_law import CrossEntropy
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.result import ANY_ORDER, EXACT, BoundResult, OtherNats
@@ -33,8 +34,6 @@ from sedd_scale.evaluation.standard_error import (
 from sedd_scale.model.score_model import ScoreModel
 
 Progress = Callable[[int, int], None]
-
-CROSS_ENTROPY = ("cross_entropy",)
 
 
 @torch.no_grad()
@@ -61,7 +60,9 @@ def evaluate_left_to_right(
         counted_BL = within_spans(clean_BL, span_n2[groups[which]])
         noise_B3 = _weight_one(len(clean_BL))
         shown_BL = shifted(clean_BL.long(), model.graph)
-        nats_B1 = model.losses(clean_BL, shown_BL, noise_B3, counted_BL, kinds=CROSS_ENTROPY)
+        nats_B1 = model.losses(
+            clean_BL, shown_BL, noise_B3, counted_BL, laws=[CrossEntropy(model.graph)]
+        )
         return (_finite(nats_B1[:, 0]),)
 
     found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
@@ -131,7 +132,7 @@ def evaluate_any_order(
                 noisy_BL,
                 _weight_one(len(numbers)),
                 rank_BL == place_B1,
-                kinds=CROSS_ENTROPY,
+                laws=[CrossEntropy(model.graph)],
             )
             np.add.at(nats_K, numbers, _finite(found_B1[:, 0]))
         return (nats_K,)

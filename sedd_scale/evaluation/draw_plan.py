@@ -55,7 +55,7 @@ class Plan:
             t_K = model.objective.inner_times(u_K)
             return t_K, torch.full_like(t_K, 1.0 - self.t_min if self.has_ends else 1.0)
         if self.has_ends:
-            bounded = model.scaled or model.mean
+            bounded = model.law.bounded
             return weighted_times(u_K, model.schedule, t_min=self.t_min, bounded=bounded)
         return uniform_times(u_K, t_min=self.t_min)
 

@@ -129,7 +129,7 @@ def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None
     given: int | None = said.value
     assert config.model.vocab_size is not None
     last = config.model.vocab_size
-    if config.graph.name != "absorb":
+    if not config.graph.facts.has_mask:
         if said.words.startswith("--"):
             raise CheckpointError(f"{path}: --mask-id belongs to --graph absorb: leave it out")
         return None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.config import Config
+from sedd_scale.config.sections import NETWORK
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
@@ -35,18 +36,6 @@ from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
 BIAS = VOCABULARY_PARAMETERS[-1]
-
-# What the source and the run must have in common, besides the graph and the vocabulary.
-_ALIKE = (
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "cond_dim",
-    "mlp_ratio",
-    "rotary_base",
-    "parametrisation",
-    "time_conditioning",
-)
 
 
 class InitialWeights:
@@ -73,7 +62,7 @@ class InitialWeights:
         self._num_tokens, self._old = config.model.vocab_size, described.num_tokens
         self.grown = self._num_tokens - self._old
         self._shapes = model_shapes(config)
-        self._has_mask = config.graph.name == "absorb"
+        self._has_mask = config.graph.facts.has_mask
         self._scaled = config.resolved_scale_by_sigma
         if self.grown and not (config.model.grow_vocab and self.grown > 0):
             name = VOCABULARY_PARAMETERS[0]
@@ -198,25 +187,19 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
     Raises:
         ConfigError: names the key, both values, a tensor with both shapes, and the fix.
     """
-    for key in _ALIKE:
-        wanted, has = getattr(config.model, key), getattr(found.model, key)
-        if wanted != has:
+    apart = {}
+    for key, field, wanted in config.all_keys():
+        has = found.value(key)
+        if key == "model.scale_by_sigma":  # null stands for what the graph has
+            wanted, has = config.resolved_scale_by_sigma, found.resolved_scale_by_sigma
+        if field.metadata["shared"] == NETWORK and wanted != has:
+            apart[key] = (_text(wanted), _text(has))
+    for key in ("graph.name", *apart):  # from which others may follow
+        if key in apart:
+            wanted, has = apart[key]
             raise ConfigError(
-                f"model.{key}={_text(wanted)} does not fit {what}, which has {_text(has)}"
-                f"{_shapes_apart(config, found)}: set model.{key}={_text(has)}"
-            )
-    for key, wanted, has in (
-        ("graph.name", config.graph.name, found.graph.name),
-        (
-            "model.scale_by_sigma",
-            config.resolved_scale_by_sigma,
-            found.resolved_scale_by_sigma,
-        ),
-    ):
-        if wanted != has:
-            raise ConfigError(
-                f"{key}={_text(wanted)} does not fit {what}, which was trained with {_text(has)}: "
-                f"set {key}={_text(has)}"
+                f"{key}={wanted} does not fit {what}, which has {has}"
+                f"{_shapes_apart(config, found)}: set {key}={has}"
             )
     if make_objective(config).causal != make_objective(found).causal:
         wanted, has = config.training.objective, found.training.objective

@@ -142,7 +142,7 @@ def _model_rows(described: Description) -> dict[str, object]:
         "parameters": f"{parameters:,}",
         "layers x width, heads": f"{model.num_layers} x {model.hidden_size}, {model.num_heads}",
         "vocabulary": f"{described.num_tokens:,} tokens"
-        + (" and the mask" if config.graph.name == "absorb" else ""),
+        + (" and the mask" if config.graph.facts.has_mask else ""),
         "block": f"{described.block_length:,} tokens",
         "graph": config.graph.name,
         "noise": f"{config.noise.name}, {described.noise_range}",

@@ -75,7 +75,7 @@ def _identity(model: ScoreModel) -> dict[str, object]:
         "graph": model.graph.name,
         "number of tokens": model.graph.num_tokens,
         "noise": model.schedule,
-        "scale_by_sigma": model.scaled,
+        "scale_by_sigma": model.config.resolved_scale_by_sigma,
         "block length": model.block_length,
     }
 

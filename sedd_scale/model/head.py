@@ -1,7 +1,6 @@
 """The last layer: adaptive norm, then the vocabulary-parallel map to scores and its loss."""
 
 import dataclasses
-import math
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -11,7 +10,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient
 from sedd_scale.model.block import Stream
 from sedd_scale.parallel.layout import Layout
@@ -38,16 +37,16 @@ class ScoreLinear(ColumnParallelLinear):
         hidden_LBH: Tensor,
         targets: ScoreTargets,
         per_sequence: bool,
-        cross_entropy: bool | None = None,
+        law: RowLaw | None = None,
     ) -> Tensor:
         """Mean nats per token (a scalar), or nats of each sequence [B].
 
         Args:
-            cross_entropy: weighted cross-entropy, or not; None: as the network is trained.
+            law: what the loss is to be, if other than the network is trained with.
         """
         shard = self.shard
-        if cross_entropy is not None:
-            shard = dataclasses.replace(shard, cross_entropy=cross_entropy)
+        if law is not None:
+            shard = dataclasses.replace(shard, law=law)
         function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
         return function(hidden_LBH, self.weight, self.bias, targets, shard)
 
@@ -57,18 +56,15 @@ class Head(nn.Module):
 
     def __init__(
         self,
-        graph: Graph,
-        scaled: bool,
+        law: RowLaw,
         padded_states: int,
         cond_dim: int,
         config: TransformerConfig,
         layout: Layout,
-        *,
-        cross_entropy: bool = False,
-        mean: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = "head"
+        graph = law.graph
         self.vocab_rows = {"linear.weight": graph.num_states, "linear.bias": graph.num_states}
         self.num_states = graph.num_states
         self.layout = layout
@@ -84,13 +80,10 @@ class Head(nn.Module):
         columns = padded_states // layout.tensor
         start = columns * layout.tensor_rank
         self.linear.shard = VocabShard(
-            graph=graph,
-            scaled=scaled,
+            law=law,
             start=start,
             length=max(0, min(columns, graph.num_tokens - start)),
             group=layout.tensor_group,
-            cross_entropy=cross_entropy,
-            mean=mean,
         )
 
     def forward(self, stream: Stream) -> Tensor:
@@ -123,8 +116,4 @@ class Head(nn.Module):
             num_columns=self.num_states,
             tensor_group=self.layout.tensor_group,
         ).float()
-        if self.linear.shard.cross_entropy:
-            tokens = self.linear.shard.graph.num_tokens
-            log_sum_M1 = logits_MV[:, :tokens].logsumexp(dim=1, keepdim=True)
-            logits_MV[:, :tokens] -= log_sum_M1 - math.log(tokens)
-        return logits_MV
+        return self.linear.shard.law.with_known_constant(logits_MV)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sedd_scale.config import Config, ModelConfig
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.diffusion.row_law import law_of
 from sedd_scale.model.attention import CoreAttention, KeyValueCache
 from sedd_scale.model.block import Block
 from sedd_scale.model.embedding import Embedding
@@ -68,14 +69,11 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
 
     def head() -> nn.Module:
         return Head(
-            graph,
-            config.resolved_scale_by_sigma,
+            law_of(config, graph, cross_entropy=objective.cross_entropy),
             padded_states,
             model.cond_dim,
             mlp_config,
             layout,
-            cross_entropy=objective.cross_entropy,
-            mean=model.parametrisation == "mean",
         )
 
     def initialized(build: LayerBuilder) -> nn.Module:

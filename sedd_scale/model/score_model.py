@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph, make_graph
 from sedd_scale.diffusion.objectives import make_objective, shifted
+from sedd_scale.diffusion.row_law import RowLaw, law_of
 from sedd_scale.diffusion.schedules import schedule_of
-from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from sedd_scale.errors import DataError
 from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
@@ -26,7 +26,7 @@ class ScoreModel(nn.Module):
         graph: the forward process; `graph.num_tokens` is N and `graph.num_states` is V.
         schedule: the noise schedule sigma(t).
         objective: what it was trained for.
-        scaled: whether outputs are log-scores up to the known shift of sigma.
+        law: what a row of outputs means.
         mean: whether they are logits of the clean token's law, of which scores follow.
         tokenizer: the tokenizer of its training data, or None where the format carries none.
         block_length: L of its training.
@@ -47,8 +47,7 @@ class ScoreModel(nn.Module):
         self.graph: Graph = make_graph(config.graph.name, num_tokens)
         self.schedule = schedule_of(config)
         self.objective = make_objective(config)
-        self.scaled = config.resolved_scale_by_sigma
-        self.mean = config.model.parametrisation == "mean"
+        self.law = law_of(config, self.graph, cross_entropy=self.objective.cross_entropy)
         self.block_length = block_length
         self.tokenizer = tokenizer
         self.network = ScoreNetwork(layer_builders(config, self.graph, layout))
@@ -83,14 +82,7 @@ class ScoreModel(nn.Module):
         length, batch, width = hidden_LBH.shape
         rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
         logits_BLV = self.network.head.logits(rows).view(batch, length, -1)
-        return log_scores_from_logits(
-            logits_BLV,
-            tokens_BL,
-            sigma_B,
-            graph=self.graph,
-            scaled=self.scaled,
-            mean=self.mean,
-        )
+        return self.law.log_scores(logits_BLV, tokens_BL, sigma_B)
 
     @torch.no_grad()
     def logits(
@@ -166,24 +158,21 @@ class ScoreModel(nn.Module):
         noise_B3: Tensor,
         counted_BL: Tensor | None = None,
         *,
-        kinds: Sequence[str],
+        laws: Sequence[RowLaw],
     ) -> Tensor:
-        """Losses of each sequence in nats, [B, C]: a column for each of `kinds`.
+        """Losses of each sequence in nats, [B, C]: a column for each of `laws`.
 
         Args:
             noise_B3: sigma, its rate and the weight of cross-entropy; on the host.
             x0_BL, xt_BL, counted_BL: as in `loss`.
-            kinds: "score_entropy", or "cross_entropy", weighted: what the first would be with
-                scores normalised (absorb), never greater.
+            laws: the model's own, or what it would be with scores normalised
+                (`RowLaw.when_normalised`), whose loss is never greater.
         """
-        assert set(kinds) <= {"score_entropy", "cross_entropy"}, kinds
         x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
         hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
         columns = [
-            self.network.head.linear(
-                hidden_LBH, targets, per_sequence=True, cross_entropy=kind == "cross_entropy"
-            )
-            for kind in kinds
+            self.network.head.linear(hidden_LBH, targets, per_sequence=True, law=law)
+            for law in laws
         ]
         return torch.stack(columns, dim=1)
 

@@ -55,7 +55,7 @@ def mean_chunk_loss(
     rescale_m = (chunk.max - max_m).exp()
     parts = torch.stack([(own_z_m - max_m).exp(), target_m, chunk.sum_exp * rescale_m])
     own_m, target_m, others_m = shard.reduce(parts)
-    odds_m = clean_odds(noise.sigma, shard.graph.num_tokens).to(max_m.dtype)
+    odds_m = clean_odds(noise.sigma, shard.law.graph.num_tokens).to(max_m.dtype)
     factor_m = odds_m / (own_m + others_m)
     chunk, *totals_m = chunk_law(chunk, columns, factor_m * rescale_m)
     log_total_m, share_total_m = shard.reduce(torch.stack(totals_m))
@@ -68,7 +68,7 @@ def mean_chunk_loss(
             share_total=share_total_m,
         ),
         noise,
-        num_tokens=shard.graph.num_tokens,
+        num_tokens=shard.law.graph.num_tokens,
         unchanged_M=clean_m == noisy_m,
     )
     if weight_m is None:

@@ -21,13 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sedd_scale.arrays import IntArray
-from sedd_scale.diffusion.graphs import Graph, Uniform
-from sedd_scale.diffusion.score_entropy import (
-    RowNoise,
-    Statistics,
-    cross_entropy_rows,
-    row_loss,
-)
+from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.score_entropy import RowNoise, Statistics
 from sedd_scale.parallel.mean_chunk import mean_chunk_loss
 from sedd_scale.parallel.score_kernel import (
     Coefficients,
@@ -126,14 +121,13 @@ def _chunk_loss(
     That is `gradient_mW`, written, with the sums of its columns [W]. The logits are overwritten;
     `bias_W` is still to be added to them, if given.
     """
-    uniform = isinstance(shard.graph, Uniform) and not shard.cross_entropy
-    if uniform and shard.mean:
+    law = shard.law
+    if law.of_clean_token:
         return mean_chunk_loss(
             logits_mW, clean_m, noisy_m, noise_m3, shard, weight_m, bias_W, gradient_mW
         )
-    columns = RowColumns(
-        target=shard.column_of(clean_m), own=shard.column_of(noisy_m) if uniform else None
-    )
+    own_m = None if law.counts_own else shard.column_of(noisy_m)
+    columns = RowColumns(target=shard.column_of(clean_m), own=own_m)
     chunk = chunk_statistics(logits_mW, columns, bias_W)
     max_m = shard.reduce(chunk.max.clone(), dist.ReduceOp.MAX)
     rescale_m = (chunk.max - max_m).exp()
@@ -141,17 +135,8 @@ def _chunk_loss(
     if chunk.total is not None:
         parts.append(chunk.total)
     sum_exp_m, target_m, *total_m = shard.reduce(torch.stack(parts))
-    statistics = Statistics(max_m, sum_exp_m, target_m, total_m[0] if uniform else None)
-    if shard.cross_entropy:
-        row = cross_entropy_rows(statistics, noise_m3[:, 2])
-    else:
-        row = row_loss(
-            statistics,
-            RowNoise(*noise_m3.unbind(1)),
-            graph=shard.graph,
-            scaled=shard.scaled,
-            unchanged_M=clean_m == noisy_m if uniform else None,
-        )
+    statistics = Statistics(max_m, sum_exp_m, target_m, total_m[0] if total_m else None)
+    row = law.rows(statistics, RowNoise(*noise_m3.unbind(1)), clean_m == noisy_m)
     if weight_m is None:
         return row.loss, None
     coefficients = Coefficients(

@@ -76,7 +76,7 @@ def step_flops(config: Config, *, vocab_size: int, block_length: int) -> StepFlo
 
 def head_rows(config: Config) -> float:
     """Expected share of positions that have a loss, over the times training draws."""
-    if config.graph.name == "uniform" or config.training.objective == "autoregressive":
+    if not config.graph.facts.has_mask or config.training.objective == "autoregressive":
         return 1.0
     start, panels = config.noise.t_min, 4096
     width = (1.0 - start) / panels

@@ -46,7 +46,7 @@ class ParameterShape:
 
 def num_states(config: Config, vocab_size: int) -> int:
     """V, the states of a position: the N real tokens, and the mask under absorb."""
-    return vocab_size + (config.graph.name == "absorb")
+    return vocab_size + config.graph.facts.has_mask
 
 
 def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:

@@ -105,13 +105,7 @@ def score_step(batch: BatchState, step: Step, masked_R: Tensor, log_sum_R: Tenso
 
 def _log_factor(batch: BatchState, step: Step) -> Tensor:
     """ln of what e^z is multiplied by to be a probability of leaving."""
-    num_tokens, scaled = batch.model.graph.num_tokens, batch.model.scaled
+    law = batch.model.law
     if batch.settings.sampler == "euler":
-        return euler_log_factor(
-            step.size,
-            rate=step.rate,
-            rate_over_expm1=step.rate_over_expm1,
-            num_tokens=num_tokens,
-            scaled=scaled,
-        )
-    return analytic_log_factor(step.sigma_t, step.sigma_s, num_tokens=num_tokens, scaled=scaled)
+        return euler_log_factor(step.size, sigma=step.sigma_t, rate=step.rate, law=law)
+    return analytic_log_factor(step.sigma_t, step.sigma_s, law=law)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.errors import CheckpointError
 from sedd_scale.model.score_model import ScoreModel
@@ -21,16 +22,14 @@ class LogitModel(Protocol):
     Attributes:
         graph: the forward process.
         schedule: the noise schedule.
-        scaled: whether logits are log-scores up to the known shift of sigma (absorb only).
-        mean: whether they are those of the clean token's law (uniform only).
+        law: what a row of logits means.
         time_conditioned: whether logits depend on sigma.
         device: where its tensors live.
     """
 
     graph: Graph
     schedule: Schedule
-    scaled: bool
-    mean: bool
+    law: RowLaw
 
     @property
     def time_conditioned(self) -> bool: ...

@@ -26,7 +26,6 @@ class Step(NamedTuple):
     move_t: Tensor
     move_s: Tensor
     rate: Tensor
-    rate_over_expm1: Tensor
 
 
 def grid_times(schedule: Schedule, steps: int, time_grid: str, t_end: float) -> Tensor:
@@ -56,7 +55,7 @@ def time_steps(schedule: Schedule, steps: int, time_grid: str, t_end: float) -> 
     """The steps between the times of the grid, and the denoising step after them."""
     times = grid_times(schedule, steps, time_grid, t_end)
     sigma, move = schedule.sigma(times), schedule.move_probability(times)
-    rate, ratio = schedule.rate(times), schedule.rate_over_expm1(times)
+    rate = schedule.rate(times)
     zero = torch.zeros((), dtype=torch.float64)
     ends = [*range(1, steps + 1), None]
     return [
@@ -70,7 +69,6 @@ def time_steps(schedule: Schedule, steps: int, time_grid: str, t_end: float) -> 
             move_t=move[k],
             move_s=zero if end is None else move[end],
             rate=rate[k],
-            rate_over_expm1=ratio[k],
         )
         for k, end in enumerate(ends)
     ]

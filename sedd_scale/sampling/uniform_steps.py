@@ -50,7 +50,7 @@ def uniform_step(batch: BatchState, step: Step) -> bool:
     sigma_B = batch.sigma_B(step.sigma_t)
     for chunk, logits_mN in batch.outputs.chunks(batch.state_BL, sigma_B, rows_M):
         own_m = before_M[chunk]
-        if batch.model.mean:
+        if batch.model.law.of_clean_token:
             logits_mN = mean_log_scores(logits_mN, own_m, step.sigma_t.to(own_m.device))
         leave_m, weights_mN = law(logits_mN, own_m, step)
         check_finite(leave_m)

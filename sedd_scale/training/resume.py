@@ -1,6 +1,5 @@
 """Where a run resumes: at which checkpoint, whether it fits, and its state in the engine."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from sedd_scale.checkpoint.directory import (
 )
 from sedd_scale.checkpoint.reading import load_checkpoint, load_newest
 from sedd_scale.config import Config, config_from_dict
+from sedd_scale.config.sections import ORDER, TASK
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.engine.engine import Engine
@@ -120,29 +120,17 @@ def check_resume(config: Config, corpus: Corpus, source: Path, meta: dict[str, A
         _check_imported(config, source, meta, saved)
         return
     corpus.check_position(source, meta, config)
-    order = (
-        ("training", "global_batch"),
-        ("training", "seed"),
-        ("data", "shuffle_window"),
-        ("data", "random_length"),
-    )
-    task = (
-        ("training", "objective"),
-        ("model", "document_attention"),
-        *(("noise", field.name) for field in dataclasses.fields(config.noise)),
-    )
-    for section, key in (*order, *task):
-        before, now = (
-            scalar_text(getattr(getattr(tree, section), key)) for tree in (saved, config)
-        )
-        if before != now:
-            mend = f"set {section}.{key}={before}"
-            if (section, key) in order:
+    for key, field, now in config.all_keys():
+        before, kind = saved.value(key), field.metadata["shared"]
+        if kind in (ORDER, TASK) and before != now:
+            mend = f"set {key}={scalar_text(before)}"
+            if kind == ORDER:
                 mend = f"the order of its data depends on it; {mend}"
             else:
                 mend += f", or begin a new run with model.init_from={source}"
             raise CheckpointError(
-                f"{source} was trained with {section}.{key}={before}, not {now}: {mend}"
+                f"{source} was trained with {key}={scalar_text(before)}, not {scalar_text(now)}: "
+                f"{mend}"
             )
     check_same_model(config, saved, str(source))
 

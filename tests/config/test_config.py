@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from sedd_scale.config import Config, config_from_dict, load_config
+from sedd_scale.config.sections import FREE, NETWORK, ORDER, TASK
 from sedd_scale.errors import ConfigError
 from tests.repository import CONFIGS
 
@@ -416,3 +417,32 @@ def test_config_from_dict_takes_defaults_and_refuses_strangers():
     assert config == Config().override("model.dropout=0.0")
     with pytest.raises(ConfigError, match=r"unknown key model\.drop; did you mean model\.dropout"):
         config_from_dict({"model": {"drop": 0}})
+
+
+def test_every_key_that_shapes_a_model_or_its_task_says_what_it_belongs_to() -> None:
+    """A checkpoint with another value is refused; a new key of these sections has to be decided."""
+    of_kind: dict[str, set[str]] = {}
+    for key, field, _ in Config().all_keys():
+        of_kind.setdefault(field.metadata["shared"], set()).add(key)
+    assert set(of_kind) == {NETWORK, TASK, ORDER, FREE}
+    shaping = {key for key in of_kind[FREE] if key.split(".")[0] in ("model", "graph", "noise")}
+    # How it computes and starts, not what it is.
+    assert shaping == {
+        *("model.dropout", "model.vocab_size", "model.attention", "model.residual_dtype"),
+        *("model.zero_init", "model.init_from", "model.grow_vocab"),
+    }
+
+
+def test_keys_that_another_key_puts_out_of_effect_are_refused() -> None:
+    """Each as its metadata says, set to another value than its default."""
+    others = {"training.weight_softening": 0.5, "optimizer.decay_steps": 10}
+    found = [(key, field) for key, field, _ in Config().all_keys() if field.metadata["only_with"]]
+    assert len(found) >= 5
+    for key, field in found:
+        value = others.get(key, field.default / 2 if field.default else 0.1)
+        value = int(value) if isinstance(field.default, int) else value
+        for other, needed in field.metadata["only_with"].items():
+            choices = {one: f.metadata["choices"] for one, f, _ in Config().all_keys()}[other]
+            refused = next(choice for choice in choices if choice not in needed)
+            with pytest.raises(ConfigError, match=f"{key}={value} has no effect with {other}="):
+                Config().override(f"{key}={value}", f"{other}={refused}").validate()

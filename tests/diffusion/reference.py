@@ -17,8 +17,34 @@ from torch import Tensor
 from sedd_scale.diffusion.graphs import Absorb, Graph, Uniform, over_positions
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.diffusion.reverse import ancestral_chances
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.diffusion.schedules import Schedule
-from sedd_scale.diffusion.score_entropy import RowNoise, Statistics
+from sedd_scale.diffusion.score_entropy import RowLoss, RowNoise, Statistics
+
+
+def row_loss(
+    statistics: Statistics,
+    noise: RowNoise,
+    *,
+    graph: Graph,
+    scaled: bool,
+    unchanged_M: Tensor | None = None,
+) -> RowLoss:
+    """What `RowLaw.rows` gives for a graph by name of its parametrisation."""
+    return row_law(graph, scaled=scaled).rows(statistics, noise, unchanged_M)
+
+
+def log_scores_from_logits(
+    logits_V: Tensor,
+    states: Tensor,
+    sigma: Tensor,
+    *,
+    graph: Graph,
+    scaled: bool,
+    mean: bool = False,
+) -> Tensor:
+    """What `RowLaw.log_scores` gives, likewise."""
+    return row_law(graph, scaled=scaled, mean=mean).log_scores(logits_V, states, sigma)
 
 
 def noise_columns(schedule: Schedule, t_B: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from sedd_scale.config.graph_facts import GRAPHS
 from sedd_scale.diffusion.graphs import Absorb, Uniform, make_graph
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.errors import ConfigError, DataError
 from tests.diffusion.reference import incoming_rates
 
@@ -108,3 +110,18 @@ def test_names_sizes_and_refusals():
     assert math.isclose(
         absorb.prior_kl_per_token(torch.tensor(0.0)).item(), math.log(50), rel_tol=1e-6
     )
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_is_known_by_name_is_so(name: str) -> None:
+    """The table that plans and checks read, against the graph and the laws of its rows."""
+    facts, graph = GRAPHS[name], make_graph(name, 7)
+    assert facts.has_mask == (graph.mask_id is not None) == (graph.num_states == 8)
+    for said, option in ((facts.scales_by_sigma, "scaled"), (facts.has_mean, "mean")):
+        if said:
+            assert row_law(graph, **{option: True}).graph is graph
+        else:
+            with pytest.raises(ConfigError, match="does not go with"):
+                row_law(graph, **{option: True})
+    # Maximum, sum of exponentials and the clean token's logit; and the sum where it is counted.
+    assert facts.row_statistics == 3 + (not row_law(graph).counts_own)

@@ -15,8 +15,8 @@ from sedd_scale.diffusion.objectives import (
     make_objective,
 )
 from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.diffusion.score_entropy import RowNoise, cross_entropy_rows, row_loss
-from tests.diffusion.reference import row_statistics
+from sedd_scale.diffusion.score_entropy import RowNoise, cross_entropy_rows
+from tests.diffusion.reference import row_loss, row_statistics
 
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
 NUM_TOKENS = 5

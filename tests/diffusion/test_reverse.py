@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.reverse import analytic_log_factor, draw_categorical, euler_log_factor
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.diffusion.score_entropy import log_scores_from_logits
 from tests.diffusion.reference import (
     absorb_step_rows,
     analytic_probabilities,
     as_distribution,
     denoise_probabilities,
     euler_probabilities,
+    log_scores_from_logits,
 )
 from tests.repository import GOLDEN
 from tests.tolerance import ROUNDING
@@ -134,20 +135,15 @@ def test_masked_rows_alone_give_the_table(scaled, shift):
     t = torch.tensor([0.1, 0.4, 0.6, 0.9, 1.0], dtype=torch.float64)
     sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(t - 0.05)
     log_score = log_scores_from_logits(logits, states, sigma_t, graph=graph, scaled=scaled)
+    law = row_law(graph, scaled=scaled)
     pairs = [
         (
             analytic_probabilities(log_score, states, sigma_t, sigma_s, graph),
-            analytic_log_factor(sigma_t, sigma_s, num_tokens=6, scaled=scaled),
+            analytic_log_factor(sigma_t, sigma_s, law=law),
         ),
         (
             euler_probabilities(log_score, states, 0.05, schedule.rate(t), graph),
-            euler_log_factor(
-                0.05,
-                rate=schedule.rate(t),
-                rate_over_expm1=schedule.rate_over_expm1(t),
-                num_tokens=6,
-                scaled=scaled,
-            ),
+            euler_log_factor(0.05, sigma=sigma_t, rate=schedule.rate(t), law=law),
         ),
     ]
     for table, log_factor in pairs:
@@ -162,7 +158,8 @@ def test_loglinear_analytic_step_unmasks_its_share_of_time():
     schedule = make_schedule("loglinear")
     t = torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64)
     s = t * torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    factor = analytic_log_factor(schedule.sigma(t), schedule.sigma(s), num_tokens=6, scaled=True)
+    law = row_law(make_graph("absorb", 6), scaled=True)
+    factor = analytic_log_factor(schedule.sigma(t), schedule.sigma(s), law=law)
     logits = torch.log_softmax(torch.randn(3, 6).double(), -1) + math.log(6)
     leave, stay = absorb_step_rows(logits, factor)
     torch.testing.assert_close(leave.sum(-1), (t - s) / t, rtol=1e-10, atol=0)

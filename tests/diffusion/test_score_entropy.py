@@ -8,15 +8,14 @@ from safetensors.torch import load_file
 
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.schedules import make_schedule
-from sedd_scale.diffusion.score_entropy import (
-    RowNoise,
-    Statistics,
-    log_expm1,
+from sedd_scale.diffusion.score_entropy import RowNoise, Statistics, log_expm1
+from sedd_scale.errors import ConfigError
+from tests.diffusion.reference import (
+    log_score_score_entropy,
     log_scores_from_logits,
     row_loss,
+    row_statistics,
 )
-from sedd_scale.errors import ConfigError
-from tests.diffusion.reference import log_score_score_entropy, row_statistics
 from tests.repository import GOLDEN
 
 SIGMAS = torch.tensor([1e-4, 1e-3, 0.03, 0.4, 1.0, 3.0, 9.0, 20.0], dtype=torch.float64)

@@ -227,7 +227,8 @@ REFUSED = {
     "sedd-hf model.num_heads=4": "model.num_heads=4 does not fit model.init_from={sedd-hf}, which "
     "has 2: set model.num_heads=2",
     "native graph.name=uniform": "graph.name=uniform does not fit model.init_from={native}, which "
-    "was trained with absorb: set graph.name=absorb",
+    "has absorb (embedding.tokens.weight is [258, 32] there and [257, 32] here): set "
+    "graph.name=absorb",
     "native model.rotary_base=9": "model.rotary_base=9.0 does not fit model.init_from={native}, "
     "which has 10000.0: set model.rotary_base=10000.0",
     "native model.scale_by_sigma=false": "set model.scale_by_sigma=true",

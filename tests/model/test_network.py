@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
-from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
+from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.model.network import ScoreNetwork, context_of
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
-from tests.diffusion.reference import log_score_score_entropy
+from tests.diffusion.reference import log_score_score_entropy, log_scores_from_logits
 from tests.model.small_network import (
     fake_tensors,
     gradients,

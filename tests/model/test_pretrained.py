@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from sedd_scale import load_pretrained
 from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits
+from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.errors import CheckpointError, DataError
-from tests.diffusion.reference import log_score_score_entropy
+from tests.diffusion.reference import log_score_score_entropy, log_scores_from_logits
 from tests.plain_network import PlainNetwork
 from tests.published import published_gradients
 from tests.repository import GOLDEN

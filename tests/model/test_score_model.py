@@ -71,7 +71,7 @@ def test_logits_are_the_log_scores_before_the_shift(model: ScoreModel) -> None:
     logits = model.logits(xt_BL, sigma_B, rows_M)
     assert logits.dtype == torch.float32 and not logits.requires_grad
     shift_B = torch.log(torch.expm1(sigma_B)) + math.log(NUM_TOKENS)
-    shift_M = shift_B[rows_M // LENGTH] if model.scaled else torch.zeros(4)
+    shift_M = shift_B[rows_M // LENGTH] if model.config.resolved_scale_by_sigma else torch.zeros(4)
     expected = (logits - shift_M[:, None].float()).scatter(1, xt_BL.flatten()[rows_M, None], 0.0)
     found = model.log_score(xt_BL, sigma_B).flatten(0, 1)[rows_M]
     torch.testing.assert_close(found, expected, rtol=NETWORK, atol=NETWORK)

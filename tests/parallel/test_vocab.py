@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sedd_scale.diffusion.score_entropy import RowNoise, log_scores_from_logits, row_loss
+from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.parallel import vocab
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import (
@@ -19,7 +19,12 @@ from sedd_scale.parallel.vocab import (
     linear_score_entropy,
     linear_score_entropy_per_sequence,
 )
-from tests.diffusion.reference import log_score_score_entropy, row_statistics
+from tests.diffusion.reference import (
+    log_score_score_entropy,
+    log_scores_from_logits,
+    row_loss,
+    row_statistics,
+)
 from tests.model.small_network import relative
 from tests.parallel.vocab_worker import (
     KINDS,

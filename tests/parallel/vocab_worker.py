@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sedd_scale.diffusion.graphs import Graph, make_graph
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout, leave_layout, shutdown
 from sedd_scale.parallel.vocab import (
@@ -64,7 +65,8 @@ class Problem(NamedTuple):
 
     def shard(self, **changes: Any) -> VocabShard:
         """All of the vocabulary in one process."""
-        whole = VocabShard(self.graph, self.scaled, 0, self.graph.num_tokens, None, mean=self.mean)
+        law = row_law(self.graph, scaled=self.scaled, mean=self.mean)
+        whole = VocabShard(law, 0, self.graph.num_tokens, None)
         return dataclasses.replace(whole, **changes)
 
 

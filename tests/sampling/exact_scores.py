@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_expm1
 from tests.diffusion.reference import (
@@ -40,7 +41,7 @@ class ExactScores:
         self.graph: Graph = make_graph(graph, num_tokens)
         self.schedule: Schedule = make_schedule(noise, sigma_max=10.0)
         self.scaled = scaled
-        self.mean = mean
+        self.law = row_law(self.graph, scaled=scaled and graph == "absorb", mean=mean)
         self.length = length
         generator = torch.Generator().manual_seed(1)
         self.data_C = torch.softmax(
@@ -99,7 +100,7 @@ class ExactScores:
     ) -> Tensor:
         assert ends_BE is None
         self.calls += 1
-        if self.mean:
+        if self.law.of_clean_token:
             laws = [self.clean_laws(*pair) for pair in zip(tokens_BL, sigma_B, strict=True)]
             return torch.stack(laws).log().flatten(0, 1)[rows_M]
         logits = self.log_scores(tokens_BL, sigma_B)
