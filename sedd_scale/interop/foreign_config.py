@@ -148,7 +148,7 @@ def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None
 
 def is_published(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of the published SEDD format."""
-    return "tokens" in raw or {"graph", "model"} <= raw.keys()
+    return "tokens" in raw or all(isinstance(raw.get(key), dict) for key in ("graph", "model"))
 
 
 def _configurations(

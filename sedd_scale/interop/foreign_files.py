@@ -7,6 +7,7 @@ where `vocab_embed.embedding` is; of two, such as weights and averages, each has
 
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ STANDARD_FILES = (INDEX_FILE, SINGLE_FILE, PICKLED_INDEX, PICKLED_FILE)
 TRAINING_FILE = "checkpoint.pth"
 _SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 _ANCHOR = "vocab_embed.embedding"
+_FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
 _LFS = b"version https://git-lfs"
 # Modules that hold another one and nothing else, by the name they give it.
 _WRAPPERS = {
@@ -136,7 +138,7 @@ def is_safetensors(file: Path) -> bool:
         head = stream.read(len(_LFS))
     if head == _LFS:
         raise CheckpointError(f"{file} is a pointer of Git LFS, not the file: run `git lfs pull`")
-    return file.suffix == ".safetensors" or head[8:9] == b"{"
+    return head[8:9] == b"{" or (file.suffix == ".safetensors" and not zipfile.is_zipfile(file))
 
 
 def open_weights(file: Path, choice: str | None = None) -> Weights:
@@ -182,6 +184,11 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
             f"{file} holds several networks ({_listed(networks)}): say which with --network"
         )
     network = networks[(others or averages)[0]]
+    for entry in network.tensors.values():
+        if entry.dtype.lower() not in _FLOATS:
+            raise CheckpointError(
+                f"{file}: {entry.name} is {entry.dtype}, quantised: give the weights it was made of"
+            )
     return Weights(network, networks[averages[0]] if averages and others else None, tree, pickled)
 
 

@@ -93,8 +93,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def _offset_in_file(tensor: Tensor) -> int:
     """Where the numbers of a tensor's storage begin in the file it was loaded from as a fake."""
-    offset = tensor.untyped_storage()._checkpoint_offset
-    assert offset is not None
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        raise CheckpointError("a tensor was saved without its numbers (on the meta device)")
     return int(offset)
 
 
@@ -226,9 +227,10 @@ def _load(path: Path) -> Any:
             # torch.load would run them.
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise ValueError("it is a program of TorchScript")
-    with warnings.catch_warnings():
+    # As a stream: of a path, torch looks at the suffix.
+    with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as of classes whose source has changed
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
 
 
 def _load_tree(path: Path) -> Any:

@@ -167,6 +167,42 @@ def test_a_published_directory_however_its_weights_lie(
             opened(tmp_path / "hf")
 
 
+def test_what_a_file_holds_tells_its_format(mdlm: ScoreModel, tmp_path: Path) -> None:
+    state = prefixed("backbone.", published(mdlm))
+    torch.save({"state_dict": state}, tmp_path / "pickled.safetensors")
+    save_file(state, tmp_path / "safe.ckpt")
+    torch.save({"model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "no-suffix")
+    for name in ("pickled.safetensors", "safe.ckpt", "no-suffix"):
+        assert_same(opened(tmp_path / name), mdlm)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.to(torch.int8), r"vocab_embed\.embedding is int8, quantised"),
+        (lambda t: t.to("meta"), "saved without its numbers"),
+    ],
+)
+def test_weights_without_their_numbers_are_refused(
+    mdlm: ScoreModel, change: Any, match: str, tmp_path: Path
+) -> None:
+    state = {name: change(t) for name, t in prefixed("backbone.", published(mdlm)).items()}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=match):
+        opened(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floats_are_read(mdlm: ScoreModel, dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: t.to(dtype) for name, t in prefixed("backbone.", published(mdlm)).items()}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    save_file(state, tmp_path / "x.safetensors")
+    for name in ("x.ckpt", "x.safetensors"):
+        found = dict(opened(tmp_path / name).named_parameters())
+        for key, parameter in mdlm.named_parameters():
+            assert torch.equal(found[key], parameter.to(dtype).float()), key
+
+
 class Box(dict[str, Any]):
     pass
 
