@@ -5,6 +5,7 @@ second one samples text where a tokenizer is to be trained, and the last one enc
 processes where the input is large. A journal (see journal) lets a killed preparation be continued.
 """
 
+import errno
 import heapq
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ BATCH_DOCUMENTS = 1_024
 # Smaller inputs are done before other processes have started.
 SMALL_INPUT_BYTES = 8_000_000
 JOURNAL_SECONDS = 15.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_TOKENS = "documents that the tokenizer has no token for, left out"
 
 Tag = tuple[Place, Counter[str]]
@@ -131,6 +133,13 @@ def prepare(
             if not existed:
                 output.rmdir()
             raise
+        except OSError as error:
+            if error.filename is not None or error.errno not in NO_ROOM:
+                raise
+            raise DataError(
+                f"--output {output} cannot be written: {error.strerror}; mend that and give the "
+                "same command again to continue"
+            ) from error
 
 
 class _Run:

@@ -92,6 +92,8 @@ def infill_from_text(
         DataError: no blank, an empty one, more tokens than `length`, or text that the tokenizer
             does not spell letter for letter.
     """
+    if not marker:
+        raise DataError("the marker of a blank is empty: give one such as ____")
     pattern = re.compile(r"\[blank(?::(\d+))?\]|" + re.escape(marker))
     pieces: list[IntArray | int | None] = []
     end = 0

@@ -158,6 +158,26 @@ def test_a_character_that_an_output_lacks_is_replaced(
     assert b"every SHA-256 is right" in finished.stdout
 
 
+def test_a_preparation_on_a_full_disk_is_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 3000, encoding="utf-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, most in (("whole", before[0]), ("full", 50_000), ("full", before[0])):
+        words = ["--tokenizer", "bytes", "--block-length", "64", "--valid-fraction", "0"]
+        words += ["--input", str(tmp_path / "text.txt"), "--output", str(tmp_path / name)]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            code = main(["prepare_data", *words])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == (2 if most == 50_000 else 0)
+    error = capsys.readouterr().err
+    assert f"--output {tmp_path / 'full'} cannot be written: File too large; mend that" in error
+    one, other = ((tmp_path / name / "index.json").read_bytes() for name in ("whole", "full"))
+    assert one == other
+
+
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
