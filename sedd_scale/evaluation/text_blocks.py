@@ -20,17 +20,12 @@ import numpy.typing as npt
 from sedd_scale.arrays import IntArray
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
-from sedd_scale.preparation.document_formats import ARCHIVES, BLANK
+from sedd_scale.preparation.document_formats import ARCHIVES, BLANK, HYPHEN, TOKENISED
 from sedd_scale.preparation.documents import DocumentStream, check_name, format_of
 from sedd_scale.tokenizers.base import RESPELLED, Tokenizer
 
 # WikiText's rows keep the end of their line in every edition of it; those of other sources do not.
 _KEEPS_LINE_ENDS = ("wikitext",)
-
-_TOKENISED = (
-    'documents with " @-@ ", WikiText\'s hyphen; published perplexities are of text that '
-    "--detokenizer wikitext restores"
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def read_blocks(
 
     def texts() -> Iterator[str]:
         for text in _documents(stream, mode, settings):
-            stream.notes[_TOKENISED] += settings.detokenizer == "none" and " @-@ " in text
+            stream.notes[TOKENISED] += settings.detokenizer == "none" and HYPHEN in text
             if text.strip() or mode == "all-rows":
                 yield text
             elif format != "text":

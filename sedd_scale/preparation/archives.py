@@ -29,7 +29,7 @@ from sedd_scale.preparation.document_formats import (
 
 _MOST_OBJECTS = 64  # held of one key
 OTHER_SYSTEMS = "members that are metadata of other systems, left out"
-_OTHER_SYSTEMS = re.compile(
+METADATA = re.compile(
     r"(?:^|/)(?:\._|(?:__MACOSX|PaxHeaders?(?:\.\d+)?|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/"
     r"|(?:\.DS_Store|Thumbs\.db|desktop\.ini|@PaxHeader|@LongLink)$)",
     re.IGNORECASE,
@@ -80,7 +80,7 @@ def _rows(
     sample = _Sample("", where, field, set())
     for name, opened in found:
         kind, place = format_by_name(name), f"{where}:{name}"
-        if _OTHER_SYSTEMS.search(name):
+        if METADATA.search(name):
             reason: str | None = OTHER_SYSTEMS
         elif members is not None:
             reason = None if name.endswith(members) else f"members without {members}, left out"

@@ -34,6 +34,11 @@ _OF_SUFFIX = {
 
 NULL = "null rows, left out"
 BLANK = "blank documents, left out"
+HYPHEN = " @-@ "
+TOKENISED = (
+    f'documents with "{HYPHEN}", as WikiText writes a hyphen; published perplexities are of text '
+    "that --detokenizer wikitext of eval_ppl restores"
+)
 LINE_ENDS = "documents with line ends CRLF or CR, read as LF"
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
 from sedd_scale.files.compressed import decompressed, plain_name
-from sedd_scale.preparation.archives import archive_rows
+from sedd_scale.preparation.archives import METADATA, archive_rows
 from sedd_scale.preparation.builtin_text import builtin_python_documents
 from sedd_scale.preparation.document_formats import (
     ARCHIVES,
@@ -215,8 +215,11 @@ def check_name(path: Path, given: str | None) -> None:
             f"input {path} has no format that is read: convert it to .jsonl or .parquet, or give "
             "--format text to take it as it stands"
         )
-    if path.name.startswith("._"):
-        raise DataError(f"input {path} is macOS metadata of another file: leave it out")
+    if METADATA.search(path.name):
+        raise DataError(
+            f"input {path} is metadata of another system and no text: remove it, or give a glob "
+            "that leaves it out"
+        )
 
 
 def format_of(path: Path, given: str | None = None) -> str:

@@ -20,7 +20,7 @@ from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.processors import available_cores
 from sedd_scale.preparation import journal
-from sedd_scale.preparation.document_formats import BLANK
+from sedd_scale.preparation.document_formats import BLANK, HYPHEN, TOKENISED
 from sedd_scale.preparation.documents import START, DocumentStream, Place
 from sedd_scale.preparation.encoding import Encoded, Encoder
 from sedd_scale.preparation.output_folder import check_output, remove_preparation
@@ -321,6 +321,7 @@ def _batches(documents: DocumentStream, start: Place) -> Iterator[tuple[list[str
         if is_empty(document):
             documents.notes[BLANK] += 1
             continue
+        documents.notes[TOKENISED] += HYPHEN in document.text
         batch.append(document.text)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:

@@ -182,6 +182,15 @@ def test_line_ends_change_no_number(tmp_path: Path, detokenizer: str, documents:
     assert any("@-@" in note for note in found[0].notes) == (detokenizer == "none")
 
 
+def test_tokenised_text_is_named_in_training_data_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", str(ROOT / "tests/data/wikitext-like.txt"), "--valid-fraction", "0"]
+    words += ["--tokenizer", "bytes", "--block-length", "32", "--output", str(tmp_path / "out")]
+    assert main(["prepare_data", *words]) == 0
+    assert '1 documents with " @-@ ", as WikiText writes a hyphen' in capsys.readouterr().out
+
+
 def test_a_million_spaces_are_detokenised_at_once() -> None:
     for detokenize in DETOKENIZERS.values():
         for mark in ("(", '"', "'", "[ ", "a ?"):

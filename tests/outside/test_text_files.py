@@ -344,7 +344,8 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "numbers in an array": ("a.json", b"[1, 2]", r"a\.json \(entry 1\) is a JSON int"),
     "a table of commas": ("a.csv", b"text\nx\n", r"no format that is read.* --format text"),
     "another compression": ("a.txt", b"\x04\x22\x4d\x18" + b"x" * 99, "packed by lz4.*unpack it"),
-    "metadata of macOS": ("._a.txt", b"some text", "macOS metadata of another file"),
+    "metadata of macOS": ("._a.txt", b"some text", "metadata of another system and no text"),
+    "metadata of Windows": ("desktop.ini", b"[.ShellClassInfo]", "metadata of another system"),
 }
 
 
