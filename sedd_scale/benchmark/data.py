@@ -91,8 +91,6 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     from sedd_scale.config import Config
     from sedd_scale.data.corpus import Corpus
     from sedd_scale.data.shards import Dataset
-    from sedd_scale.diffusion.graphs import make_graph
-    from sedd_scale.diffusion.schedules import schedule_of
     from sedd_scale.parallel.layout import initialize_layout, shutdown
     from sedd_scale.training.batches import TrainBatches
 
@@ -108,9 +106,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         f"training.global_batch={arguments.rank_batch_size}",
         f"training.micro_batch={arguments.batch_size}",
     )
-    graph = make_graph(arguments.graph, dataset.vocab_size)
     corpus = Corpus(config.data)
-    batches = TrainBatches(corpus, config, graph, schedule_of(config), layout)
+    batches = TrainBatches(corpus, config, layout)
     batches.of_step(FAR_STEP)
     first_batch = time.perf_counter() - start
 

@@ -9,10 +9,8 @@ import torch
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.data.prefetcher import Prefetcher
-from sedd_scale.diffusion.corruption import NoisyBatch
-from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.objectives import make_objective
-from sedd_scale.diffusion.schedules import schedule_of
+from sedd_scale.diffusion.corruption import Draw, NoisyBatch
+from sedd_scale.diffusion.process import process_of
 from sedd_scale.engine.engine import Engine, MicroBatch, make_engine
 from sedd_scale.engine.update_gate import StepNumbers
 from sedd_scale.files.package import CONFIGS
@@ -56,9 +54,8 @@ class SyntheticRun:
         assert config.model.vocab_size is not None and config.data.block_length is not None
         self.config, self.layout = config, layout
         self.length = config.data.block_length
-        self.graph = make_graph(config.graph.name, config.model.vocab_size)
-        self.schedule = schedule_of(config)
-        self.objective = make_objective(config)
+        self.process = process_of(config, config.model.vocab_size)
+        self.graph, self.objective = self.process.graph, self.process.objective
         self.builders: list[Any] = layer_builders(config, self.graph, layout)
 
     def engine(self) -> Engine:
@@ -89,18 +86,11 @@ class SyntheticRun:
             ]
         )
         middle_B = (torch.arange(first, first + per_rank).double() + 0.5) / training.global_batch
-        t_min = self.config.noise.t_min
-        return self.objective.corrupt(
-            clean_BL,
-            sample_ids_B=range(first, first + per_rank),
-            step=step,
-            seed=training.seed,
-            global_batch=training.global_batch,
-            graph=self.graph,
-            schedule=self.schedule,
-            t_min=t_min,
-            t_B=t_min + (1 - t_min) * middle_B,
+        draw = Draw(
+            training.seed, step, range(first, first + per_rank), global_batch=training.global_batch
         )
+        t_min = self.process.t_min
+        return self.process.corrupt(clean_BL, draw, t_B=t_min + (1 - t_min) * middle_B)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The same share as the engine takes it."""

@@ -13,16 +13,14 @@ how the batch is split.
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from sedd_scale.diffusion.graphs import Graph
-from sedd_scale.diffusion.schedules import Schedule
 
 SampleIds = Tensor | npt.NDArray[np.int64] | Sequence[int]
 
@@ -129,15 +127,6 @@ def keyed_uniforms(
     return _uniforms(keyed_words(count, seed=seed, stream=stream, step=step, sample=sample))
 
 
-def keyed_uniform_rows(
-    count: int, *, seed: int, stream: str, step: int, sample_ids_B: SampleIds
-) -> npt.NDArray[np.float64]:
-    """The `keyed_uniforms` of several samples, [B, count]."""
-    return _uniforms(
-        keyed_rows(count, seed=seed, stream=stream, step=step, sample_ids_B=sample_ids_B)
-    )
-
-
 def _uniforms(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     words >>= np.uint64(11)
     uniforms = words.astype(np.float64)
@@ -145,97 +134,67 @@ def _uniforms(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     return uniforms
 
 
-def stratified_times(
-    *,
-    seed: int,
-    step: int,
-    global_batch: int,
-    sample_ids_B: SampleIds,
-    t_min: float,
-    stream: str = "train",
-) -> Tensor:
-    """Times [B] in [t_min, 1), float64, of samples of a step: one a stratum over the global batch.
+@dataclass(frozen=True)
+class Draw:
+    """Samples of a step, and what every random number of theirs is keyed by.
 
     A sample's place in its batch is its id modulo `global_batch`, so the ids of a step must be
-    distinct modulo `global_batch`, as consecutive ids are. The strata are dealt by a keyed
-    permutation and share one offset.
+    distinct modulo `global_batch`, as consecutive ids are.
+
+    Attributes:
+        sample_ids: global indices of the samples, [B].
+        global_batch: samples of the step in all.
+        stream: separates uses that share a seed; "train" alone is training.
     """
-    assert global_batch > 0, global_batch
-    ids_B = _as_ids(sample_ids_B)
-    order = keyed_words(global_batch, seed=seed, stream=f"{stream}/strata", step=step)
-    stratum = np.argsort(order, kind="stable")[ids_B % global_batch]
-    offset = keyed_uniforms(1, seed=seed, stream=f"{stream}/offset", step=step)[0]
-    u_B = (stratum + offset) / global_batch
-    return torch.from_numpy(t_min + (1.0 - t_min) * u_B)
 
+    seed: int
+    step: int
+    sample_ids: SampleIds
+    global_batch: int
+    stream: str = "train"
 
-def corrupt_batch(
-    clean_BL: Tensor,
-    *,
-    sample_ids_B: SampleIds,
-    step: int,
-    seed: int,
-    global_batch: int,
-    graph: Graph,
-    schedule: Schedule,
-    t_min: float,
-    t_B: Tensor | None = None,
-    time_grid: Callable[[Tensor], Tensor] = lambda t_B: t_B,
-    stream: str = "train",
-) -> NoisyBatch:
-    """Draw times and noise for samples of a step; no draw depends on which others are asked for.
+    def __post_init__(self) -> None:
+        assert self.global_batch > 0, self.global_batch
+        object.__setattr__(self, "sample_ids", _as_ids(self.sample_ids))
 
-    clean_BL holds token ids on the host, sample_ids_B their global sample indices (see
-    `stratified_times`). `t_B` replaces the drawn times; `time_grid` moves times to where they are
-    wanted. `stream` separates uses that share a seed, such as training and validation. Raises
-    DataError for an id outside the graph's tokens.
-    """
-    graph.check_tokens(clean_BL)
-    clean_BL = clean_BL.long()
-    ids_B = _as_ids(sample_ids_B)
-    batch, length = clean_BL.shape
-    assert ids_B.shape == (batch,), (ids_B.shape, clean_BL.shape)
-    if t_B is None:
-        t_B = stratified_times(
-            seed=seed,
-            step=step,
-            global_batch=global_batch,
-            sample_ids_B=ids_B,
-            t_min=t_min,
-            stream=stream,
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def part(self, samples: slice) -> "Draw":
+        """The same of some of its samples."""
+        return replace(self, sample_ids=self.sample_ids[samples])
+
+    def words(self, count: int, purpose: str) -> npt.NDArray[np.uint64]:
+        """Random 64-bit words of each sample, [B, count]."""
+        return keyed_rows(
+            count,
+            seed=self.seed,
+            stream=f"{self.stream}/{purpose}",
+            step=self.step,
+            sample_ids_B=self.sample_ids,
         )
-    t_B = time_grid(t_B.double())
-    sigma_B = schedule.sigma(t_B)
 
-    def per_token(purpose: str) -> Tensor:
-        rows_BL = keyed_uniform_rows(
-            length, seed=seed, stream=f"{stream}/{purpose}", step=step, sample_ids_B=ids_B
-        )
-        return torch.from_numpy(rows_BL)
+    def uniforms(self, count: int, purpose: str) -> npt.NDArray[np.float64]:
+        """Float64 uniforms in [0, 1) of each sample, [B, count], with 53 random bits each."""
+        return _uniforms(self.words(count, purpose))
 
-    noisy_BL = graph.corrupt(
-        clean_BL,
-        sigma_B,
-        per_token("moves"),
-        per_token("tokens") if graph.mask_id is None else None,
-    )
-    return NoisyBatch(
-        noisy_BL=noisy_BL,
-        clean_BL=clean_BL,
-        t_B=t_B,
-        noise_B3=torch.stack([sigma_B, schedule.rate(t_B), schedule.rate_over_expm1(t_B)], dim=1),
-        dropout_key_B=keyed_dropout_keys(ids_B, seed=seed, step=step, stream=stream),
-    )
+    def times(self, t_min: float) -> Tensor:
+        """Times [B] in [t_min, 1), float64: one a stratum over the global batch.
 
+        The strata are dealt by a keyed permutation and share one offset.
+        """
+        of_step = {"seed": self.seed, "step": self.step}
+        order = keyed_words(self.global_batch, stream=f"{self.stream}/strata", **of_step)
+        place_B = _as_ids(self.sample_ids) % self.global_batch
+        stratum = np.argsort(order, kind="stable")[place_B]
+        offset = keyed_uniforms(1, stream=f"{self.stream}/offset", **of_step)[0]
+        u_B = (stratum + offset) / self.global_batch
+        return torch.from_numpy(t_min + (1.0 - t_min) * u_B)
 
-def keyed_dropout_keys(
-    sample_ids_B: SampleIds, *, seed: int, step: int, stream: str = "train"
-) -> Tensor:
-    """What else is random about samples of a step is keyed by these: int64 [B] in [0, 2^31)."""
-    keys_B1 = keyed_rows(
-        1, seed=seed, stream=f"{stream}/dropout", step=step, sample_ids_B=sample_ids_B
-    )
-    return torch.from_numpy((keys_B1[:, 0] >> np.uint64(33)).astype(np.int64))
+    def dropout_keys(self) -> Tensor:
+        """What else is random about the samples is keyed by these: int64 [B] in [0, 2^31)."""
+        keys_B1 = self.words(1, "dropout")
+        return torch.from_numpy((keys_B1[:, 0] >> np.uint64(33)).astype(np.int64))
 
 
 def _as_ids(sample_ids_B: SampleIds) -> npt.NDArray[np.int64]:

@@ -25,12 +25,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.config import Config
-from sedd_scale.diffusion.corruption import (
-    NoisyBatch,
-    SampleIds,
-    corrupt_batch,
-    keyed_dropout_keys,
-)
+from sedd_scale.diffusion.corruption import Draw, NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
 
@@ -67,37 +62,43 @@ class Objective(ABC):
     def corrupt(
         self,
         clean_BL: Tensor,
+        draw: Draw,
         *,
-        t_B: Tensor | None = None,
-        sample_ids_B: SampleIds,
-        step: int,
-        seed: int,
-        global_batch: int,
         graph: Graph,
         schedule: Schedule,
         t_min: float,
-        stream: str = "train",
+        t_B: Tensor | None = None,
     ) -> NoisyBatch:
         """What the network is shown of a batch, and the weights of its loss.
 
-        Arguments are those of `corrupt_batch`; the stream "train" alone is training. Raises
-        DataError for an id outside the graph's tokens.
+        No draw depends on which other samples are asked for.
+
+        Args:
+            clean_BL: token ids on the host, of the draw's samples.
+            t_min: the configuration's.
+            t_B: in place of the drawn times.
+
+        Raises:
+            DataError: an id outside the graph's tokens.
         """
-        noisy = corrupt_batch(
-            clean_BL,
-            sample_ids_B=sample_ids_B,
-            step=step,
-            seed=seed,
-            global_batch=global_batch,
-            graph=graph,
-            schedule=schedule,
-            t_min=self.first_time(t_min),
+        graph.check_tokens(clean_BL)
+        clean_BL = clean_BL.long()
+        batch, length = clean_BL.shape
+        assert len(draw) == batch, (len(draw), clean_BL.shape)
+        if t_B is None:
+            t_B = draw.times(self.first_time(t_min))
+        t_B = self.on_grid(t_B.double())
+        moves_BL = torch.from_numpy(draw.uniforms(length, "moves"))
+        tokens_BL = None
+        if graph.mask_id is None:
+            tokens_BL = torch.from_numpy(draw.uniforms(length, "tokens"))
+        return NoisyBatch(
+            noisy_BL=graph.corrupt(clean_BL, schedule.sigma(t_B), moves_BL, tokens_BL),
+            clean_BL=clean_BL,
             t_B=t_B,
-            time_grid=self.on_grid,
-            stream=stream,
+            noise_B3=self.noise_columns(schedule, t_B, training=draw.stream == "train"),
+            dropout_key_B=draw.dropout_keys(),
         )
-        columns = self.noise_columns(schedule, noisy.t_B, training=stream == "train")
-        return noisy._replace(noise_B3=columns)
 
     def on_grid(self, t_B: Tensor) -> Tensor:
         """The times of the objective's own grid that times stand for."""
@@ -221,16 +222,12 @@ class Autoregressive(Objective):
     def corrupt(
         self,
         clean_BL: Tensor,
+        draw: Draw,
         *,
-        t_B: Tensor | None = None,
-        sample_ids_B: SampleIds,
-        step: int,
-        seed: int,
-        global_batch: int,
         graph: Graph,
         schedule: Schedule,
         t_min: float,
-        stream: str = "train",
+        t_B: Tensor | None = None,
     ) -> NoisyBatch:
         """Each position is shown the token before its own."""
         graph.check_tokens(clean_BL)
@@ -240,8 +237,8 @@ class Autoregressive(Objective):
             noisy_BL=shifted(clean_BL, graph),
             clean_BL=clean_BL,
             t_B=t_B,
-            noise_B3=self.noise_columns(schedule, t_B, training=stream == "train"),
-            dropout_key_B=keyed_dropout_keys(sample_ids_B, seed=seed, step=step, stream=stream),
+            noise_B3=self.noise_columns(schedule, t_B, training=draw.stream == "train"),
+            dropout_key_B=draw.dropout_keys(),
         )
 
     def closing(self, graph: Graph, schedule: Schedule, t_min: float) -> tuple[float, float]:

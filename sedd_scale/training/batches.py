@@ -18,10 +18,9 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.joint_reader import JointReader, Shard
 from sedd_scale.data.padding import counted_positions, shorten
 from sedd_scale.data.shards import BadShardError
-from sedd_scale.diffusion.corruption import NoisyBatch, keyed_uniform_rows, stratified_times
+from sedd_scale.diffusion.corruption import Draw, NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
-from sedd_scale.diffusion.objectives import make_objective
-from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.diffusion.process import process_of
 from sedd_scale.engine.engine import MicroBatch
 from sedd_scale.model.attention import document_ends
 from sedd_scale.model.network import context_of
@@ -88,13 +87,11 @@ def micro_batch_of(
 class _Batches:
     """What training and validation make their micro-batches with."""
 
-    def __init__(
-        self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
-    ) -> None:
+    def __init__(self, corpus: Corpus, config: Config, layout: Layout) -> None:
         self.corpus, self.config = corpus, config
-        self.graph, self.schedule, self.layout = graph, schedule, layout
-        self.objective = make_objective(config)
-        self.t_min = config.noise.t_min
+        self.layout = layout
+        self.process = process_of(config, corpus.vocab_size)
+        self.graph, self.objective = self.process.graph, self.process.objective
         self.document_end = corpus.eos_id if config.model.document_attention else None
         self._agreement = Agreement(layout, config.data.on_bad_shard)
 
@@ -159,13 +156,11 @@ class TrainBatches(_Batches):
         self,
         corpus: Corpus,
         config: Config,
-        graph: Graph,
-        schedule: Schedule,
         layout: Layout,
         *,
         skipped: Sequence[Sequence[int]] = (),
     ) -> None:
-        super().__init__(corpus, config, graph, schedule, layout)
+        super().__init__(corpus, config, layout)
         self.loader = corpus.train_loader(config)
         for dataset, shard, step in skipped:
             self.loader.skip([(dataset, shard)], from_step=step)
@@ -217,6 +212,10 @@ class TrainBatches(_Batches):
             values["skipped_shards"] = float(len(self.loader.skipped))
         return values
 
+    def _draw(self, step: int, sample_ids: IntArray) -> Draw:
+        training = self.config.training
+        return Draw(training.seed, step, sample_ids, global_batch=training.global_batch)
+
     def _read(self, step: int, sample_ids: IntArray) -> IntArray:
         """The samples' blocks; with the ranks' agreement on which shards to skip."""
         return self._read_together(
@@ -233,9 +232,7 @@ class TrainBatches(_Batches):
         counted_BL = text_positions(self.corpus, tokens_BL)
         if self.config.data.random_length > 0:
             lengths_B = random_lengths(
-                sample_ids,
-                step=step,
-                seed=self.config.training.seed,
+                self._draw(step, sample_ids),
                 block_length=self.corpus.block_length,
                 share=self.config.data.random_length,
             )
@@ -245,30 +242,13 @@ class TrainBatches(_Batches):
 
     def _corrupted(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> NoisyBatch:
         """Corrupt the samples in chunks whose temporaries fit in the CPU's cache."""
-        training = self.config.training
-        t_B = stratified_times(
-            seed=training.seed,
-            step=step,
-            global_batch=training.global_batch,
-            sample_ids_B=sample_ids,
-            t_min=self.objective.first_time(self.t_min),
-        )
+        draw = self._draw(step, sample_ids)
+        t_B = self.process.times(draw)
         parts = []
-        for begin in range(0, len(sample_ids), CORRUPTED_TOGETHER):
+        for begin in range(0, len(draw), CORRUPTED_TOGETHER):
             part = slice(begin, begin + CORRUPTED_TOGETHER)
-            parts.append(
-                self.objective.corrupt(
-                    torch.from_numpy(tokens_BL[part]),
-                    sample_ids_B=sample_ids[part],
-                    step=step,
-                    seed=training.seed,
-                    global_batch=training.global_batch,
-                    graph=self.graph,
-                    schedule=self.schedule,
-                    t_min=self.t_min,
-                    t_B=t_B[part],
-                )
-            )
+            tokens_bL = torch.from_numpy(tokens_BL[part])
+            parts.append(self.process.corrupt(tokens_bL, draw.part(part), t_B=t_B[part]))
         if len(parts) == 1:
             return parts[0]
         return NoisyBatch(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -281,13 +261,9 @@ def text_positions(corpus: Corpus, tokens_BL: IntArray) -> BoolArray:
     return np.ones(tokens_BL.shape, dtype=np.bool_)
 
 
-def random_lengths(
-    sample_ids_B: IntArray, *, step: int, seed: int, block_length: int, share: float
-) -> IntArray:
+def random_lengths(draw: Draw, *, block_length: int, share: float) -> IntArray:
     """Lengths in 1..L, int64 [B]: L for most samples, uniform for a share of them."""
-    chosen_B, where_B = keyed_uniform_rows(
-        2, seed=seed, stream="train/length", step=step, sample_ids_B=sample_ids_B
-    ).T
+    chosen_B, where_B = draw.uniforms(2, "length").T
     lengths_B = 1 + (where_B * block_length).astype(np.int64)
     return np.where(chosen_B < share, lengths_B, block_length)
 
@@ -314,10 +290,8 @@ class ValidationBatches(_Batches):
         DataError: a remote shard cannot be read, or all are damaged.
     """
 
-    def __init__(
-        self, corpus: Corpus, config: Config, graph: Graph, schedule: Schedule, layout: Layout
-    ) -> None:
-        super().__init__(corpus, config, graph, schedule, layout)
+    def __init__(self, corpus: Corpus, config: Config, layout: Layout) -> None:
+        super().__init__(corpus, config, layout)
         reader = corpus.valid_reader()
         self.skipped: set[Shard] = set()
         self._by_time: dict[str, float] = {}
@@ -328,8 +302,7 @@ class ValidationBatches(_Batches):
         padded = np.resize(np.arange(len(self.blocks)), -(-len(self.blocks) // unit) * unit)
         mine = padded.reshape(layout.data, -1)[layout.data_rank]
         self.micro_batches = [
-            self._micro_batch(reader, places, config.training.seed)
-            for places in mine.reshape(-1, micro_batch)
+            self._micro_batch(reader, places) for places in mine.reshape(-1, micro_batch)
         ]
 
     def metrics(self) -> dict[str, float]:
@@ -345,14 +318,7 @@ class ValidationBatches(_Batches):
     def _tenths(self) -> Tensor:
         """In which tenth of [0, 1] the time of each block lies."""
         times_n = self.objective.on_grid(
-            stratified_times(
-                seed=self.config.training.seed,
-                step=0,
-                global_batch=len(self.blocks),
-                sample_ids_B=np.arange(len(self.blocks)),
-                t_min=self.objective.first_time(self.t_min),
-                stream="validation",
-            )
+            self.process.times(self._draw(np.arange(len(self.blocks))))
         )
         return (times_n * len(TIME_KEYS)).long().clamp(max=len(TIME_KEYS) - 1)
 
@@ -384,19 +350,13 @@ class ValidationBatches(_Batches):
             note="other blocks validate",
         )
 
-    def _micro_batch(self, reader: JointReader, places: IntArray, seed: int) -> MicroBatch:
+    def _draw(self, places: IntArray) -> Draw:
+        seed = self.config.training.seed
+        return Draw(seed, 0, places, global_batch=len(self.blocks), stream="validation")
+
+    def _micro_batch(self, reader: JointReader, places: IntArray) -> MicroBatch:
         tokens_BL = reader.read(self.blocks[places])
-        noisy = self.objective.corrupt(
-            torch.from_numpy(tokens_BL),
-            sample_ids_B=places,
-            step=0,
-            seed=seed,
-            global_batch=len(self.blocks),
-            graph=self.graph,
-            schedule=self.schedule,
-            t_min=self.t_min,
-            stream="validation",
-        )
+        noisy = self.process.corrupt(torch.from_numpy(tokens_BL), self._draw(places))
         return self._micro_batch_of(noisy, text_positions(self.corpus, tokens_BL))
 
     def bound(self, nats_of_ranks: Sequence[Tensor]) -> tuple[float, float]:
@@ -416,6 +376,6 @@ class ValidationBatches(_Batches):
         nats_n = nats_n / mean_tokens
         # Of blocks with more text more nats are expected: only the rest is error.
         rest_n = nats_n - nats_n.mean() * self.tokens_n / mean_tokens
-        width, closing = self.objective.closing(self.graph, self.schedule, self.t_min)
+        width, closing = self.process.closing()
         error = float(rest_n.std() / len(nats_n) ** 0.5) if len(nats_n) > 1 else float("nan")
         return float(width * nats_n.mean() + closing), width * error

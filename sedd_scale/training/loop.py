@@ -20,8 +20,7 @@ from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
-from sedd_scale.diffusion.graphs import Graph, make_graph
-from sedd_scale.diffusion.schedules import Schedule, schedule_of
+from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.engine.engine import Engine, make_engine
 from sedd_scale.errors import ConfigError
 from sedd_scale.interop.initial_weights import open_initial_weights
@@ -61,7 +60,7 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     config, corpus = open_dataset(config)
     source = find_resume(config, run_dir, corpus)
     initial = open_initial_weights(config, corpus) if source is None else None
-    engine, graph, schedule = build(config, corpus)
+    engine = build(config, corpus)
     layout = engine.layout
     lock = RunLock(run_dir, layout)
     start = Start()
@@ -93,10 +92,10 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
     for note in (unreached_rate(config), longer):
         if note is not None:
             log.say(note)
-    batches = TrainBatches(corpus, config, graph, schedule, layout, skipped=start.skipped_shards)
+    batches = TrainBatches(corpus, config, layout, skipped=start.skipped_shards)
     validation = None
     if config.training.valid_every:
-        validation = ValidationBatches(corpus, config, graph, schedule, layout)
+        validation = ValidationBatches(corpus, config, layout)
 
     guard = StepGuard(config.training, start.guard)
     bad_steps = BadSteps(
@@ -204,8 +203,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
-    """This process's part of the network in its engine, and the noise it is trained with.
+def build(config: Config, corpus: Corpus) -> Engine:
+    """This process's part of the network in its engine.
 
     Starts the process groups; the configuration is one of `open_dataset`.
     """
@@ -219,8 +218,7 @@ def build(config: Config, corpus: Corpus) -> tuple[Engine, Graph, Schedule]:
     )
     graph = make_graph(config.graph.name, corpus.vocab_size)
     builders = layer_builders(config, graph, layout)
-    engine = make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
-    return engine, graph, schedule_of(config)
+    return make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
 
 
 def open_dataset(config: Config) -> tuple[Config, Corpus]:

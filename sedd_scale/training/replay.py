@@ -62,10 +62,10 @@ def replay(config: Config, run_dir: Path, step: int) -> Iterator[str]:
             f"{corpus.location} is not what step {step} of {run_dir} was recorded with: its "
             f"fingerprint is {corpus.fingerprint}, not {record['dataset_fingerprint']}"
         )
-    engine, graph, schedule = build(config, corpus)
+    engine = build(config, corpus)
     layout = engine.layout
     start = _load_before(step, config, run_dir, corpus, engine)
-    batches = TrainBatches(corpus, config, graph, schedule, layout, skipped=start.skipped_shards)
+    batches = TrainBatches(corpus, config, layout, skipped=start.skipped_shards)
     guard = StepGuard(config.training, start.guard)
     for number in range(start.step + 1, step):
         guard.train_step(

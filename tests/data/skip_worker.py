@@ -13,8 +13,6 @@ import numpy as np
 from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.prefetcher import Prefetcher
-from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.engine.engine import MicroBatch
 from sedd_scale.parallel.layout import initialize_layout, shutdown
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
@@ -42,9 +40,8 @@ def main() -> None:
         "model.vocab_size=257",
     )
     corpus = Corpus(config.data)
-    graph = make_graph("absorb", corpus.vocab_size)
-    batches = TrainBatches(corpus, config, graph, schedule_of(config), layout, skipped=skips)
-    validation = ValidationBatches(corpus, config, graph, schedule_of(config), layout)
+    batches = TrainBatches(corpus, config, layout, skipped=skips)
+    validation = ValidationBatches(corpus, config, layout)
     digests = []
 
     def produce(step: int) -> list[MicroBatch]:

@@ -13,8 +13,7 @@ from sedd_scale.config import Config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.data.padding import counted_positions
 from sedd_scale.data.shards import BadShardError
-from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.schedules import schedule_of
+from sedd_scale.diffusion.corruption import Draw
 from sedd_scale.errors import DataError
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import TrainBatches, ValidationBatches, random_lengths
@@ -52,9 +51,7 @@ def batches_of(
         *overrides,
     )
     corpus = Corpus(config.data)
-    graph = make_graph(config.graph.name, corpus.vocab_size)
-    arguments = (corpus, config, graph, schedule_of(config), layout)
-    return TrainBatches(*arguments), ValidationBatches(*arguments)
+    return TrainBatches(corpus, config, layout), ValidationBatches(corpus, config, layout)
 
 
 def skip(path: Path, *arguments: object, ranks: int) -> list[dict[str, Any]]:
@@ -180,7 +177,7 @@ def test_padding_is_neither_corrupted_nor_counted(tmp_path: Path, graph: str) ->
     # A network that loses 2 nats on each text token is 2 nats per token above the constant.
     nats = [valid.tokens_n * rate for rate in (0.0, 2.0)]
     none, two = (valid.bound([part])[0] for part in nats)
-    assert two - none == pytest.approx(2.0 * (1 - valid.t_min))
+    assert two - none == pytest.approx(2.0 * (1 - valid.process.t_min))
     assert valid.bound([nats[1]])[1] == pytest.approx(0.0, abs=1e-12)
     assert sum(map(len, blocks)) >= len(valid.blocks)
 
@@ -194,7 +191,8 @@ def test_a_share_of_blocks_has_a_random_length(tmp_path: Path) -> None:
         clean = batches.loader.batch(step, range(8))
         for number, batch in enumerate(batches.of_step(step).micro_batches):
             ids = np.arange(8 * step + 4 * number, 8 * step + 4 * number + 4)
-            lengths = random_lengths(ids, step=step, seed=0, block_length=LENGTH, share=0.25)
+            draw = Draw(0, step, ids, global_batch=8)
+            lengths = random_lengths(draw, block_length=LENGTH, share=0.25)
             assert len(batch.targets.rows_M) == lengths.sum()
             for row, length in enumerate(lengths.tolist()):
                 assert (batch.inputs[0][row, length:] == eos).all()
@@ -206,11 +204,11 @@ def test_a_share_of_blocks_has_a_random_length(tmp_path: Path) -> None:
 
 
 def test_random_lengths_are_uniform_and_keyed_by_sample() -> None:
-    ids = np.arange(4000)
-    lengths = random_lengths(ids, step=3, seed=1, block_length=10, share=1.0)
+    draw = Draw(1, 3, np.arange(4000), global_batch=4000)
+    lengths = random_lengths(draw, block_length=10, share=1.0)
     counts = np.bincount(lengths, minlength=11)
     assert counts[0] == 0
     assert np.abs(counts[1:] - 400).max() < 5 * 20
-    some = random_lengths(ids[17:23], step=3, seed=1, block_length=10, share=1.0)
+    some = random_lengths(draw.part(slice(17, 23)), block_length=10, share=1.0)
     assert np.array_equal(some, lengths[17:23])
-    assert (random_lengths(ids, step=3, seed=1, block_length=10, share=0.0) == 10).all()
+    assert (random_lengths(draw, block_length=10, share=0.0) == 10).all()

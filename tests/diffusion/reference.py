@@ -11,9 +11,12 @@ Sources: arXiv 2310.16834, sections 3 and 4 (score entropy; Euler, Tweedie tau-l
 x have shape [..], noise levels the leading shape of x, log-scores and tables [.., V].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sedd_scale.diffusion.corruption import Draw, NoisyBatch, SampleIds
 from sedd_scale.diffusion.graphs import Absorb, Graph, Uniform, over_positions
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.diffusion.reverse import ancestral_chances
@@ -32,6 +35,21 @@ def row_loss(
 ) -> RowLoss:
     """What `RowLaw.rows` gives for a graph by name of its parametrisation."""
     return row_law(graph, scaled=scaled).rows(statistics, noise, unchanged_M)
+
+
+def corrupt_batch(
+    clean_BL: Tensor,
+    *,
+    sample_ids_B: SampleIds,
+    step: int,
+    seed: int,
+    global_batch: int,
+    stream: str = "train",
+    **process: Any,
+) -> NoisyBatch:
+    """What score entropy is trained on; `process` is graph, schedule, t_min and perhaps t_B."""
+    draw = Draw(seed, step, sample_ids_B, global_batch=global_batch, stream=stream)
+    return ScoreEntropy().corrupt(clean_BL, draw, **process)
 
 
 def log_scores_from_logits(

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sedd_scale.diffusion.corruption import (
-    corrupt_batch,
-    keyed_rows,
-    keyed_uniform_rows,
-    keyed_uniforms,
-    keyed_words,
-    stratified_times,
-)
+from sedd_scale.diffusion.corruption import Draw, keyed_rows, keyed_uniforms, keyed_words
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.errors import DataError
+from tests.diffusion.reference import corrupt_batch
 
 T_MIN = 1e-3
 PINNED_WORDS = [11391479076688084383, 12505657118273816013, 18326698819675237597]
@@ -56,9 +50,7 @@ def test_each_stratum_holds_one_time(global_batch):
     ids = torch.arange(first, first + global_batch)
     orders = []
     for step in range(4):
-        t = stratified_times(
-            seed=5, step=step, global_batch=global_batch, sample_ids_B=ids, t_min=T_MIN
-        )
+        t = Draw(5, step, ids, global_batch=global_batch).times(T_MIN)
         assert t.dtype == torch.float64 and (t >= T_MIN).all() and (t < 1).all()
         strata = torch.floor((t - T_MIN) / (1 - T_MIN) * global_batch).long()
         assert torch.equal(strata.sort().values, torch.arange(global_batch))
@@ -68,12 +60,7 @@ def test_each_stratum_holds_one_time(global_batch):
 
 
 def test_times_are_uniform_over_steps():
-    t = torch.stack(
-        [
-            stratified_times(seed=1, step=s, global_batch=4, sample_ids_B=[2], t_min=0.0)
-            for s in range(4000)
-        ]
-    )
+    t = torch.stack([Draw(1, s, [2], global_batch=4).times(0.0) for s in range(4000)])
     counts = torch.histc(t.float(), bins=20, min=0, max=1).double()
     assert ((counts - 200) ** 2 / 200).sum() < 60  # 19 degrees of freedom: probability 4e-6
 
@@ -156,7 +143,7 @@ def test_rows_are_the_words_of_new_philox_generators(count):
     ids, seed, step = [5, 0, 2**40, 6], 2**63 - 1, 9
     settings = {"seed": seed, "stream": "train/moves", "step": step}
     rows = keyed_rows(count, sample_ids_B=ids, **settings)
-    uniforms = keyed_uniform_rows(count, sample_ids_B=ids, **settings)
+    uniforms = Draw(seed, step, ids, global_batch=8).uniforms(count, "moves")
     name = int.from_bytes(hashlib.blake2b(b"train/moves", digest_size=8).digest(), "little")
     key = np.array([seed, name], dtype=np.uint64)
     for row, uniform_row, sample in zip(rows, uniforms, ids, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sedd_scale.config import Config
+from sedd_scale.diffusion.corruption import Draw
 from sedd_scale.diffusion.graphs import Absorb, make_graph
 from sedd_scale.diffusion.objectives import (
     Autoregressive,
@@ -123,21 +124,14 @@ def test_training_of_a_chain_mixes_its_bound_with_plain_cross_entropy() -> None:
 def test_an_autoregressive_batch_shows_each_position_the_token_before() -> None:
     graph = make_graph("absorb", NUM_TOKENS)
     clean_BL = torch.tensor([[3, 1, 4, 1], [0, 2, 2, 0]])
-    place = {
-        "sample_ids_B": [4, 9],
-        "step": 2,
-        "seed": 0,
-        "global_batch": 16,
-        "graph": graph,
-        "schedule": make_schedule("loglinear"),
-        "t_min": 1e-3,
-    }
-    shown = Autoregressive().corrupt(clean_BL, **place)
+    draw = Draw(0, 2, [4, 9], global_batch=16)
+    process = {"graph": graph, "schedule": make_schedule("loglinear"), "t_min": 1e-3}
+    shown = Autoregressive().corrupt(clean_BL, draw, **process)
     assert shown.noisy_BL.tolist() == [[5, 3, 1, 4], [5, 0, 2, 2]]
     assert shown.clean_BL.tolist() == clean_BL.tolist()
     assert shown.noise_B3.tolist() == [[0.0, 0.0, 1.0]] * 2
     # What is keyed by sample and step alone is that of every objective.
-    other = ScoreEntropy().corrupt(clean_BL, **place)
+    other = ScoreEntropy().corrupt(clean_BL, draw, **process)
     assert shown.dropout_key_B.tolist() == other.dropout_key_B.tolist()
 
 

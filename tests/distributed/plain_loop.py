@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.data.padding import counted_positions
-from sedd_scale.diffusion.corruption import corrupt_batch
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.diffusion.score_entropy import RowNoise
@@ -15,7 +14,7 @@ from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.training.loop import open_dataset
-from tests.diffusion.reference import log_score_score_entropy, log_scores_from_logits
+from tests.diffusion.reference import corrupt_batch, log_score_score_entropy, log_scores_from_logits
 from tests.plain_network import PlainNetwork
 from tests.published import to_logical, to_published
 

@@ -12,6 +12,7 @@ import torch
 
 from sedd_scale.config import load_config
 from sedd_scale.data.corpus import Corpus
+from sedd_scale.diffusion.corruption import Draw
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
@@ -92,10 +93,7 @@ def test_the_first_loss_is_the_definition_s(
     sample_ids = loader.sample_ids(0, np.arange(batch))
     shown = made.corrupt(
         torch.from_numpy(loader.read_samples(sample_ids)),
-        sample_ids_B=sample_ids,
-        step=0,
-        seed=config.training.seed,
-        global_batch=batch,
+        Draw(config.training.seed, 0, sample_ids, global_batch=batch),
         graph=model.graph,
         schedule=model.schedule,
         t_min=config.noise.t_min,

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from sedd_scale.config import Config, load_config
-from sedd_scale.diffusion.graphs import make_graph
-from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.tracking.metrics import TIME_KEYS
@@ -162,16 +160,13 @@ def layout(data: int, data_rank: int) -> Layout:
 @pytest.mark.parametrize("graph_name", ["absorb", "uniform"])
 def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) -> None:
     config, opened = open_dataset(tiny(dataset, f"graph.name={graph_name}"))
-    graph, schedule = make_graph(graph_name, opened.vocab_size), schedule_of(config)
 
     def inputs(data: int, micro_batch: int) -> list[torch.Tensor]:
         split = config.override(f"training.micro_batch={micro_batch}")
         batches = [
             batch.inputs
             for rank in range(data)
-            for batch in TrainBatches(opened, split, graph, schedule, layout(data, rank))
-            .of_step(5)
-            .micro_batches
+            for batch in TrainBatches(opened, split, layout(data, rank)).of_step(5).micro_batches
         ]
         return [torch.cat(part) for part in zip(*batches, strict=True)]
 
@@ -183,12 +178,11 @@ def test_replicas_share_the_same_global_batch(dataset: Path, graph_name: str) ->
 
 def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> None:
     config, opened = open_dataset(tiny(dataset, "training.valid_blocks=13"))
-    graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
 
     def bound(data: int) -> tuple[float, float]:
         nats = []
         for rank in range(data):
-            batches = ValidationBatches(opened, config, graph, schedule, layout(data, rank))
+            batches = ValidationBatches(opened, config, layout(data, rank))
             # Any function of the batch stands for the loss here.
             nats.append(
                 torch.cat(
@@ -202,12 +196,11 @@ def test_validation_counts_each_block_once_under_any_split(dataset: Path) -> Non
 
 def test_validation_loss_by_time_is_that_of_the_blocks_at_those_times(dataset: Path) -> None:
     config, opened = open_dataset(tiny(dataset, "training.valid_blocks=30"))
-    graph, schedule = make_graph("absorb", opened.vocab_size), schedule_of(config)
 
     def by_time(data: int) -> dict[str, float]:
         nats = []
         for rank in range(data):
-            batches = ValidationBatches(opened, config, graph, schedule, layout(data, rank))
+            batches = ValidationBatches(opened, config, layout(data, rank))
             sigma_B = torch.cat([batch.inputs[1] for batch in batches.micro_batches]).double()
             # In the place of the loss: t nats a token, from the noise that the network is told.
             nats.append(-torch.expm1(-sigma_B) / (1 - config.noise.eps) * opened.block_length)
