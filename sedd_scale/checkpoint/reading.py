@@ -32,7 +32,6 @@ from sedd_scale.checkpoint.manifest import (
     read_manifest,
 )
 from sedd_scale.checkpoint.state import (
-    KEYS,
     all_shapes,
     fragment_tensors,
 )
@@ -40,6 +39,7 @@ from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import from_first, together
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import STATE_KEYS
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.engine.fragments import ZeroFragments
@@ -113,7 +113,7 @@ def load_checkpoint(
         metadata = _read_metadata(Path(path))
     shapes = all_shapes(fragments)
     with together(CheckpointError):
-        _check_shapes(path, shapes, metadata, KEYS)
+        _check_shapes(path, shapes, metadata, STATE_KEYS)
     fragments.ensure_state()
     with _read_errors(path):
         dcp.load(

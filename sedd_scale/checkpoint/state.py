@@ -12,11 +12,11 @@ from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import STATE_KEYS
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.engine.fragments import ZeroFragments
 
-KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 _BYTES = 4  # of a float32
 
@@ -29,7 +29,7 @@ def fragment_tensors(fragments: "ZeroFragments", *, saving: bool) -> dict[str, L
     """
     tensors = {}
     for logical in fragments.parameters:
-        for key in KEYS:
+        for key in STATE_KEYS:
             tensor = LogicalTensor(logical.shape)
             if not saving or _writes(logical, fragments.layout):
                 fragment = fragments.get(logical, key)
@@ -51,7 +51,7 @@ def all_shapes(
 
 def state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
     """Bytes of the tensors in a checkpoint of parameters of these shapes."""
-    return len(KEYS) * _BYTES * sum(math.prod(shape) for shape in shapes.values())
+    return len(STATE_KEYS) * _BYTES * sum(math.prod(shape) for shape in shapes.values())
 
 
 class HostCopy:
@@ -75,7 +75,7 @@ class HostCopy:
         if not self._tensors:
             self._make(fragments)
         for logical in fragments.parameters:
-            for key in KEYS:
+            for key in STATE_KEYS:
                 part = self._parts.get((logical.name, key))
                 if part is not None:
                     fragment = fragments.get(logical, key)
@@ -98,7 +98,7 @@ class HostCopy:
             (logical.name, key): (logical, fragment)
             for logical in parameters
             if _writes(logical, layout)
-            for key in KEYS
+            for key in STATE_KEYS
             if (fragment := fragments.get(logical, key)) is not None
         }
         memory = torch.empty(sum(fragment.flat.numel() for _, fragment in found.values()))
@@ -114,7 +114,7 @@ class HostCopy:
         self._tensors = {
             f"{logical.name}/{key}": LogicalTensor(logical.shape)
             for logical in parameters
-            for key in KEYS
+            for key in STATE_KEYS
         }
         begin = 0
         for (name, key), (logical, fragment) in found.items():

@@ -28,8 +28,6 @@ from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
 
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
-
 # Numbers exchanged at a time, so that a swap needs little memory of its own.
 _SWAP_LENGTH = 1 << 24
 
@@ -104,7 +102,7 @@ class ZeroFragments:
         """This process's fragment of one state tensor, or None where it owns no part of it.
 
         Args:
-            key: "master", "exp_avg", "exp_avg_sq" or "ema"; all but the first exist once a step was
+            key: of `STATE_KEYS`; all but the first exist once a step was
                 made or `ensure_state` called.
         """
         place = self._places[parameter.name]

@@ -18,7 +18,6 @@ from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
 WEIGHTS = ("ema", "master")
 Shape = tuple[int, ...]
 

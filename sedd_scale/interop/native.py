@@ -41,7 +41,6 @@ from sedd_scale.checkpoint.reading import verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.checkpoint_source import (
-    STATE_KEYS,
     CheckpointSource,
     Description,
     Shape,
@@ -49,6 +48,7 @@ from sedd_scale.interop.checkpoint_source import (
     model_shapes,
     tokenizer_in,
 )
+from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.version import __version__

@@ -19,7 +19,6 @@ from torch import Tensor
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
-    STATE_KEYS,
     CheckpointSource,
     Description,
     Shape,
@@ -41,6 +40,7 @@ from sedd_scale.interop.sedd_names import (
     published_rows,
     rotary_frequencies,
 )
+from sedd_scale.planning.model_states import STATE_KEYS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -28,8 +28,8 @@ SUB_GROUP = 1_000_000_000
 
 BYTES = {"fp32": 4, "bf16": 2}
 FLOAT32 = 4
-# Masters, two moments and the moving average.
-NUM_OPTIMIZER_TENSORS = 4
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
+"""What is kept of every weight in float32: itself, two moments and the moving average."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def state_bytes(
     total = _aligned(sum(numels), 2 * data)
     partition = total // data
     weight_bytes = BYTES[precision]
-    optimizer = FLOAT32 * NUM_OPTIMIZER_TENSORS * partition
+    optimizer = FLOAT32 * len(STATE_KEYS) * partition
     if precision == "bf16" and zero_stage == 1:
         # Reduced, clipped and read where they are: parallel/reduction.py.
         return StateBytes(
@@ -118,7 +118,7 @@ def _zero_3(numels: Sequence[int], weight_bytes: int, data: int) -> StateBytes:
     return StateBytes(
         weights=weight_bytes * (partition + whole),
         gradients=FLOAT32 * partition,
-        optimizer=FLOAT32 * NUM_OPTIMIZER_TENSORS * partition,
+        optimizer=FLOAT32 * len(STATE_KEYS) * partition,
         buckets=weight_bytes * (REDUCE_BUCKET + travelling),
         gathered=weight_bytes * min(sum(numels) - whole, MAX_LIVE_PARAMETERS),
         # The flattened gradient of a sub-group.

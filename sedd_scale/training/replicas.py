@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sedd_scale.engine.fragments import STATE_KEYS, ZeroFragments
+from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import STATE_KEYS
 
 # Numbers hashed at a time, so that a check needs little memory of its own.
 _HASH_LENGTH = 1 << 22

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from sedd_scale.engine.fragments import STATE_KEYS
 from sedd_scale.errors import CheckpointError
 from sedd_scale.parallel.layout import initialize_layout, shutdown
+from sedd_scale.planning.model_states import STATE_KEYS
 
 
 def assert_equal(a: dict[Any, Tensor], b: dict[Any, Tensor]) -> None:

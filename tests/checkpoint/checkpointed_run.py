@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from sedd_scale.checkpoint.reading import load_checkpoint
 from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config.sections import CheckpointConfig
-from sedd_scale.engine.fragments import STATE_KEYS, ZeroFragments
+from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.model.parameters import initialize_parameters, logical_parameters
 from sedd_scale.parallel.layout import ModelParallelUnit, initialize_layout
+from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.training.optimizer import AdamWithEMA
 
 deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedd_scale.engine.fragments import STATE_KEYS, Fragment
+from sedd_scale.engine.fragments import Fragment
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
+from sedd_scale.planning.model_states import STATE_KEYS
 
 
 def value_at(step: int, key: str) -> float:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from sedd_scale.config import config_from_dict
-from sedd_scale.interop.checkpoint_source import STATE_KEYS, CheckpointSource, Description, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, Shape
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.native import write_native_run
+from sedd_scale.planning.model_states import STATE_KEYS
 
 
 class DrawnSource(CheckpointSource):

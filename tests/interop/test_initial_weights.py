@@ -11,7 +11,6 @@ from sedd_scale import load_pretrained
 from sedd_scale.config import Config, load_config
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import STATE_KEYS
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_source import ModelSource
@@ -19,6 +18,7 @@ from sedd_scale.interop.native import write_native_run
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.training.batches import TrainBatches
 from sedd_scale.training.loop import open_dataset, train

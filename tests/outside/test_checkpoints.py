@@ -18,12 +18,12 @@ from sedd_scale import load_pretrained, save_pretrained
 from sedd_scale.__main__ import main
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import STATE_KEYS
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.sedd_names import published_names, published_rows
 from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.datasets import dataset_of_words
 from tests.evaluation.enumeration import tiny_model

@@ -30,9 +30,9 @@ from sedd_scale.checkpoint import fault_points  # noqa: E402
 from sedd_scale.config import Config, load_config  # noqa: E402
 from sedd_scale.config.sections import TrainingConfig  # noqa: E402
 from sedd_scale.engine.engine import Engine, MicroBatch  # noqa: E402
-from sedd_scale.engine.fragments import STATE_KEYS  # noqa: E402
 from sedd_scale.errors import CheckpointError, TrainingError  # noqa: E402
 from sedd_scale.parallel.layout import Layout, initialize_layout, leave_layout  # noqa: E402
+from sedd_scale.planning.model_states import STATE_KEYS  # noqa: E402
 from sedd_scale.training.bad_steps import BadSteps  # noqa: E402
 from sedd_scale.training.guards import StepGuard  # noqa: E402
 from sedd_scale.training.loop import train  # noqa: E402
