@@ -149,11 +149,7 @@ def measure_layout(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     config = synthetic_config(
         arguments, "training.precision=fp32", *overrides, world_size=processes
     )
-    layout = initialize_layout(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
+    layout = initialize_layout(**config.parallel.axes)
     synthetic = SyntheticRun(config, layout)
     engine = synthetic.engine()
     synthetic.train_step(engine, 0)

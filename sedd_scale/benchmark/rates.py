@@ -3,7 +3,7 @@
 The rates are those that `planning.step_time` predicts with, measured at the shapes of one block:
 products forward and backward, attention, and the passes over memory with their bytes as counted
 there. The step itself is measured in the same rounds, so that the ratio of the two is of one
-moment. With --output the rates are written for `sedd-scale plan --rates`.
+moment. With --output the rates are written for `sedd-scale plan --measured`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def add_arguments(subparsers: Any) -> None:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument(
-        "--output", type=given_path, metavar="FILE", help="write the rates for plan --rates"
+        "--output", type=given_path, metavar="FILE", help="write the rates for plan --measured"
     )
     add_measured_arguments(parser, repeats=5)
     add_shape_arguments(parser, model="small")
@@ -60,11 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = synthetic_config(
         arguments, f"training.precision={arguments.precision}", world_size=world_size
     )
-    layout = initialize_layout(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
+    layout = initialize_layout(**config.parallel.axes)
     synthetic = SyntheticRun(config, layout)
     works = {**_products(config, device), **_attention(config, device), **_passes(config, device)}
     if layout.data > 1:

@@ -68,11 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"training.precision={precision}",
         world_size=launched_world_size(),
     )
-    layout = initialize_layout(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        sequence_parallel=config.parallel.sequence_parallel,
-    )
+    layout = initialize_layout(**config.parallel.axes)
     synthetic = SyntheticRun(config, layout)
     ours = synthetic.program(synthetic.engine())
     size = 8192 if device.type == "cuda" else 2560

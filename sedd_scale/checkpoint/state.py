@@ -9,9 +9,7 @@ from torch import Tensor
 
 from sedd_scale.checkpoint.boxes import LogicalTensor
 from sedd_scale.errors import TrainingError
-from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
-from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.model_states import STATE_KEYS
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
@@ -31,7 +29,7 @@ def fragment_tensors(fragments: "ZeroFragments", *, saving: bool) -> dict[str, L
     for logical in fragments.parameters:
         for key in STATE_KEYS:
             tensor = LogicalTensor(logical.shape)
-            if not saving or _writes(logical, fragments.layout):
+            if not saving or fragments.layout.owns_copy(split=logical.partition_dim is not None):
                 fragment = fragments.get(logical, key)
                 if fragment is not None:
                     tensor.add(logical, fragment.flat, fragment.start)
@@ -97,7 +95,7 @@ class HostCopy:
         found = {
             (logical.name, key): (logical, fragment)
             for logical in parameters
-            if _writes(logical, layout)
+            if layout.owns_copy(split=logical.partition_dim is not None)
             for key in STATE_KEYS
             if (fragment := fragments.get(logical, key)) is not None
         }
@@ -122,8 +120,3 @@ class HostCopy:
             self._parts[name, key] = part
             self._tensors[f"{name}/{key}"].add(logical, part, fragment.start)
             begin += part.numel()
-
-
-def _writes(logical: LogicalParameter, layout: Layout) -> bool:
-    """Whether this process writes its part: tensor ranks hold copies of what they do not split."""
-    return logical.partition_dim is not None or layout.tensor_rank == 0

@@ -46,8 +46,8 @@ def plan_command(arguments: argparse.Namespace) -> None:
         mfu=arguments.mfu,
     )
     predicted, device = None, DEVICES.get(arguments.gpu)
-    if arguments.rates is not None:
-        device = read_rates(arguments.rates)
+    if arguments.measured is not None:
+        device = read_rates(arguments.measured)
     elif config.training.precision != "bf16":
         device = None  # the named devices' rates are those of bf16
     if device is not None:
@@ -60,7 +60,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
     )
     print_plan(config, planned, usable=usable, seconds=seconds)
     if predicted is not None:
-        print_step_time(predicted, str(arguments.rates or f"{arguments.gpu}s"))
+        print_step_time(predicted, str(arguments.measured or f"{arguments.gpu}s"))
     print_layouts(fits, arguments.rows)
     print("\nassumptions: " + ";\n  ".join(assumptions))
     if arguments.json:
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gpu-memory-gb", type=positive, metavar="GB", help="its memory, if other than --gpu has")
     add(
-        "--rates",
+        "--measured",
         type=given_path,
         metavar="FILE",
         help="what a device reaches, from `benchmark rates --output`: predict the step from it",

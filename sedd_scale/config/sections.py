@@ -198,6 +198,12 @@ class ParallelConfig:
         choices=("full", "selective"),
     )
 
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What `initialize_layout` is told of the axes."""
+        names = ("tensor", "pipeline", "sequence_parallel")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -126,7 +126,7 @@ class Engine(ABC):
 
         None on ranks that do not count it: of earlier stages, and tensor ranks other than 0.
         """
-        if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
+        if not self.layout.counts_loss:
             return None
         return float(self._gate.loss_part()) * self.layout.data
 
@@ -180,7 +180,7 @@ class WholeNetworkEngine(Engine):
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.layout.device)
             loss = self._deepspeed(on_device.inputs, on_device.targets)
-            if self.layout.tensor_rank == 0:  # the others have the same
+            if self.layout.counts_loss:
                 self._loss += loss.detach() / (len(micro_batches) * self.layout.data)
             self._deepspeed.backward(loss)
             self._deepspeed.step()
@@ -231,7 +231,7 @@ class PipelineStageEngine(Engine):
             yield given, tuple(targets)
 
     def _loss_part(self) -> Tensor:
-        if not (self.layout.is_last_stage and self.layout.tensor_rank == 0):
+        if not self.layout.counts_loss:
             return torch.zeros((), device=self.layout.device)
         total: Tensor = self._deepspeed.total_loss
         return total / (self._deepspeed.micro_batches * self.layout.data)

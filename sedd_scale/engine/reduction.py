@@ -105,7 +105,7 @@ def _norm_of_partition(
 
 def _is_counted(parameter: Tensor, layout: Layout) -> bool:
     """Whether this rank's gradient is in the norm: what is not split every tensor rank holds."""
-    return bool(getattr(parameter, "tensor_model_parallel", False)) or layout.tensor_rank == 0
+    return layout.owns_copy(split=getattr(parameter, "tensor_model_parallel", False))
 
 
 def _sum_of_squares(gradients: list[Tensor], layout: Layout) -> Tensor:

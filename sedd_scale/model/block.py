@@ -238,12 +238,11 @@ class Block(nn.Module):
         if not (self.training and self.dropout > 0):
             return None
         length, _, width = hidden_LBH.shape
-        first = length * self.layout.tensor_rank if self.layout.sequence_parallel else 0
         return dropout(
             keys_B,
             length=length,
             width=width,
             rate=self.dropout,
             site=site,
-            first_position=first,
+            first_position=self.layout.first_position(length),
         )

@@ -54,6 +54,19 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
     @property
+    def counts_loss(self) -> bool:
+        """Whether this process's loss counts: the tensor ranks of a last stage have the same."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def owns_copy(self, *, split: bool) -> bool:
+        """Whether it speaks for a tensor: of one that is not split, tensor ranks hold copies."""
+        return split or self.tensor_rank == 0
+
+    def first_position(self, length: int) -> int:
+        """Where in the sequence its first position lies, of `length` that it holds."""
+        return length * self.tensor_rank if self.sequence_parallel else 0
+
+    @property
     def tensor_group(self) -> dist.ProcessGroup:
         """The processes that share every matrix of this stage."""
         return parallel_state.get_tensor_model_parallel_group()

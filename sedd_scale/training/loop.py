@@ -208,11 +208,8 @@ def build(config: Config, corpus: Corpus) -> Engine:
 
     Starts the process groups; the configuration is one of `open_dataset`.
     """
-    parallel = config.parallel
     layout = initialize_layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        sequence_parallel=parallel.sequence_parallel,
+        **config.parallel.axes,
         # The watchdog comes first: it says what it waited for.
         timeout_seconds=config.training.hang_slow + 600,
     )

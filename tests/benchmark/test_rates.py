@@ -42,12 +42,12 @@ def test_a_plan_takes_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixtu
     numbers = {"products": 1e11, "attention": 5e10, "attention_backward": 5e10, "memory": 5e9}
     alone = {**numbers, "node": 0.0, "network": 0.0, "launch": 0.0, "per_node": 1}
     rates.write_text(json.dumps(alone))
-    assert main([*PLAN, "--gpus", "1", "--rates", str(rates)]) == 0
+    assert main([*PLAN, "--gpus", "1", "--measured", str(rates)]) == 0
     assert f"predicted step on {rates}" in capsys.readouterr().out
-    assert main([*PLAN, "--gpus", "2", "--rates", str(rates)]) == 2
+    assert main([*PLAN, "--gpus", "2", "--measured", str(rates)]) == 2
     assert "measure them with several" in capsys.readouterr().err
     rates.write_text('{"products": 1e11}')
-    assert main([*PLAN, "--gpus", "1", "--rates", str(rates)]) == 2
+    assert main([*PLAN, "--gpus", "1", "--measured", str(rates)]) == 2
     assert "holds no rates" in capsys.readouterr().err
-    assert main([*PLAN, "--gpus", "1", "--rates", str(tmp_path / "none.json")]) == 2
+    assert main([*PLAN, "--gpus", "1", "--measured", str(tmp_path / "none.json")]) == 2
     assert "holds no rates" in capsys.readouterr().err
