@@ -37,8 +37,10 @@ class KeyedDraws:
             keyed_uniforms(self.length, seed=seed, stream=f"sample/{purpose}", step=step, sample=i)
             for seed, i in zip(self.seeds, self.ids)
         ]
-        flat = torch.from_numpy(np.concatenate(rows) if rows else np.empty(0))
-        return self.rounded(flat).to(self.device)
+        flat = self.rounded(torch.from_numpy(np.concatenate(rows) if rows else np.empty(0)))
+        if self.device.type == "cuda":
+            flat = flat.pin_memory()  # from where a copy does not wait for what is queued
+        return flat.to(self.device, non_blocking=True)
 
     def rounded(self, uniform: Tensor) -> Tensor:
         """Float64 uniforms in the precision of the draws, below 1 still."""
