@@ -24,9 +24,9 @@ from sedd_scale.config import Config
 from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.engine.gathers import WeightGathers, exchange_buckets
-from sedd_scale.engine.reduction import reduce_no_more_than_needed
 from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
+from sedd_scale.engine.zero import GatheringZero, zero_of
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
@@ -85,15 +85,15 @@ class Engine(ABC):
             config=_deepspeed_config(config, layout),
             mpu=mpu,
         )
-        reduce_no_more_than_needed(self._deepspeed, layout)
+        zero = zero_of(self._deepspeed, layout)
+        zero.send_less()
         gathers = None
         if travels:
-            gathers = WeightGathers(self._deepspeed.optimizer, layout, network.stack)
-        self._gate = UpdateGate(
-            self._deepspeed, layout, clip=config.optimizer.clip, loss_part=self._loss_part
-        )
+            assert isinstance(zero, GatheringZero)
+            gathers = WeightGathers(zero, network.stack)
+        self._gate = UpdateGate(zero, clip=config.optimizer.clip, loss_part=self._loss_part)
         self.parameters = list(logical_parameters(network, layout))
-        self.fragments = ZeroFragments(self._deepspeed, self.parameters, layout, gathers)
+        self.fragments = ZeroFragments(zero, self.parameters, gathers)
 
     def train_step(
         self,

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
-from sedd_scale.parallel.layout import Layout
+from sedd_scale.engine.zero.base import GatheringZero
 from sedd_scale.planning.model_states import EXCHANGE_BUCKET
 
 # A small network's are cut as well, for its exchange to lie under its passes.
@@ -42,28 +40,25 @@ class WeightGathers:
     """The working weights that travel after a step. Whoever else reads weights calls `finish`.
 
     Args:
-        optimizer: DeepSpeed's of ZeRO 1 or 2, with more than one data-parallel rank.
+        zero: ZeRO 1 or 2, with more than one data-parallel rank.
         layers: the network's, in the order in which they compute.
     """
 
-    def __init__(self, optimizer: Any, layout: Layout, layers: Sequence[nn.Module]) -> None:
-        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-            module: Any = bf16_optimizer
-            buckets, self._whole = optimizer.bf16_groups, optimizer.bf16_groups_flat
-        else:
-            module = stage_1_and_2
-            buckets, self._whole = optimizer.bit16_groups, optimizer.bit16_groups_flat
+    def __init__(self, zero: GatheringZero, layers: Sequence[nn.Module]) -> None:
+        self._whole, layout = zero.flat_weights, zero.layout
         self._group, self._rank = layout.data_group, layout.data_rank
         self._on_their_way: dict[int, Any] = {}
-        bucket_of = {weight: index for index, weights in enumerate(buckets) for weight in weights}
+        bucket_of = {
+            weight: index for index, weights in enumerate(zero.weights) for weight in weights
+        }
         needs = [sorted({bucket_of[weight] for weight in layer.parameters()}) for layer in layers]
         layers[0].register_forward_pre_hook(lambda *_: self._wait(needs[0]))
         # After the layer before, since a head is not always called as a module.
         for layer, needed in zip(layers, needs[1:]):
             layer.register_forward_hook(functools.partial(self._wait_after, needed))
         _OF_WEIGHTS[id(self._whole)] = self
-        if not isinstance(module.all_gather_dp_groups, _Gather):
-            module.all_gather_dp_groups = _Gather(module.all_gather_dp_groups)
+        if not isinstance(zero.module.all_gather_dp_groups, _Gather):
+            zero.module.all_gather_dp_groups = _Gather(zero.module.all_gather_dp_groups)
 
     def owns(self, weights: list[Tensor]) -> bool:
         """Whether it gathers these flat weights."""

@@ -10,16 +10,13 @@ weights and gathers them while the host begins the next step.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
-from sedd_scale.parallel.layout import Layout
+from sedd_scale.engine.zero import Zero
 
 # DeepSpeed's and Megatron-core's, against a norm of zero.
 _CLIP_EPS = 1e-6
@@ -56,8 +53,7 @@ class UpdateGate:
     The optimizer then changes nothing but its count of steps (`AdamWithEMA.found_inf`).
 
     Args:
-        engine: a DeepSpeedEngine or PipelineEngine with an `AdamWithEMA`, after
-            `reduce_no_more_than_needed`, that does not clip the gradient itself.
+        zero: of an engine that does not clip the gradient itself.
         clip: largest norm of the gradient that the update uses.
         loss_part: this rank's part of the mean loss of the global batch, a scalar: all ranks' parts
             add up to it.
@@ -69,17 +65,16 @@ class UpdateGate:
         wants_stop: whether this rank wants to stop.
     """
 
-    def __init__(
-        self, engine: Any, layout: Layout, *, clip: float, loss_part: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, zero: Zero, *, clip: float, loss_part: Callable[[], Tensor]) -> None:
         self.accept: Callable[[StepNumbers], bool] | None = None
         self.wants_stop: Callable[[], bool] = lambda: False
         self.loss_part = loss_part
-        self._layout, self._clip = layout, clip
-        self._numbers = _HostCopy(torch.full((3,), math.nan, dtype=torch.float64), layout.device)
+        self._layout, self._clip = zero.layout, clip
+        numbers = torch.full((3,), math.nan, dtype=torch.float64)
+        self._numbers = _HostCopy(numbers, zero.layout.device)
         self._refused = False
-        self._optimizer = engine.optimizer.optimizer
-        self._stand_before_update(engine.optimizer)
+        self._optimizer = zero.adam
+        zero.before_update(self._judge)
 
     def outcome(self) -> StepResult:
         """Of the step made last.
@@ -89,50 +84,8 @@ class UpdateGate:
         numbers = self._read()
         return StepResult(numbers, numbers.finite and not self._refused)
 
-    def _stand_before_update(self, zero: Any) -> None:
-        for module in (bf16_optimizer, stage_1_and_2, stage3):
-            # The verdict is this gate's, and DeepSpeed would wait for the device to give its own.
-            module.is_invalid_grad_norm = lambda norm: False
-
-        # Under bf16 one number stands for the gradient already (`_Bf16Partitions`).
-        bf16_optimizer.get_global_norm_of_tensors = lambda input_tensors, **_: input_tensors[0]
-
-        if isinstance(zero, bf16_optimizer.BF16_Optimizer):
-            gradients = zero.get_grads_for_norm
-
-            def get_grads_for_norm(for_clipping: bool = False) -> Any:
-                norms, of_experts = gradients(for_clipping)
-                # Of this stage and tensor rank alone, and the same on its data-parallel ranks.
-                square = torch.stack(norms).double().square().sum()
-                self._judge(square, counts=self._layout.data_rank == 0)
-                return norms, of_experts
-
-            zero.get_grads_for_norm = get_grads_for_norm
-        elif isinstance(zero, stage3.DeepSpeedZeroOptimizer_Stage3):
-            norms_of_groups = zero._get_norm_groups
-
-            def get_norm_groups() -> list[Tensor]:
-                norms: list[Tensor] = norms_of_groups()
-                square = _square(combine_grad_norm_groups(norms))
-                self._judge(square, counts=self._layout.rank == 0)
-                return norms
-
-            zero._get_norm_groups = get_norm_groups
-        else:
-            assert isinstance(zero, stage_1_and_2.DeepSpeedZeroOptimizer), type(zero)
-            norm_of_gradient = zero.scaled_global_norm
-
-            def scaled_global_norm(*args: Any, **kwargs: Any) -> Tensor:
-                norm: Tensor = norm_of_gradient(*args, **kwargs)
-                self._judge(_square(norm), counts=self._layout.rank == 0)
-                return norm
-
-            zero.scaled_global_norm = scaled_global_norm
-            # With bf16 it would search all gradients for what the norm tells anyway.
-            zero.check_grad_overflow = False
-
     @torch.no_grad()
-    def _judge(self, square: Tensor, *, counts: bool) -> None:
+    def _judge(self, square: Tensor, counts: bool) -> None:
         """Tell all ranks the step's numbers, and the optimizer what to do.
 
         Args:
@@ -187,9 +140,3 @@ class _HostCopy:
         if self._known is not None:
             self._known.synchronize()
         return self._copy
-
-
-def _square(norm: Tensor) -> Tensor:
-    """In float64, where the square of a float32 is exact; inf for DeepSpeed's -1, not finite."""
-    norm = norm.double()
-    return torch.where(norm >= 0, norm.square(), math.inf)

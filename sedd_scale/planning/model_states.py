@@ -69,7 +69,7 @@ def state_bytes(
     weight_bytes = BYTES[precision]
     optimizer = FLOAT32 * len(STATE_KEYS) * partition
     if precision == "bf16" and zero_stage == 1:
-        # Reduced, clipped and read where they are: parallel/reduction.py.
+        # Reduced, clipped and read where they are: engine/zero/bf16.py.
         return StateBytes(
             weights=weight_bytes * total,
             gradients=FLOAT32 * total,
@@ -89,7 +89,7 @@ def state_bytes(
         gradients, update = FLOAT32 * partition, 0
         buckets = max(buckets, travelling)
     elif zero_stage == 1 and data == 1:
-        gradients, update = FLOAT32 * total, 0  # updated from where they are: parallel/reduction.py
+        gradients, update = FLOAT32 * total, 0  # updated where they are: engine/zero/flat.py
     elif zero_stage == 1:
         # The partition's gradients are copied out of the buckets, then once more into one tensor.
         gradients, update = FLOAT32 * sum(numels), FLOAT32 * partition + touching

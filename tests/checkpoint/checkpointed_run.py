@@ -28,6 +28,7 @@ from sedd_scale.checkpoint.reading import load_checkpoint
 from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.engine.fragments import ZeroFragments
+from sedd_scale.engine.zero import zero_of
 from sedd_scale.model.parameters import initialize_parameters, logical_parameters
 from sedd_scale.parallel.layout import ModelParallelUnit, initialize_layout
 from sedd_scale.planning.model_states import STATE_KEYS
@@ -176,7 +177,7 @@ class Run:
             model=module, optimizer=optimizer, config=config, **mpu
         )
         self.parameters = list(logical_parameters(self.engine.module, self.layout))
-        self.fragments = ZeroFragments(self.engine, self.parameters, self.layout)
+        self.fragments = ZeroFragments(zero_of(self.engine, self.layout), self.parameters)
 
     def micro_batches(self, step: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(step)
