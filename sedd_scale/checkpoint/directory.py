@@ -43,7 +43,7 @@ META_KEYS = {
     "block_length",
 }
 
-_STEP_NAME = re.compile(r"step-(\d+)")
+_STEP_NAME = re.compile(r"step-([0-9]{1,18})")
 # Names of directories that are not whole, or not for long.
 _UNFINISHED = re.compile(r"step-\d+\.(tmp|purge)")
 _PARTS = (".metadata", "meta.json", MANIFEST)
@@ -212,20 +212,22 @@ def _folder_of(path: Path) -> Path:
 def _read_latest(folder: Path, there: Iterable[int]) -> tuple[int | None, str | None]:
     """The step that `latest` names, or None and what is wrong with it."""
     latest = folder / "latest"
-    try:
-        # A file of ours, or a link that somebody set.
-        name = latest.resolve().name if latest.is_dir() else latest.read_text(errors="replace")
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        # Where nothing was ever saved, its absence tells nothing.
-        nothing = missing and not there
-        return None, None if nothing else f"{latest} cannot be read: {error.strerror}"
-    match = _STEP_NAME.fullmatch(name.strip())
+    name = _named_by(latest)
+    if name is None:  # where nothing was ever saved, its absence tells nothing
+        return None, f"{latest} is missing" if there else None
+    match = _STEP_NAME.fullmatch(name)
     if match is None:
-        return None, f"{latest} holds {name.strip()!r}, not the name of a checkpoint"
+        return None, f"{latest} holds {name[:40]!r}, not the name of a checkpoint"
     if int(match[1]) not in there:
         return None, f"{latest} names {match[0]}, which is missing"
     return int(match[1]), None
+
+
+def _named_by(latest: Path) -> str | None:
+    """What `latest`, a file of ours or a link that somebody set, names; None where it is not."""
+    if latest.is_dir():
+        return latest.resolve().name
+    return latest.read_text(errors="replace").strip() if latest.is_file() else None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -248,6 +250,12 @@ def find_checkpoint(path: str | Path) -> Path:
     if _is_checkpoint(path):
         if _UNFINISHED.fullmatch(path.name):
             raise CheckpointError(f"{path} is no checkpoint: its writing or removal was cut short")
+        if not _STEP_NAME.match(path.name) and not (path / "meta.json").exists():
+            raise CheckpointError(
+                f"{path} is a checkpoint of another program: make a file of it with `python -m "
+                "torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY FILE`, and give "
+                "that"
+            )
         for name in _PARTS:
             if not (path / name).is_file():
                 raise DamagedCheckpointError(f"checkpoint {path} is incomplete: it has no {name}")
@@ -279,7 +287,11 @@ def is_ours(path: Path) -> bool:
     if _is_checkpoint(path):
         return True
     folder = _folder_of(path)
-    return bool(saved_steps(folder) or [*folder.glob("step-*.old")]) or (folder / "latest").exists()
+    if saved_steps(folder) or [*folder.glob("step-*.old")]:
+        return True
+    # DeepSpeed has such a file too, which names a folder of its own.
+    named = _named_by(folder / "latest")
+    return named is not None and not (named and (folder / named).exists())
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
 from sedd_scale.generation.completions import settings_for
+from sedd_scale.interop.assumptions import without_options
 from sedd_scale.interop.model_arguments import fit_tokenizer, open_tokenizer
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.parallel.layout import initialize_layout
@@ -81,12 +82,13 @@ class SeddScaleLM(LM):
         except ValueError:
             raise ConfigError(f"batch_size={batch_size}: give a number such as 16") from None
         self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
-        self.model = load_pretrained(
-            Path(checkpoint),
-            weights=weights,
-            device=device if device == "cpu" else None,
-            layout=initialize_layout(tensor=tensor),
-        )
+        with without_options():
+            self.model = load_pretrained(
+                Path(checkpoint),
+                weights=weights,
+                device=device if device == "cpu" else None,
+                layout=initialize_layout(tensor=tensor),
+            )
         if tokenizer is not None:
             self.model.tokenizer = open_tokenizer(Path(tokenizer))
         fit_tokenizer(self.model)

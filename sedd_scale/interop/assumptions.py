@@ -4,8 +4,12 @@ Sizes follow from the shapes of tensors. The graph, the noise and the block leng
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from sedd_scale.errors import CheckpointError
 
 
 def _boolean(text: str) -> bool:
@@ -115,6 +119,20 @@ def add_assumptions(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ..
             group.add_argument(
                 flag_of(item.name), dest=_DEST.format(item.name), help=help, **options
             )
+
+
+@contextlib.contextmanager
+def without_options() -> Iterator[None]:
+    """Where these flags do not exist, errors that name one say what takes it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if " --" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; these are options of `sedd-scale convert_ckpt --to native`: give what it "
+            "writes"
+        ) from None
 
 
 def assumptions_of(arguments: argparse.Namespace) -> Assumptions | None:

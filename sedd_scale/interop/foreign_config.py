@@ -29,21 +29,21 @@ _MDLM = {**_SCORE, "training.objective": MaskedCrossEntropy.name, "graph.name": 
 _D3PM = {**_MDLM, "training.objective": D3PMAbsorb.name}
 # Programs, by a word in their model_type, architectures or algo.name; and parametrisations.
 _KINDS = {"mdlm": _MDLM, "udlm": _DUO, "duo": _DUO, "sedd": _SCORE, "d3pm": _D3PM}
-_PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SCORE, "d3pm": _D3PM}
-# Ours, theirs, and the type of their values.
-_VALUES: tuple[tuple[str, tuple[str, ...], tuple[type, ...]], ...] = (
-    ("model.hidden_size", ("model.hidden_size", "hidden_dim"), (int,)),
-    ("model.num_layers", ("model.n_blocks", "n_blocks"), (int,)),
-    ("model.cond_dim", ("model.cond_dim", "cond_dim"), (int,)),
-    ("model.num_heads", ("model.n_heads", "n_heads"), (int,)),
-    ("model.dropout", ("model.dropout", "dropout"), (float, int)),
-    ("model.scale_by_sigma", ("model.scale_by_sigma",), (bool,)),
-    ("model.time_conditioning", ("algo.time_conditioning", "time_conditioning"), (bool,)),
-    ("data.block_length", ("model.length", "model_length"), (int,)),
-    ("noise.sigma_min", ("noise.sigma_min",), (float, int)),
-    ("noise.sigma_max", ("noise.sigma_max",), (float, int)),
-    ("noise.eps", ("noise.eps",), (float, int)),
-    ("mask_id", ("mask_token_id", "mask_index"), (int,)),
+_PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SCORE, "score": _SCORE, "d3pm": _D3PM}
+# Ours, theirs, and the type of the value.
+_VALUES: tuple[tuple[str, tuple[str, ...], type], ...] = (
+    ("model.hidden_size", ("model.hidden_size", "hidden_dim"), int),
+    ("model.num_layers", ("model.n_blocks", "n_blocks"), int),
+    ("model.cond_dim", ("model.cond_dim", "cond_dim"), int),
+    ("model.num_heads", ("model.n_heads", "n_heads"), int),
+    ("model.dropout", ("model.dropout", "dropout"), float),
+    ("model.scale_by_sigma", ("model.scale_by_sigma",), bool),
+    ("model.time_conditioning", ("algo.time_conditioning", "time_conditioning"), bool),
+    ("data.block_length", ("model.length", "model_length"), int),
+    ("noise.sigma_min", ("noise.sigma_min",), float),
+    ("noise.sigma_max", ("noise.sigma_max",), float),
+    ("noise.eps", ("noise.eps",), float),
+    ("mask_id", ("mask_token_id", "mask_index"), int),
 )
 _GRAPHS = {"absorb": "absorb", "absorbingstate": "absorb", "uniform": "uniform"}
 # What is assumed where nothing says it, and of it what only one graph has.
@@ -88,7 +88,12 @@ def known_of(path: Path, tree: Mapping[str, Any], assumptions: Assumptions) -> d
     """
     found: dict[str, Said] = {}
     for file, raw in _configurations(path, tree):
-        found = {**_said(file, raw, assumptions), **found}
+        for key, said in _said(file, raw, assumptions).items():
+            if found.setdefault(key, said).value != said.value:
+                raise CheckpointError(
+                    f"{path}: {found[key].words}, but {file} says otherwise ({said.words}): "
+                    "correct or remove one of them"
+                )
     for name in assumptions.given():
         key, value, flag = KEYS[name], getattr(assumptions, name), flag_of(name)
         if key in found and found[key].value != value:
@@ -141,7 +146,8 @@ def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None
         )
     if given is not None and not 0 <= given <= last:
         raise CheckpointError(
-            f"{path}: --mask-id {given} is none of its {last + 1} states: change it"
+            f"{path}: {said.words if said.words[:2] != '--' else f'--mask-id {given}'}, which is "
+            f"none of its {last + 1} states: correct it"
         )
     return None if given == last else given
 
@@ -186,16 +192,16 @@ def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[
                     "give an MDLM or Duo checkpoint without it"
                 )
     found = {}
-    for ours, names, types in _VALUES:
+    for ours, names, kind in _VALUES:
         for theirs in names:
-            value = _value(raw, theirs)
-            # A bool is an int, and some configurations write 1e-3 as text.
-            if isinstance(value, types) and (isinstance(value, bool) == (bool in types)):
+            value = _typed(file, theirs, _value(raw, theirs), kind)
+            if value is not None:
                 found[ours] = Said(value, f"{file.name} says {theirs}={text_of(value)}")
                 break
-    found |= _chosen(file, raw, "graph.name", ("graph.type", "diffusion"), _GRAPHS, assumptions)
-    found |= _chosen(file, raw, "noise.name", ("noise.type",), _NOISES, assumptions)
-    kind, words = _kind(file, raw)
+    graphs, noises = ("graph.type", "graph", "diffusion"), ("noise.type", "noise")
+    found |= _chosen(file, raw, "graph.name", graphs, _GRAPHS, assumptions)
+    found |= _chosen(file, raw, "noise.name", noises, _NOISES, assumptions)
+    program, words = _kind(file, raw, found.get("graph.name", NOTHING).value == "uniform")
     if is_published(raw):
         missing = [name for name in _PUBLISHED if _value(raw, name) is None]
         if missing and file.name == CONFIG_FILE:
@@ -203,28 +209,52 @@ def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[
                 f"{file} lacks the key {missing[0].rpartition('.')[2]!r}; it must have "
                 f"{', '.join(_PUBLISHED)}"
             )
-        kind, words = SEDD, "graph and tokens, as SEDD's"
+        if program not in (None, _SCORE):
+            raise CheckpointError(
+                f"{file} has graph and tokens as SEDD's, and says {words}: correct one of them"
+            )
+        program, words = SEDD, "graph and tokens, as SEDD's"
         if isinstance(raw.get("tokens"), int):
             tokens = Said(raw["tokens"], f"{file.name} says tokens={raw['tokens']}")
             found["model.vocab_size"] = found["mask_id"] = tokens
-    if kind is None and words and assumptions.objective is None:
+    if program is None and words and assumptions.objective is None:
         raise CheckpointError(
             f"{file} says {words}, which is not known here: say what it is, as --objective "
             f"{MaskedCrossEntropy.name} (MDLM), or --objective {ScoreEntropy.name} (SEDD), or "
             "--graph uniform --parametrisation mean with the latter (Duo)"
         )
-    if kind in (_MDLM, _D3PM) and found.get("graph.name", NOTHING).value == "uniform":
-        kind = _DUO  # UDLM's parametrisations
-    if kind is _DUO:  # scaled scores are of absorb alone, though all configurations have the key
+    if program is _DUO:  # scaled scores are of absorb alone, though all configurations have the key
         found.pop("model.scale_by_sigma", None)
-    for key, value in (kind or {}).items():
+    for key, value in (program or {}).items():
         found.setdefault(key, Said(value, f"{file.name} says {words} ({key}={value})"))
     return found
 
 
-def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """The kind of network that a configuration names, if it is a known one, and its words."""
+def _typed(file: Path, key: str, value: Any, kind: type) -> Any:
+    """A value as one of int, float or bool; None where it is none, or of a place elsewhere."""
+    if value is None or (isinstance(value, str) and "${" in value):
+        return None
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        number = float(value)  # some configurations write 1e-3 as text
+        if not isinstance(value, bool) and kind(number) == number:
+            return kind(number)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    raise CheckpointError(f"{file} says {key}={value!r}, which is no {kind.__name__}: correct it")
+
+
+def _kind(
+    file: Path, raw: Mapping[str, Any], is_uniform: bool
+) -> tuple[dict[str, Any] | None, str]:
+    """The kind of network that a configuration names, if it is a known one, and its words.
+
+    Raises:
+        CheckpointError: it names two, or one that cannot be read.
+    """
     words = ""
+    found: list[tuple[dict[str, Any], str]] = []
     architectures = raw.get("architectures")
     for key, value in (
         ("model_type", raw.get("model_type")),
@@ -238,7 +268,8 @@ def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any] | None, st
             words = words or f"{key}={value}"
             for name, kind in _KINDS.items():
                 if re.search(rf"(?<![a-z]){name}", value.lower()):
-                    return kind, f"{key}={value}"
+                    found.append((kind, f"{key}={value}"))
+                    break
             if re.search("bd3lm|(?<![a-z])ar(?![a-z])", value.lower()):
                 raise CheckpointError(
                     f"{file.parent} cannot be read: {file.name} says {key}={value}, a network of "
@@ -247,8 +278,16 @@ def _kind(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any] | None, st
     for key in ("parameterization", "algo.parameterization"):
         value = _value(raw, key)
         if isinstance(value, str):
-            return _PARAMETERIZATIONS.get(value.lower()), f"{key}={value}"
-    return None, words
+            words = words or f"{key}={value}"
+            if value.lower() in _PARAMETERIZATIONS:
+                found.append((_PARAMETERIZATIONS[value.lower()], f"{key}={value}"))
+    named = [kind for kind, _ in found if kind is not _D3PM] or [kind for kind, _ in found]
+    if is_uniform:  # UDLM has the parametrisations of others
+        named = [_DUO if kind in (_MDLM, _D3PM) else kind for kind in named]
+    if any(kind != named[0] for kind in named):
+        both = " and ".join(words for _, words in found)
+        raise CheckpointError(f"{file} says {both}, two kinds of network: correct one of them")
+    return (named[0], found[0][1]) if named else (None, words)
 
 
 def _chosen(

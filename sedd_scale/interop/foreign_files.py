@@ -7,12 +7,14 @@ where `vocab_embed.embedding` is; of two, such as weights and averages, each has
 
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
@@ -29,9 +31,12 @@ CONFIG_FILE = "config.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED_FILE}.index.json"
 # Of a directory, what holds its weights: the first that is there.
-STANDARD_FILES = (INDEX_FILE, SINGLE_FILE, PICKLED_INDEX, PICKLED_FILE)
+STANDARD_FILES = (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX)
 TRAINING_FILE = "checkpoint.pth"
 _SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+# What programs keep beside weights in such files, by their names.
+_BESIDE = re.compile(r"^\.|^training_args|^scheduler|^rng_state|^scaler|optim")
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 _ANCHOR = "vocab_embed.embedding"
 _FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
 _LFS = b"version https://git-lfs"
@@ -116,16 +121,28 @@ def weights_file(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     for folder in (path, path / "checkpoints"):
-        found = sorted(p for p in folder.glob("*") if p.suffix in _SUFFIXES)
+        found = _weights_in(folder, "*")
+        if found and _SHARD.search(found[0].name):
+            raise CheckpointError(
+                f"{folder} is incomplete: {found[0].name} is a part of the weights, and the index "
+                f"({INDEX_FILE} or {PICKLED_INDEX}) is missing: fetch it too"
+            )
         if len(found) > 1:
             names = ", ".join(p.name for p in found[:4]) + (", ..." if len(found) > 4 else "")
             raise CheckpointError(f"{folder} holds several checkpoints ({names}): name one of them")
         if found:
             return found[0]
+    if deeper := _weights_in(path, "*/*") + _weights_in(path, "*/*/*"):
+        raise CheckpointError(f"{path} holds no checkpoint itself: name one in it, as {deeper[0]}")
     raise CheckpointError(
         f"{path} holds no checkpoint: neither a run's checkpoints/step-N nor weights, such as "
         f"{SINGLE_FILE}, {PICKLED_FILE}, {TRAINING_FILE} or a .ckpt"
     )
+
+
+def _weights_in(folder: Path, pattern: str) -> list[Path]:
+    found = sorted(p for p in folder.glob(pattern) if p.suffix in _SUFFIXES and p.is_file())
+    return [p for p in found if not _BESIDE.search(p.name)]
 
 
 def is_safetensors(file: Path) -> bool:
@@ -159,7 +176,7 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
     else:
         pickled = PickledFile(file)
         tree = pickled.tree if isinstance(pickled.tree, dict) else {}
-        groups = dict(_state_dicts(pickled, tree))
+        groups = dict(_state_dicts(pickled, pickled.tree, "", set()))
     networks: dict[str, Network] = {}
     for place, entries in groups.items():
         for network in _networks(file, entries):
@@ -187,7 +204,8 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
     for entry in network.tensors.values():
         if entry.dtype.lower() not in _FLOATS:
             raise CheckpointError(
-                f"{file}: {entry.name} is {entry.dtype}, quantised: give the weights it was made of"
+                f"{file}: {entry.name} is {entry.dtype}, quantised or sparse: give the weights it "
+                "was made of"
             )
     return Weights(network, networks[averages[0]] if averages and others else None, tree, pickled)
 
@@ -203,7 +221,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
         CheckpointError: it is not JSON.
     """
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -215,6 +233,8 @@ def _networks(file: Path, entries: Mapping[str, Entry]) -> Iterator[Network]:
     """The networks among tensors, each with what stands behind its prefix."""
     stripped: dict[str, Entry] = {}
     for name, entry in entries.items():
+        if not entry.shape:  # a counter of a wrapper's
+            continue
         bare = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
         if bare in stripped and bare.endswith(_ANCHOR):
             raise CheckpointError(
@@ -236,15 +256,19 @@ def _networks(file: Path, entries: Mapping[str, Entry]) -> Iterator[Network]:
 
 
 def _state_dicts(
-    pickled: PickledFile, tree: Mapping[Any, Any], place: str = ""
+    pickled: PickledFile, tree: Any, place: str, seen: set[int]
 ) -> Iterator[tuple[str, dict[str, Entry]]]:
     """The dictionaries of a tree that hold tensors, and where they are."""
+    if not isinstance(tree, dict | list | tuple) or id(tree) in seen:  # which may hold each other
+        return
+    seen.add(id(tree))
+    tree = tree if isinstance(tree, dict) else dict(enumerate(tree))
     entries = _entries(pickled, tree)
     if entries:
         yield place, entries
     for name, value in tree.items():
-        if isinstance(value, dict) and name != "optimizer":
-            yield from _state_dicts(pickled, value, f"{place}{name}.")
+        if name != "optimizer":
+            yield from _state_dicts(pickled, value, f"{place}{name}.", seen)
 
 
 def _entries(pickled: PickledFile, state: Mapping[Any, Any]) -> dict[str, Entry]:
@@ -255,6 +279,8 @@ def _entries(pickled: PickledFile, state: Mapping[Any, Any]) -> dict[str, Entry]
 def entry_of(pickled: PickledFile, name: str, tensor: Tensor) -> Entry:
     """The entry of a tensor in the tree of a pickled file."""
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    if tensor.layout != torch.strided:
+        dtype = str(tensor.layout).removeprefix("torch.")
     return Entry(name, shape, dtype, size_in_bytes(tensor), lambda: pickled.read(tensor))
 
 

@@ -28,7 +28,7 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.assumptions import Assumptions, without_options
 from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, model_shapes
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
@@ -159,19 +159,12 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
             "in the published format, a checkpoint.pth, or a checkpoint of MDLM or Duo"
         )
     is_first = os.environ.get("RANK", "0") == "0"
-    try:
+    with without_options():
         source = open_checkpoint(
             path,
             assumptions=_assumptions(detect_format(path), config),
             verify=config.checkpoint.verify and is_first,
         )
-    except CheckpointError as error:
-        if " --" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{error}; these are options of `sedd-scale convert_ckpt --to native`: start from what "
-            "it writes"
-        ) from None
     weights = InitialWeights(source, config)
     _check_tokenizer(source, config, corpus)
     return weights

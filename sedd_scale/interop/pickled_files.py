@@ -45,7 +45,9 @@ class PickledFile:
         try:
             self.tree: Any = _load(path) if self._is_whole else _load_tree(path)
         except READ_ERRORS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (
+                str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+            )
             raise CheckpointError(
                 f"{path} cannot be read as a file of torch.save ({reason}); fetch it again, or "
                 "save its state dict alone"

@@ -134,7 +134,7 @@ def first_loss(model: ScoreModel, run: Run) -> float:
     """The model's own loss on the first batch of a run."""
     config = load_config(ROOT / "configs/runs/tiny.yaml", run.overrides)
     config, corpus = open_dataset(config)
-    batches = TrainBatches(corpus, config, model.graph, model.schedule, model.layout)
+    batches = TrainBatches(corpus, config, model.layout)
     losses = [model.network(*batch) for batch in batches.of_step(0).micro_batches]
     return float(torch.stack(losses).mean().detach())
 

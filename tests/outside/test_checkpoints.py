@@ -182,6 +182,7 @@ def test_what_a_file_holds_tells_its_format(mdlm: ScoreModel, tmp_path: Path) ->
     [
         (lambda t: t.to(torch.int8), r"vocab_embed\.embedding is int8, quantised"),
         (lambda t: t.to("meta"), "saved without its numbers"),
+        (lambda t: t.to_sparse(), r"is sparse_coo, quantised or sparse"),
     ],
 )
 def test_weights_without_their_numbers_are_refused(
@@ -459,7 +460,7 @@ def test_a_mask_among_the_tokens_becomes_the_last(
     torch.save({"state_dict": prefixed("backbone.", theirs)}, file)
     with pytest.raises(CheckpointError, match=r"35 states.*--mask-id 4, or --mask-id 34"):
         opened(file)
-    with pytest.raises(CheckpointError, match="--mask-id 35 is none of its 35 states"):
+    with pytest.raises(CheckpointError, match="--mask-id 35, which is none of its 35 states"):
         opened(file, mask_id=35)
     found = opened(file, mask_id=mask)
     tokens_BL = torch.full((1, LENGTH), states - 1)
@@ -532,3 +533,130 @@ def test_a_run_beside_weights_of_another_format_is_asked_about(
     with pytest.raises(CheckpointError, match="a run and weights of another format"):
         opened(tmp_path / "both")
     assert_same(opened(tmp_path / "both/checkpoints"), sedd)
+
+
+def written(path: Path, tree: Any) -> Path:
+    torch.save(tree, path)
+    return path
+
+
+def described_as(config: Any, state: dict[str, Tensor], folder: Path) -> Path:
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        config if isinstance(config, str) else json.dumps(config), encoding="utf-8"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: [state, {"epoch": 3}],
+        lambda state: {"model": (state, 5)},
+        lambda state: {"n_averaged": torch.tensor(5), **prefixed("module.", state)},
+        lambda state: {"model": state, "history": [[1], {"loss": 2.0}]},
+    ],
+    ids=["list", "tuple", "counter of averages", "lists beside it"],
+)
+def test_other_containers_are_read(mdlm: ScoreModel, wrap: Any, tmp_path: Path) -> None:
+    tree = wrap(published(mdlm))
+    file = written(tmp_path / "x.ckpt", tree)
+    assert_same(opened(file, block_length=LENGTH, objective="masked_cross_entropy"), mdlm)
+
+
+def test_a_tree_that_holds_itself_is_read(mdlm: ScoreModel, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"state_dict": prefixed("backbone.", published(mdlm))}
+    tree["trainer"] = [tree]
+    assert_same(opened(written(tmp_path / "x.ckpt", tree)), mdlm)
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"model_type": "mdlm", "parameterization": "mean"}, "mdlm and parameter.*=mean, two"),
+        ({"model_type": "sedd", "parameterization": "subs"}, "sedd and parameter.*=subs, two"),
+        ({"model_type": "mdlm", "architectures": ["DUO"]}, "mdlm and architectures=DUO, two"),
+        ({"model_type": "mdlm", "n_heads": "two"}, "n_heads='two', which is no int"),
+        ({"model_type": "mdlm", "n_heads": 2.5}, "n_heads=2.5, which is no int"),
+        ({"model_type": "mdlm", "time_conditioning": "never"}, "='never', which is no bool"),
+        ({"model_type": "mdlm", "mask_index": 900}, "says mask_index=900, which is none of its"),
+    ],
+)
+def test_what_contradicts_itself_is_not_chosen_from(
+    mdlm: ScoreModel, said: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    state = prefixed("backbone.", published(mdlm))
+    with pytest.raises(CheckpointError, match=match):
+        opened(described_as(said, state, tmp_path))
+
+
+def test_a_published_configuration_of_another_kind_is_refused(
+    sedd: ScoreModel, tmp_path: Path
+) -> None:
+    save_pretrained(sedd, tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, "model_type": "duo"}))
+    with pytest.raises(CheckpointError, match="as SEDD's, and says model_type=duo"):
+        opened(tmp_path / "hf")
+
+
+def test_two_configurations_that_differ_are_named(mdlm: ScoreModel, tmp_path: Path) -> None:
+    tree = {
+        "state_dict": prefixed("backbone.", published(mdlm)),
+        "hyper_parameters": {"config": {"algo": {"name": "mdlm"}}},
+    }
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text("algo: {name: duo}\n")
+    with pytest.raises(CheckpointError, match=r"algo\.name=mdlm.*but .*algo\.name=duo"):
+        opened(written(tmp_path / "x.ckpt", tree))
+
+
+def test_numbers_as_text_and_a_byte_order_mark_are_read(mdlm: ScoreModel, tmp_path: Path) -> None:
+    said = {"model_type": "mdlm", "model_length": str(LENGTH), "time_conditioning": "false"}
+    noise = {"noise": {"type": "loglinear", "eps": "1e-2"}, "n_heads": "${model.heads}"}
+    state = prefixed("backbone.", published(mdlm))
+    model = opened(described_as("\ufeff" + json.dumps({**said, **noise}), state, tmp_path))
+    assert model.config.noise.eps == 1e-2
+    assert model.block_length == LENGTH and not model.config.model.time_conditioning
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["model-00001-of-00002.safetensors"], "index .* is missing: fetch it too"),
+        (["snapshots/1f/model.safetensors"], "name one in it, as .*snapshots/1f/model.safe"),
+        (["latest", "global_step9/mp_rank_00_model_states.pt"], "as .*rank_00_model_states.pt"),
+        ([".metadata", "__0_0.distcp"], "another program: .*dcp_to_torch"),
+    ],
+    ids=["shard without its index", "cache of a hub", "DeepSpeed", "distributed"],
+)
+def test_directories_that_are_no_checkpoint_say_what_to_give(
+    names: list[str], match: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("global_step9" if name == "latest" else "")
+    with pytest.raises(CheckpointError, match=match):
+        opened(tmp_path)
+
+
+def test_what_lies_beside_weights_is_not_taken_for_them(mdlm: ScoreModel, tmp_path: Path) -> None:
+    written(tmp_path / "a.ckpt", {"state_dict": prefixed("backbone.", published(mdlm))})
+    for name in ("._a.ckpt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / name).write_bytes(b"no weights")
+    assert_same(opened(tmp_path), mdlm)
+
+
+def test_one_file_wins_over_an_index_left_beside_it(mdlm: ScoreModel, tmp_path: Path) -> None:
+    described_as({"model_type": "mdlm"}, prefixed("backbone.", published(mdlm)), tmp_path)
+    index = {"weight_map": {"backbone.vocab_embed.embedding": "model-00001-of-00009.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(opened(tmp_path), mdlm)
+
+
+def test_lm_eval_names_what_takes_the_options(mdlm: ScoreModel, tmp_path: Path) -> None:
+    harness = pytest.importorskip("sedd_scale.evaluation.harness")
+    state = prefixed("backbone.", published(mdlm))
+    path = described_as({"model_type": "ours"}, state, tmp_path)
+    with pytest.raises(CheckpointError, match="--objective .*convert_ckpt --to native.*: give"):
+        harness.SeddScaleLM(str(path), device="cpu")
