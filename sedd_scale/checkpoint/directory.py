@@ -287,7 +287,7 @@ def is_ours(path: Path) -> bool:
     if _is_checkpoint(path):
         return True
     folder = _folder_of(path)
-    if saved_steps(folder) or [*folder.glob("step-*.old")]:
+    if saved_steps(folder) or any(folder.glob("step-*.old")):
         return True
     # DeepSpeed has such a file too, which names a folder of its own.
     named = _named_by(folder / "latest")

@@ -658,5 +658,5 @@ def test_lm_eval_names_what_takes_the_options(mdlm: ScoreModel, tmp_path: Path) 
     harness = pytest.importorskip("sedd_scale.evaluation.harness")
     state = prefixed("backbone.", published(mdlm))
     path = described_as({"model_type": "ours"}, state, tmp_path)
-    with pytest.raises(CheckpointError, match="--objective .*convert_ckpt --to native.*: give"):
+    with pytest.raises(CheckpointError, match=r"--objective .*convert_ckpt --to native.*: give"):
         harness.SeddScaleLM(str(path), device="cpu")
