@@ -1,7 +1,9 @@
 """What every command shares: subcommands, one-line errors, exit codes, --debug and --version."""
 
 import argparse
+import contextlib
 import io
+import locale
 import math
 import os
 import select
@@ -20,7 +22,7 @@ from sedd_scale.files.task_environment import adopt_slurm_task
 from sedd_scale.version import __version__
 
 EXIT_USER_ERROR = 2
-STDOUT = 1
+STDOUT, STDERR = 1, 2
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 COMMON_EXIT_CODES = {
@@ -195,10 +197,33 @@ def _leave_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else STDOUT)
 
 
-def take_any_character() -> None:
-    """Let standard output replace a character that its encoding lacks."""
+class _Messages(io.FileIO):
+    """Standard error; what it does not take is let go, for no message is worth the work."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content) or 0
+        except OSError:
+            return len(content)
+
+
+def outlive_outputs() -> None:
+    """Let no character, and nothing on standard error, end the work."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    closed = sys.stderr is None
+    if closed or sys.stderr is sys.__stderr__:
+        to = os.open(os.devnull, os.O_WRONLY) if closed else STDERR
+        sys.stderr = io.TextIOWrapper(
+            _Messages(to, "w", closefd=closed),
+            getattr(sys.stderr, "encoding", "utf-8"),
+            errors="backslashreplace",
+            write_through=True,
+        )
+    # Libraries read their own files by the locale's encoding.
+    if locale.nl_langinfo(locale.CODESET) == "ANSI_X3.4-1968":
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 def need_stdout(instead: str) -> None:
@@ -252,7 +277,7 @@ def run_command(
     that fails says so and leaves at once, so that the launcher stops the others. A reader of the
     output that has seen enough, as in `... | head`, ends it without a word.
     """
-    take_any_character()
+    outlive_outputs()
     # DeepSpeed calls collectives under names that torch is about to retire.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     parse = parser.parse_intermixed_args if intermixed else parser.parse_args

@@ -25,7 +25,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from sedd_scale.cli import take_any_character
+from sedd_scale.cli import outlive_outputs
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
@@ -251,7 +251,7 @@ def main() -> int:
     """The harness's command line, with one line for an error of the input."""
     from lm_eval.__main__ import cli_evaluate
 
-    take_any_character()
+    outlive_outputs()
     try:
         cli_evaluate()
     except SeddScaleError as error:

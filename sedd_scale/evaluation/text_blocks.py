@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedd_scale.arrays import IntArray
-from sedd_scale.errors import ConfigError, DataError
+from sedd_scale.errors import DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.preparation.document_formats import ARCHIVES, BLANK, HYPHEN, TOKENISED
 from sedd_scale.preparation.documents import DocumentStream, check_name, format_of
@@ -115,15 +115,10 @@ def read_blocks(
     Raises:
         DataError: it is empty, no text, not UTF-8, damaged, or has no whole block, or its name
             leaves open what it holds.
-        ConfigError: a field of a file that has none.
+        ConfigError: a field or members of a file that has none.
     """
     check_name(path, settings.format)
     format = format_of(path, settings.format)
-    if format == "text" and settings.field is not None:
-        raise ConfigError(
-            f"{path} is text and has no field {settings.field!r}: leave --field out, or give a "
-            ".jsonl or .parquet file"
-        )
     mode = settings.documents or ("joined" if format == "text" else "rows")
     remainder = settings.remainder or ("drop" if settings.wrap else "pad")
     stream = DocumentStream(

@@ -25,6 +25,7 @@ _OTHERS = {
     "7-zip": b"7z\xbc\xaf\x27\x1c",
     "rar": b"Rar!\x1a\x07",
 }
+_ALL_MAGIC = tuple(magic for some in _MAGIC.values() for magic in some)
 _ALSO_CALLED = {".zstd": ".zst", ".bz": ".bz2", ".gzip": ".gz"}
 _ARCHIVES = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2", ".tzst": ".zst"}
 _READ_BYTES, _PACKED_BYTES = 1 << 17, 1 << 15
@@ -62,7 +63,11 @@ def decompressed(raw: BinaryIO, where: str) -> tuple[io.BufferedReader, str | No
             if head.startswith(magic):
                 raise DataError(f"{where} is packed by {name}, which is not read: unpack it")
         return plain, None
-    return io.BufferedReader(_Joined(_frames(plain, where, kind)), _READ_BYTES), kind
+    joined: Any = _Joined(_frames(plain, where, kind))
+    content = io.BufferedReader(joined, _READ_BYTES)
+    if content.peek(16).startswith(_ALL_MAGIC):
+        raise DataError(f"{where} is compressed twice: unpack it once")
+    return content, kind
 
 
 def _frames(raw: io.BufferedReader, where: str, kind: str) -> Iterator[bytes]:

@@ -37,8 +37,12 @@ def read_samples(path: Path) -> Iterator[Record]:
     for row in open_rows(path):
         found, record = True, object_of(row)
         tokens = record.get("tokens")
-        if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-            raise DataError(f"{row.where} holds no tokens: give what sedd-scale generate wrote")
+        if not isinstance(tokens, list) or any(
+            type(token) is not int or not 0 <= token < 2**31 for token in tokens
+        ):
+            raise DataError(
+                f"{row.where} holds no list of token ids: give what sedd-scale generate wrote"
+            )
         yield record
     if not found:
         raise DataError(f"samples file {path} is empty: it holds no samples to report on")

@@ -151,14 +151,20 @@ class _Sample:
         """
         names = sorted(self.texts)
         if len(names) > 1 and (self.objects or self.has_others or set(names) == self.before):
+            ends = {f".{name.rpartition('.')[2]}" for name in names}
             raise DataError(
                 f"{self._where} has several texts in a sample ({', '.join(names)} of {self.key}): "
-                f"name one with --members {names[0]}, or all with --members "
-                f".{names[0].rpartition('.')[2]}"
+                f"name one with --members {names[0]}"
+                + (f", or all with --members {ends.pop()}" if len(ends) == 1 else "")
             )
         held = [row.value().get(self._field) for row in self.objects]
         alone = not self.texts and not any(isinstance(text, str) for text in held)
         for row, text in zip(self.objects, held):
+            if alone and self._field not in row.value():
+                raise DataError(
+                    f"{row.where} has no field {self._field!r}: name one with --field "
+                    f"({', '.join(row.value())}), or name the documents with --members SUFFIX"
+                )
             if alone or (isinstance(text, str) and not self.texts):
                 yield row
             elif isinstance(text, str) and hash(text.strip()) not in self.texts.values():
@@ -216,7 +222,9 @@ def _zip_members(stream: io.BufferedReader, where: str) -> Iterator[_Member]:
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
         if entries and min(entry.header_offset for entry in entries) > 0:
-            raise DataError(f"{where} is several zip files end to end: give each by itself")
+            raise DataError(
+                f"{where} begins before its zip file, as several end to end do: give each by itself"
+            )
         for entry in entries:
             if not entry.filename.endswith("/"):
                 yield entry.filename, lambda: archive.open(entry)  # noqa: B023

@@ -41,6 +41,7 @@ TOKENISED = (
 )
 LINE_ENDS = "documents with line ends CRLF or CR, read as LF"
 
+_BINARY = re.compile(rb"[\0-\x06\x0e-\x1a]")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
@@ -192,9 +193,11 @@ def _not_utf8(where: str, offset: int, byte: int, content: bytes) -> DataError:
     coded = "ISO-8859-1"
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         coded = "UTF-32" if content[2:4] == b"\0\0" else "UTF-16"
+    remedy = f"convert the file to UTF-8 (for example with iconv -f {coded} -t UTF-8)"
+    if coded == "ISO-8859-1" and _BINARY.search(content[:4096]):
+        remedy = "it is no text, so leave it out or give the text it was made from"
     return DataError(
-        f"{where}: byte 0x{byte:02x} at offset {offset} {of_what}is not UTF-8: convert the file "
-        f"to UTF-8 (for example with iconv -f {coded} -t UTF-8)"
+        f"{where}: byte 0x{byte:02x} at offset {offset} {of_what}is not UTF-8: {remedy}"
     )
 
 
@@ -208,7 +211,7 @@ def _json_lines(
         begin, first = offset, b""
         number += 1
         offset += len(line)
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             place = f"{where}:{number}"
             yield Row(place, number, partial(_line_object, line, place, begin), offset)
 
@@ -283,6 +286,8 @@ def _parquet_rows(
             raise DataError(
                 f"{where} has no column {field!r}: name one with --field ({', '.join(names)})"
             )
+        if field is not None and names.count(field) > 1:
+            raise DataError(f"{where} has several columns {field!r}: give each its own name")
         columns = names if field is None else [field]
         number = 0
         for group in range(table.num_row_groups):
@@ -326,7 +331,7 @@ def _pieces(stream: io.BufferedReader, where: str) -> Iterator[Row]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     ends = io.IncrementalNewlineDecoder(None, translate=True)
     offset = 0
-    pending = ""
+    pending, first = "", b""
     number = 0
     while True:
         content = stream.read(READ_BYTES)
@@ -335,8 +340,10 @@ def _pieces(stream: io.BufferedReader, where: str) -> Iterator[Row]:
             text = decoder.decode(content, final=not content)
         except UnicodeDecodeError as error:
             position = offset - held + error.start
-            head = error.object if position < 2 else b""
-            raise _not_utf8(where, position, error.object[error.start], head) from error
+            raise _not_utf8(
+                where, position, error.object[error.start], first or error.object
+            ) from error
+        first = first or content[:4096]
         pending += ends.decode(text, final=not content)
         if offset == 0:
             pending = pending.removeprefix("\ufeff")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.files.compressed import decompressed, plain_name
 from sedd_scale.preparation.archives import METADATA, archive_rows
 from sedd_scale.preparation.builtin_text import builtin_python_documents
@@ -81,6 +81,7 @@ class DocumentStream:
             add what they leave out.
 
     Raises:
+        ConfigError: a field or members are given, and no file that has such.
         DataError: a glob matches no file, a file is empty or of a format that is not read; while
             iterating, a byte is not UTF-8, a line is not JSON, a field is missing, or a file is
             damaged.
@@ -98,11 +99,26 @@ class DocumentStream:
         self.field, self.format, self.members = field, format, members
         self.builtin = BUILTIN_PYTHON in inputs
         self.files = _expand([name for name in inputs if name != BUILTIN_PYTHON], format)
+        self._refuse_idle_options(" ".join(inputs))
         self._in_pieces = in_pieces and len(self.files) == 1 and not self.builtin
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         self.notes: Counter[str] = Counter()
         self._finished_bytes = 0
         self._raw: BinaryIO | None = None
+
+    def _refuse_idle_options(self, inputs: str) -> None:
+        """Raise ConfigError where no file is of a kind that an option is for."""
+        named = self.field not in (None, "text")
+        if not named and self.members is None:
+            return
+        found = {format_of(path, self.format) for path in self.files}
+        if self.members is not None and not found & {*ARCHIVES}:
+            raise ConfigError(f"{inputs}: --members is for .tar and .zip: leave it out")
+        if named and found <= {"text"}:
+            raise ConfigError(
+                f"{inputs} is text and has no field {self.field!r}: leave --field out, or give a "
+                ".jsonl or .parquet file"
+            )
 
     @property
     def bytes_read(self) -> int:
@@ -198,7 +214,7 @@ def add_format_options(parser: argparse.ArgumentParser, field: str | None = None
 def check_name(path: Path, given: str | None) -> None:
     """Raise DataError where a file of this name and format cannot be read whatever it holds."""
     if path.is_dir():
-        raise DataError(f"input {path} is a directory: give a glob such as {path}/*.txt")
+        raise DataError(f"input {path} is a directory: give files, such as {path}/*.txt")
     if not path.exists():
         raise DataError(f"input {path} is a link to nothing: remove it")
     if not path.is_file():

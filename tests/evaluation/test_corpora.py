@@ -183,7 +183,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         open_with(path)
     with pytest.raises(ConfigError, match="is a file and has no split 'valid'"):
         open_with(path, split="valid")
-    with pytest.raises(ConfigError, match="is text and has no field 'text'"):
+    with pytest.raises(ConfigError, match="is text and has no field 'body'"):
         open_with(path, text=TextSettings(field="text"))
     for name in ("rows.json", "rows.JSONL"):
         (tmp_path / name).write_text("{}")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,3 +213,45 @@ def test_prompts_whose_samples_share_a_name_are_refused(
         read_prompt_lines(path)
     skipped: list[DataError] = []
     assert len(read_prompt_lines(path, on_bad=skipped.append)) == len(skipped) == 1
+
+
+@pytest.mark.parametrize(
+    "ends",
+    ["2>&-", pytest.param("2>/dev/full", marks=needs_full)],
+    ids=["closed", "full"],
+)
+@pytest.mark.parametrize("command", ["eval_ppl", "prepare_data"])
+def test_messages_that_nobody_takes_end_no_work(
+    work: Path, tmp_path: Path, command: str, ends: str
+) -> None:
+    prepared = ["prepare_data", "--input", str(work / "text.txt"), "--output", str(tmp_path / "d")]
+    prepared += ["--tokenizer", "bytes", "--block-length", "16", "--valid-fraction", "0"]
+    words = prepared if command == "prepare_data" else evaluate(work)
+    for wrong, code in (([], 0), (["--members", ".x"], 2)):
+        line = shlex.join([sys.executable, "-m", "sedd_scale", *words, *wrong])
+        finished = subprocess.run(
+            ["sh", "-c", f"{line} {ends}"], cwd=ROOT, stdout=subprocess.PIPE, timeout=100
+        )
+        assert finished.returncode == code
+        assert not code or not finished.stdout
+        assert b"note:" not in finished.stdout, "messages are no part of a result"
+
+
+def test_a_locale_of_ascii_ends_no_work(work: Path) -> None:
+    line = [sys.executable, "-m", "sedd_scale", *evaluate(work)]
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    finished = subprocess.run(
+        line, env={**os.environ, **ascii_only}, cwd=ROOT, capture_output=True, timeout=100
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout.splitlines()[-1])["blocks"] == 2
+
+
+@pytest.mark.parametrize("command", ["eval_ppl", "generate"])
+def test_an_output_that_no_reader_would_open_is_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    drawn = ["generate", "--checkpoint", str(work / "run"), "--length", "8", "--steps", "2"]
+    words = drawn if command == "generate" else evaluate(work)
+    assert main([*words, "--output", str(tmp_path / "o.jsonl.gz")]) == 2
+    assert "o.jsonl.gz is not compressed when written: leave .gz out" in capsys.readouterr().err

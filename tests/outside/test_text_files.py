@@ -19,7 +19,7 @@ import zstandard
 from pyarrow import parquet
 
 from sedd_scale.__main__ import main
-from sedd_scale.errors import DataError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.text_blocks import TextSettings, read_blocks
 from sedd_scale.generation.prompts_file import read_prompt_lines
 from sedd_scale.generation.samples_file import quality_of_file
@@ -61,9 +61,14 @@ def zip_of(*members: tuple[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def table(column: object, name: str = "text") -> bytes:
+def table(column: object) -> bytes:
+    return table_of([("text", column)])
+
+
+def table_of(columns: list[tuple[str, object]]) -> bytes:
     stream = io.BytesIO()
-    parquet.write_table(pyarrow.table({name: column}), stream)
+    names = [name for name, _ in columns]
+    parquet.write_table(pyarrow.table([pyarrow.array(c) for _, c in columns], names), stream)
     return stream.getvalue()
 
 
@@ -200,6 +205,7 @@ GIVES: dict[str, tuple[str, bytes, list[str]]] = {
     "table in a tar": ("a.tar", tar_of(("a.parquet", table(TEXTS))), TEXTS),
     "zip": ("a.zip", zip_of(*((f"{k}.txt", row) for k, row in enumerate(ROWS))), TEXTS),
     "byte order mark before lines of JSON": ("a.jsonl", BOM + lines(end="\r\n"), TEXTS),
+    "byte order mark in a line by itself": ("a.jsonl", BOM + b"\n" + lines(), TEXTS),
     "byte order marks of joined files": ("a.jsonl", BOM + lines() + BOM + lines(), TEXTS * 2),
     "byte order mark before a text": ("a.txt", BOM + ROWS[0], TEXTS[:1]),
     "byte order mark before an array": ("a.json", BOM + b'[{"text": "x"}]', ["x"]),
@@ -303,6 +309,16 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         tar_of(("0.jpg", b"\xff"), ("0.txt", ROWS[0]), ("0.caption.txt", ROWS[1])),
         r"several texts in a sample \(\.caption\.txt, \.txt of 0\)",
     ),
+    "a text and another kind of text in each sample": (
+        "a.tar",
+        tar_of(*((f"{k}.{what}", ROWS[0]) for k in range(3) for what in ("md", "txt"))),
+        r"several texts in a sample \(\.md, \.txt of 1\): name one with --members \.md$",
+    ),
+    "JSON about the archive beside its texts": (
+        "a.tar",
+        tar_of(("info.json", b'{"n": 3}'), ("0.txt", ROWS[0])),
+        r"info\.json:1 has no field 'text': .* or name the documents with --members SUFFIX",
+    ),
     "a text and JSON of another text": (
         "a.tar",
         tar_of(("0.txt", ROWS[0]), ("0.json", lines(TEXTS[1:2]))),
@@ -311,7 +327,25 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "zips end to end": (
         "a.zip",
         zip_of(("0.txt", ROWS[0])) + zip_of(("1.txt", ROWS[1])),
-        "several zip files end to end",
+        "begins before its zip file, as several end to end do",
+    ),
+    "zip that unpacks itself": (
+        "a.zip",
+        b"#!/bin/sh\nunzip $0\n" + zip_of(("0.txt", ROWS[0])),
+        "begins before its zip file",
+    ),
+    "compressed twice": ("a.txt.gz", gzip.compress(gzip.compress(ROWS[0])), "is compressed twice"),
+    "compressed twice, in two ways": (
+        "a.jsonl.gz.xz",
+        lzma.compress(gzip.compress(lines())),
+        "is compressed twice: unpack it once",
+    ),
+    "a picture": ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not UTF-8: it is no text, so leave"),
+    "tensors": ("model", b"\x80\x04\x95\x0e\0\0text", "not UTF-8: it is no text, so leave"),
+    "two columns of one name": (
+        "a.parquet",
+        table_of([("text", ["one"]), ("text", ["two"])]),
+        "several columns 'text': give each its own name",
     ),
     "zip cut short": ("a.zip", zip_of(("0.txt", ROWS[0]))[:-5], "cannot be read as a zip file"),
     "tables end to end": (
@@ -445,6 +479,20 @@ def test_members_says_which_of_an_archive(
     (tmp_path / "a").write_bytes(made(*members))
     expected = dict(zip((".txt", ".json", ".py"), TEXTS))[suffix]
     assert texts_of(tmp_path / "a", members=suffix) == [expected]
+
+
+@pytest.mark.parametrize("words", [["--members", ".txt"], ["--field", "body"]])
+def test_an_option_that_no_file_is_for_is_refused(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes(ROWS[0])
+    given = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    given += ["--tokenizer", "bytes", "--block-length", "2", *words]
+    assert main(["prepare_data", *given]) == 2
+    assert "leave " in capsys.readouterr().err
+    settings = TextSettings(**{words[0].removeprefix("--"): words[1]})
+    with pytest.raises(ConfigError):
+        read_blocks(tmp_path / "a.txt", BytesTokenizer(), 1, settings)
 
 
 def test_one_file_by_many_names_is_read_once(
@@ -588,3 +636,7 @@ def test_samples_are_read_by_the_same_reader(tmp_path: Path) -> None:
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(text)[:-9])
     with pytest.raises(DataError, match=r"f\.jsonl\.gz is cut short or not a \.gz file"):
         quality_of_file(tmp_path / "f.jsonl.gz")
+    for token in ("-1", "9" * 20, "1.5", "true"):
+        (tmp_path / "g.jsonl").write_text(f'{{"id": 1, "tokens": [1, {token}]}}\n')
+        with pytest.raises(DataError, match=r"g\.jsonl:1 holds no list of token ids"):
+            quality_of_file(tmp_path / "g.jsonl")

@@ -125,5 +125,5 @@ def test_brackets_may_be_part_of_a_name(tmp_path: Path) -> None:
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.txt matches no file"):
         texts_of(tmp_path / "absent.txt")
-    with pytest.raises(DataError, match="is a directory: give a glob such as"):
+    with pytest.raises(DataError, match="is a directory: give files, such as"):
         texts_of(tmp_path)
