@@ -184,7 +184,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a file and has no split 'valid'"):
         open_with(path, split="valid")
     with pytest.raises(ConfigError, match="is text and has no field 'body'"):
-        open_with(path, text=TextSettings(field="text"))
+        open_with(path, text=TextSettings(field="body"))
     for name in ("rows.json", "rows.JSONL"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(DataError, match=f"{name}:1 has no field 'text'"):
