@@ -276,8 +276,9 @@ def _entries(pickled: PickledFile, state: Mapping[Any, Any]) -> dict[str, Entry]
     return {name: entry_of(pickled, name, tensor) for name, tensor in tensors.items()}
 
 
-def entry_of(pickled: PickledFile, name: str, tensor: Tensor) -> Entry:
+def entry_of(pickled: PickledFile | None, name: str, tensor: Tensor) -> Entry:
     """The entry of a tensor in the tree of a pickled file."""
+    assert pickled is not None
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     if tensor.layout != torch.strided:
         dtype = str(tensor.layout).removeprefix("torch.")

@@ -10,7 +10,7 @@ Their networks are SEDD's, mostly under `backbone.`, in a Lightning checkpoint (
 * of score entropy trained in their frameworks, log-scores, as SEDD's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from sedd_scale.interop.checkpoint_source import (
     tokenizer_in,
 )
 from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
-from sedd_scale.interop.foreign_files import Entry, entry_of, open_weights, weights_file
+from sedd_scale.interop.foreign_files import Entry, Weights, entry_of, open_weights, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
-from sedd_scale.interop.reference_training import parameter_order, shadow_parameters
 from sedd_scale.interop.sedd_directory import published_shapes, without_buffer
 from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
+from sedd_scale.planning.model_states import STATE_KEYS
 
 
 class ForeignSource(CheckpointSource):
@@ -50,24 +50,34 @@ class ForeignSource(CheckpointSource):
         self.path, self.format = path, format
         assumptions = assumptions or Assumptions()
         file = weights_file(path)
-        weights = open_weights(file, assumptions.network)
+        self._weights = weights = open_weights(file, assumptions.network)
         prefix, shapes = weights.network.prefix, weights.network.shapes
-        known = meaning(file, prefix, known_of(file, weights.tree, assumptions))
+        known = self._known(file, weights, assumptions)
         config = config_of_shapes(path, shapes, known)
         expected = published_shapes(config)
-        self._tensors = {"ema": weights.network.tensors, "master": weights.network.tensors}
-        if weights.averages is not None:
-            self._tensors["ema"] = weights.averages.tensors
+        master, named = weights.network.tensors, weights.averages
+        self._tensors: dict[str, Mapping[str, Entry]]
+        self._tensors = {"ema": named.tensors if named else master, "master": master}
         for tensors in self._tensors.values():
             check_tensors(
                 path,
                 {prefix + name: shape for name, shape in expected.items()},
                 {prefix + name: t.shape for name, t in tensors.items() if name != INV_FREQ},
             )
+        self._order = list(without_buffer(shapes))
         ema = weights.tree.get("ema")
-        if weights.averages is None and isinstance(ema, dict) and "shadow_params" in ema:
-            self._tensors["ema"] = self._in_order(weights.file, ema, expected, shapes)
-        is_one = self._tensors["ema"] is self._tensors["master"]
+        if named is None and isinstance(ema, dict) and "shadow_params" in ema:
+            averages = shadow_parameters(path, ema)
+            # Behind the network's come the noise's, if it has any, one number each.
+            while len(averages) > len(expected) and averages[-1].numel() == 1:
+                averages.pop()
+            listed = [tuple(average.shape) for average in averages]
+            self._order = parameter_order(path, expected, self._order, listed)
+            self._tensors["ema"] = {
+                name: entry_of(weights.file, f"{name} (ema)", tensor)
+                for name, tensor in zip(self._order, averages, strict=True)
+            }
+        is_one = self._tensors["ema"] is master
         self.holds = frozenset({"ema"} if is_one else {"ema", "master"})
         self.mask_id = mask_of(path, known, config)
         self.described = Description(
@@ -79,23 +89,9 @@ class ForeignSource(CheckpointSource):
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
 
-    def _in_order(
-        self, file: Any, ema: Any, expected: Mapping[str, Shape], listed: Mapping[str, Shape]
-    ) -> dict[str, Entry]:
-        """Averages that have no names, by the order of the parameters."""
-        averages = shadow_parameters(self.path, ema)
-        # Behind the network's come the noise's, if it has any, one number each.
-        while len(averages) > len(expected) and averages[-1].numel() == 1:
-            averages.pop()
-        order = parameter_order(
-            self.path,
-            expected,
-            list(without_buffer(dict(listed))),
-            [tuple(average.shape) for average in averages],
-        )
-
-        named = zip(order, averages, strict=True)
-        return {name: entry_of(file, f"{name} (ema)", tensor) for name, tensor in named}
+    def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
+        said = known_of(file, weights.tree, assumptions)
+        return meaning(file, weights.network.prefix, said)
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors[key][self._theirs[name]].read()
@@ -104,8 +100,12 @@ class ForeignSource(CheckpointSource):
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
-        keys = ("master", "ema") if "master" in self.holds else ("ema",)
-        return [entry.row for key in keys for entry in self._tensors[key].values()]
+        return [
+            entry.row
+            for key in STATE_KEYS
+            if key in self.holds
+            for entry in self._tensors[key].values()
+        ]
 
 
 def meaning(file: Path, prefix: str, said: Mapping[str, Said]) -> dict[str, Said]:
@@ -138,3 +138,49 @@ def meaning(file: Path, prefix: str, said: Mapping[str, Said]) -> dict[str, Said
         "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
     )
     return known
+
+
+def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:
+    """The averages of an `ema` entry, in order.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(averages, list | tuple) or not all(isinstance(t, Tensor) for t in averages):
+        raise CheckpointError(
+            f"{path}: ema has no shadow_params, a list of tensors in the order of the parameters"
+        )
+    return list(averages)
+
+
+def parameter_order(
+    path: Path, expected: Mapping[str, Shape], listed: Sequence[str], shapes: Sequence[Shape]
+) -> list[str]:
+    """Names of the parameters in the order in which their shapes come.
+
+    Args:
+        expected: shape of each parameter, in the order of the authors' modules.
+        listed: the order of the file's state dict.
+        shapes: of the positional tensors.
+
+    Raises:
+        CheckpointError: their number or their shapes fit no order.
+    """
+    if len(shapes) != len(expected):
+        raise CheckpointError(
+            f"{path}: ema.shadow_params has {len(shapes)} tensors, the model {len(expected)} "
+            "parameters"
+        )
+    for order in (list(listed), list(expected)):
+        if [expected[name] for name in order] == list(shapes):
+            return order
+    number, name = next(
+        (number, name)
+        for number, name in enumerate(listed)
+        if tuple(expected[name]) != tuple(shapes[number])
+    )
+    raise CheckpointError(
+        f"{path}: ema.shadow_params[{number}] is {list(shapes[number])} and should be {name} "
+        f"{list(expected[name])}"
+    )

@@ -10,6 +10,7 @@ shapes contradict it, the order of the authors' modules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,14 @@ from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import (
-    CheckpointSource,
-    Description,
-    Shape,
-    check_tensors,
-)
-from sedd_scale.interop.foreign_config import SEDD, Said, assumed, known_of, mask_of
-from sedd_scale.interop.foreign_files import Entry, entry_of, open_weights, weights_file
-from sedd_scale.interop.foreign_shapes import config_of_shapes
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, check_tensors
+from sedd_scale.interop.foreign_config import SEDD, Said, known_of
+from sedd_scale.interop.foreign_files import Weights, entry_of, weights_file
+from sedd_scale.interop.foreign_source import ForeignSource, shadow_parameters
 from sedd_scale.interop.pickled_files import placeholder, tensors_in, write_pickled
-from sedd_scale.interop.sedd_directory import (
-    check_expressible,
-    published_shapes,
-    without_buffer,
-)
+from sedd_scale.interop.sedd_directory import check_expressible, published_shapes
 from sedd_scale.interop.sedd_names import (
     INV_FREQ,
-    our_rows,
     published_names,
     published_rows,
     rotary_frequencies,
@@ -45,7 +36,7 @@ from sedd_scale.planning.model_states import STATE_KEYS
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ReferenceTrainingSource(CheckpointSource):
+class ReferenceTrainingSource(ForeignSource):
     """A checkpoint.pth.
 
     Args:
@@ -56,38 +47,13 @@ class ReferenceTrainingSource(CheckpointSource):
         CheckpointError: it is no such file, or a tensor is missing, unknown or misshapen.
     """
 
-    format = "sedd-train"
-
     def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
-        self.path = weights_file(path)
-        assumptions = assumptions or Assumptions()
-        weights = open_weights(self.path, assumptions.network)
-        assert weights.file is not None
-        tree, shapes, self._file = weights.tree, weights.network.shapes, weights.file
-        for key in ("model", "ema", "optimizer", "step"):
-            if key not in tree:
-                raise CheckpointError(
-                    f"{self.path} is not a training checkpoint: missing {key} (it has "
-                    f"{', '.join(map(str, list(tree)[:6]))}; it needs model, ema, optimizer, step)"
-                )
-        own = {key: Said(value, self.format) for key, value in SEDD.items()}
-        known = {**own, **known_of(self.path, {}, assumptions)}
-        config = config_of_shapes(self.path, shapes, known)
-        expected = published_shapes(config)
-        check_tensors(self.path, expected, without_buffer(shapes))
-
-        averages = shadow_parameters(self.path, tree["ema"])
+        super().__init__(weights_file(path), "sedd-train", assumptions)
+        tree, order = self._weights.tree, self._order
         numbered, group = _optimizer_state(self.path, tree["optimizer"])
-        listed = [tuple(tensor.shape) for tensor in averages]
-        order = parameter_order(self.path, expected, list(without_buffer(shapes)), listed)
-        self._tensors: dict[tuple[str, str], Entry] = {}
-        self.mask_id = mask_of(self.path, known, config)
-        for number, name in enumerate(order):
-            self._tensors[name, "master"] = weights.network.tensors[name]
-            self._tensors[name, "ema"] = self._entry(name, "ema", averages[number])
-        optimizer_step, self.holds = 0, frozenset({"master", "ema"})
+        optimizer_step = 0
         if any(numbered):
-            self._take_moments(order, expected, numbered)
+            self._take_moments(numbered)
             optimizer_step = self._optimizer_step(numbered[: len(order)])
             self.holds = frozenset(STATE_KEYS)
         optimizer = {
@@ -95,56 +61,57 @@ class ReferenceTrainingSource(CheckpointSource):
             for name in ("lr", "eps", "weight_decay")
             if isinstance(group.get(name), float | int)
         }
-        overrides = [f"optimizer.{name}={value!r}" for name, value in optimizer.items()]
+        if optimizer.get("lr") == 0:  # before the first step of a warm-up
+            del optimizer["lr"]
+        config = self.described.config
         decay = float(tree["ema"].get("decay", config.optimizer.ema_decay))
         if 0 <= decay < 1:
-            overrides.append(f"optimizer.ema_decay={decay!r}")
-        if optimizer.get("lr") == 0:  # before the first step of a warm-up
-            overrides.remove(f"optimizer.lr={optimizer['lr']!r}")
-        self.described = Description(
-            config=config.override(*overrides),
-            block_length=config.data.block_length,
+            optimizer["ema_decay"] = decay
+        num_updates = tree["ema"].get("num_updates", optimizer_step)
+        self.described = replace(
+            self.described,
+            config=config.override(*(f"optimizer.{key}={v!r}" for key, v in optimizer.items())),
             step=_count(self.path, "step", tree["step"]),
             optimizer_step=optimizer_step,
             details={
                 "parameter_order": order,
-                "num_updates": _count(
-                    self.path, "num_updates", tree["ema"].get("num_updates", optimizer_step)
-                ),
+                "num_updates": _count(self.path, "num_updates", num_updates),
                 "param_group": _plain(group),
                 "extra_parameters": len(numbered) - len(order),
             },
-            assumed=assumed(known, config, INV_FREQ in shapes),
         )
-        self._theirs = {
-            ours: name for name, ours in published_names(config.model.num_layers).items()
-        }
 
-    def _entry(self, name: str, key: str, tensor: Tensor) -> Entry:
-        return entry_of(self._file, f"{name} ({key})", tensor)
+    def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
+        for key in ("model", "ema", "optimizer", "step"):
+            if key not in weights.tree:
+                raise CheckpointError(
+                    f"{file} is not a training checkpoint: missing {key} (it has "
+                    f"{', '.join(map(str, list(weights.tree)[:6]))}; it needs model, ema, "
+                    "optimizer, step)"
+                )
+        shadow_parameters(file, weights.tree["ema"])
+        own = {key: Said(value, self.format) for key, value in SEDD.items()}
+        return {**own, **known_of(file, {}, assumptions)}
 
-    def _take_moments(
-        self,
-        order: Sequence[str],
-        expected: Mapping[str, Shape],
-        numbered: Sequence[Mapping[str, Any]],
-    ) -> None:
-        found = {}
-        for number, name in enumerate(order):
-            own = numbered[number] if number < len(numbered) else {}
-            for key in MOMENTS:
-                if isinstance(own.get(key), Tensor):
-                    self._tensors[name, key] = self._entry(name, key, own[key])
-                    found[f"{name}/{key}"] = tuple(own[key].shape)
-        wanted = {f"{name}/{key}": expected[name] for name in order for key in MOMENTS}
+    def _take_moments(self, numbered: Sequence[Mapping[str, Any]]) -> None:
+        count = len(self._order)
+        found: dict[str, Shape] = {}
+        wanted: dict[str, Shape] = {}
+        for key in MOMENTS:
+            self._tensors[key] = {
+                name: entry_of(self._weights.file, f"{name} ({key})", own[key])
+                for name, own in zip(self._order, numbered, strict=False)
+                if isinstance(own.get(key), Tensor)
+            }
+            found |= {f"{name}/{key}": entry.shape for name, entry in self._tensors[key].items()}
+            wanted |= {f"{name}/{key}": self._tensors["ema"][name].shape for name in self._order}
         check_tensors(self.path, wanted, found)
-        for number, own in enumerate(numbered[len(order) :], start=len(order)):
+        for number, own in enumerate(numbered[count:], start=count):
             # The noise of the authors' program is one number that nothing ever changes.
             if any(isinstance(value, Tensor) and value.numel() > 1 for value in own.values()):
                 raise CheckpointError(
-                    f"{self.path}: the optimizer has a parameter {number} more than the "
-                    f"{len(order)} of the model, of shape "
-                    f"{[list(t.shape) for t in tensors_in(dict(own))]}"
+                    f"{self.path}: the optimizer has a parameter {number} more than the {count} "
+                    f"of the model, of shape {[list(t.shape) for t in tensors_in(dict(own))]}"
                 )
 
     def _optimizer_step(self, numbered: Sequence[Mapping[str, Any]]) -> int:
@@ -152,7 +119,7 @@ class ReferenceTrainingSource(CheckpointSource):
         for own in numbered:
             step = own.get("step")
             if isinstance(step, Tensor):
-                step = self._file.read(step).item()
+                step = entry_of(self._weights.file, "step", step).read().item()
             if step is None:
                 raise CheckpointError(f"{self.path}: the optimizer's state has no step")
             steps.add(int(step))
@@ -162,15 +129,6 @@ class ReferenceTrainingSource(CheckpointSource):
                 f"{max(steps)} of others; a checkpoint of ours has one number for all"
             )
         return steps.pop()
-
-    def _read(self, name: str, key: str) -> Tensor:
-        tensor = self._tensors[self._theirs[name], key].read()
-        num_heads = self.described.config.model.num_heads
-        return our_rows(name, tensor, num_heads, mask_id=self.mask_id)
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Name, shape, type and bytes of each tensor as the file has them."""
-        return [entry.row for entry in self._tensors.values()]
 
 
 def write_reference_training(
@@ -249,52 +207,6 @@ def write_reference_training(
         "step": described.step,
     }
     write_pickled(path, tree, numbers)
-
-
-def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:
-    """The averages of an `ema` entry, in order.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
-    if not isinstance(averages, list | tuple) or not all(isinstance(t, Tensor) for t in averages):
-        raise CheckpointError(
-            f"{path}: ema has no shadow_params, a list of tensors in the order of the parameters"
-        )
-    return list(averages)
-
-
-def parameter_order(
-    path: Path, expected: Mapping[str, Shape], listed: Sequence[str], shapes: Sequence[Shape]
-) -> list[str]:
-    """Names of the parameters in the order in which their shapes come.
-
-    Args:
-        expected: shape of each parameter, in the order of the authors' modules.
-        listed: the order of the file's state dict.
-        shapes: of the positional tensors.
-
-    Raises:
-        CheckpointError: their number or their shapes fit no order.
-    """
-    if len(shapes) != len(expected):
-        raise CheckpointError(
-            f"{path}: ema.shadow_params has {len(shapes)} tensors, the model {len(expected)} "
-            "parameters"
-        )
-    for order in (list(listed), list(expected)):
-        if [expected[name] for name in order] == list(shapes):
-            return order
-    number, name = next(
-        (number, name)
-        for number, name in enumerate(listed)
-        if tuple(expected[name]) != tuple(shapes[number])
-    )
-    raise CheckpointError(
-        f"{path}: ema.shadow_params[{number}] is {list(shapes[number])} and should be {name} "
-        f"{list(expected[name])}"
-    )
 
 
 def _optimizer_state(path: Path, optimizer: Any) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
