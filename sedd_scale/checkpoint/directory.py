@@ -127,13 +127,9 @@ def has_checkpoint(run_dir: str | Path) -> bool:
 def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
     """The checkpoints that a resume may go on from, best first, and what is wrong with `latest`.
 
-    The first is what `latest` names; then come older ones, newest first. Newer ones belong to an
-    abandoned continuation, or `latest` had not named them yet when the run crashed. Where `latest`
-    is missing or names nothing, every finished checkpoint counts, newest first. Nothing is changed:
-    what a crash left between the two renames of a replacement is read as step-N.old.
-
-    Args:
-        run_dir: a run directory, or its checkpoints/ folder.
+    The first is what `latest` names; then come older ones, newest first: newer ones belong to an
+    abandoned continuation, or to a crash before `latest` named them. Where `latest` names nothing,
+    every finished checkpoint counts. What a crash left between two renames is read as step-N.old.
     """
     folder = _folder_of(Path(run_dir))
     there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
@@ -147,10 +143,7 @@ def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
 
 
 def first_good(
-    run_dir: str | Path,
-    candidates: Iterable[Path],
-    complaint: str | None,
-    use: Callable[[Path], T],
+    run_dir: str | Path, candidates: Iterable[Path], complaint: str | None, use: Callable[[Path], T]
 ) -> tuple[Path, T, list[str]]:
     """The first of a run's candidates that `use` does not find damaged.
 
@@ -178,9 +171,6 @@ def newest_whole(run_dir: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint that a run goes on from, as far as names and sizes of files tell.
 
     Returns its directory, its meta.json, and a line on everything that was passed over.
-
-    Args:
-        run_dir: a run directory, or its checkpoints/ folder.
 
     Raises:
         CheckpointError: there is none.

@@ -31,10 +31,7 @@ from sedd_scale.checkpoint.manifest import (
     first_wrong_size,
     read_manifest,
 )
-from sedd_scale.checkpoint.state import (
-    all_shapes,
-    fragment_tensors,
-)
+from sedd_scale.checkpoint.state import all_shapes, fragment_tensors
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import from_first, together
@@ -55,12 +52,10 @@ def load_newest(
 ) -> tuple[Path, dict[str, Any]]:
     """Load the newest checkpoint of a run that is not damaged; returns its directory and meta.json.
 
-    Collective over all processes. Every damaged one that is passed over is named on stderr.
+    Collective. Every damaged one that is passed over is named on stderr, and to `say`.
 
     Args:
-        fragments, verify: as `load_checkpoint`.
-        check: raises CheckpointError where a run must not resume from a checkpoint.
-        say: called with what was passed over, one line at a time.
+        verify, check: as `load_checkpoint`.
 
     Raises:
         CheckpointError: on every process: there is no good checkpoint, or the newest good one is of
@@ -90,12 +85,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load masters, moments, averages and the optimizer's step in place; returns meta.json.
 
-    Collective over all processes. Nothing is overwritten unless the checkpoint is complete and of
-    this model.
+    Collective. Nothing is overwritten unless the checkpoint is complete and of this model.
 
     Args:
-        path: a run directory, its checkpoints/ folder, or one step-N directory.
-        fragments: where to load it.
+        path: as `find_checkpoint` takes it.
         verify: hash every file first, each process a part of them; sizes are always compared.
         check: called with the directory and meta.json before anything is loaded.
 

@@ -42,12 +42,7 @@ from sedd_scale.checkpoint.saving import (
     SavePlanOfRank,
     make_plan,
 )
-from sedd_scale.checkpoint.state import (
-    HostCopy,
-    all_shapes,
-    fragment_tensors,
-    state_bytes,
-)
+from sedd_scale.checkpoint.state import HostCopy, all_shapes, fragment_tensors, state_bytes
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.parallel.agreement import from_first, gathered, together

@@ -34,8 +34,7 @@ def prompt_ids(prompts: Path) -> list[str]:
 def merge_samples(output: Path, num_shards: int, prompts: Path | None = None) -> bool:
     """Write `output` from its shards and remove them; whether it is there now.
 
-    The order is that of the samples' places among all. Shards that were drawn by an older version
-    have none: then it is that of the prompts, or of the ids, or of the shards.
+    The order is that of the samples' places; of an older version, of the prompts, ids or shards.
 
     Raises:
         DataError: a record's id is none of the prompts', or stands twice; or a line is damaged.

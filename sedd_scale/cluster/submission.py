@@ -107,10 +107,7 @@ def version_of(repository: Path | None) -> str:
             subprocess.run(
                 ["git", "-C", str(repository), *words], capture_output=True, text=True, check=True
             ).stdout
-            for words in (
-                ["rev-parse", "HEAD"],
-                ["status", "--short", "--", *CODE],
-            )
+            for words in (["rev-parse", "HEAD"], ["status", "--short", "--", *CODE])
         )
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout\n"

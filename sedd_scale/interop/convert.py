@@ -37,23 +37,17 @@ def convert(
     assumptions: Assumptions | None = None,
     results: Sequence[Path] = (),
 ) -> None:
-    """Write the checkpoint `source` to `target` in another format.
-
-    Memory is that of the largest tensor, a few times over, whatever the size of the model.
+    """Write the checkpoint `source` to `target`, with memory of the largest tensor, a few times.
 
     Args:
-        source_format: native, sedd-hf, sedd-train or mdlm.
-        target_format: native, sedd-hf or sedd-train. native and sedd-train take everything that
-            the source has: weights, averages, moments, steps.
+        source_format: one of `FORMATS`.
+        target_format: one of `TARGETS`; native and sedd-train take everything that the source has.
         target: the directory to make; sedd-train may also be one file that ends in .pth or .pt.
-        weights: "ema" or "master": take these weights alone, as of a run that has yet to begin;
-            None: everything, and the averages where the target has room for one kind of weights.
+        weights: "ema" or "master": these alone, as of a run yet to begin; None: everything.
         shard_bytes: largest size of one file's tensors, of sedd-hf.
-        extra_parameters: of sedd-train, parameters without state that the optimizer lists after
-            the network's; None: as many as the source's had, else 0.
-        assumptions: what a source of format sedd-train or mdlm does not say.
-        results: of sedd-hf, reports of sedd-scale eval_ppl for the model card, each of the weights
-            that are exported.
+        extra_parameters: as `write_reference_training`.
+        assumptions: what a source of another program does not say.
+        results: of sedd-hf, reports of sedd-scale eval_ppl for the model card.
 
     Raises:
         CheckpointError: no such conversion, an unusable source, a format that cannot express the

@@ -15,10 +15,7 @@ _DIGEST_BYTES = 1 << 16
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 (hex) over name and SHA-256 of the checkpoint's files.
-
-    Of a run: of its newest checkpoint, whose files were hashed when it was written. A converted
-    copy is made of other files and has another fingerprint.
+    """SHA-256 (hex) over name and SHA-256 of the checkpoint's files; of a run, of its newest's.
 
     Raises:
         CheckpointError: nothing readable there.

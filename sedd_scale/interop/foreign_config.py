@@ -45,14 +45,16 @@ _VALUES: tuple[tuple[str, tuple[str, ...], type], ...] = (
     ("noise.eps", ("noise.eps",), float),
     ("mask_id", ("mask_token_id", "mask_index"), int),
 )
-_GRAPHS = {"absorb": "absorb", "absorbingstate": "absorb", "uniform": "uniform"}
+_CHOICES = {
+    "graph": {"absorb": "absorb", "absorbingstate": "absorb", "uniform": "uniform"},
+    "noise": {name: name for name in ("loglinear", "geometric", "cosine", "linear")},
+}
 # What is assumed where nothing says it, and of it what only one graph has.
 ASSUMED = (
     *("objective", "parametrisation", "graph", "noise", "block_length", "num_heads"),
     *("time_conditioning", "mask_id"),
 )
 OF_ONE = ("model.parametrisation", "mask_id")
-_NOISES = {name: name for name in ("loglinear", "geometric", "cosine", "linear")}
 
 
 class Said(NamedTuple):
@@ -198,9 +200,8 @@ def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[
             if value is not None:
                 found[ours] = Said(value, f"{file.name} says {theirs}={text_of(value)}")
                 break
-    graphs, noises = ("graph.type", "graph", "diffusion"), ("noise.type", "noise")
-    found |= _chosen(file, raw, "graph.name", graphs, _GRAPHS, assumptions)
-    found |= _chosen(file, raw, "noise.name", noises, _NOISES, assumptions)
+    found |= _chosen(file, raw, "graph", ("graph.type", "graph", "diffusion"), assumptions)
+    found |= _chosen(file, raw, "noise", ("noise.type", "noise"), assumptions)
     program, words = _kind(file, raw, found.get("graph.name", NOTHING).value == "uniform")
     if is_published(raw):
         missing = [name for name in _PUBLISHED if _value(raw, name) is None]
@@ -255,15 +256,9 @@ def _kind(
     """
     words = ""
     found: list[tuple[dict[str, Any], str]] = []
-    architectures = raw.get("architectures")
-    for key, value in (
-        ("model_type", raw.get("model_type")),
-        (
-            "architectures",
-            architectures[0] if isinstance(architectures, list) and architectures else None,
-        ),
-        ("algo.name", _value(raw, "algo.name")),
-    ):
+    for key in ("model_type", "architectures", "algo.name"):
+        value = _value(raw, key)
+        value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, str):
             words = words or f"{key}={value}"
             for name, kind in _KINDS.items():
@@ -291,25 +286,19 @@ def _kind(
 
 
 def _chosen(
-    file: Path,
-    raw: Mapping[str, Any],
-    ours: str,
-    names: tuple[str, ...],
-    choices: Mapping[str, str],
-    assumptions: Assumptions,
+    file: Path, raw: Mapping[str, Any], ours: str, names: tuple[str, ...], assumptions: Assumptions
 ) -> dict[str, Said]:
     """One of a few words, under one of several names."""
     for theirs in names:
         value = _value(raw, theirs)
         if not isinstance(value, str):
             continue
-        known = choices.get(re.sub("[^a-z]", "", value.lower()))
+        known = _CHOICES[ours].get(re.sub("[^a-z]", "", value.lower()))
         if known is not None:
-            return {ours: Said(known, f"{file.name} says {theirs}={value}")}
-        flag = ours.partition(".")[0]
-        if getattr(assumptions, flag) is None:
+            return {f"{ours}.name": Said(known, f"{file.name} says {theirs}={value}")}
+        if getattr(assumptions, ours) is None:
             raise CheckpointError(
-                f"{file} says {theirs}={value}, which is not known here: give --{flag}"
+                f"{file} says {theirs}={value}, which is not known here: give --{ours}"
             )
     return {}
 

@@ -5,6 +5,7 @@ Programs wrap a network in modules, whose names come before those of its tensors
 where `vocab_embed.embedding` is; of two, such as weights and averages, each has its own place.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -20,12 +21,7 @@ from torch import Tensor
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.checkpoint_source import Shape
 from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
-from sedd_scale.interop.safetensors_files import (
-    DTYPE_BYTES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    SafetensorsFile,
-)
+from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 CONFIG_FILE = "config.json"
 PICKLED_FILE = "pytorch_model.bin"
@@ -84,11 +80,9 @@ class Network:
 
 
 class Weights(NamedTuple):
-    """What a file holds.
+    """What a file holds: the weights, and averages of the same network where they have names too.
 
     Attributes:
-        network: the weights.
-        averages: the same network's averages, where they have names too.
         tree: all that a pickled file holds, beside its tensors; empty of others.
         file: the pickled file, to read more of it.
     """
@@ -286,14 +280,33 @@ def entry_of(pickled: PickledFile | None, name: str, tensor: Tensor) -> Entry:
 
 
 def _safetensors(file: Path) -> dict[str, Entry]:
-    opened = SafetensorsFile(file)
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        kinds = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
-    def entry(name: str) -> Entry:
-        shape, dtype = opened.shapes[name], opened.dtypes[name]
-        num_bytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)
-        return Entry(name, shape, dtype, num_bytes, lambda: opened.read(name))
+    def entry(name: str, shape: Shape, dtype: str) -> Entry:
+        bits = re.search(r"\d+", dtype)  # of BOOL none
+        num_bytes = math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
+        return Entry(name, shape, dtype, num_bytes, lambda: _read_safetensors(file, name))
 
-    return {name: entry(name) for name in opened.shapes}
+    return {name: entry(name, *kind) for name, kind in kinds.items()}
+
+
+def _read_safetensors(file: Path, name: str) -> Tensor:
+    with _opened(file) as opened:  # anew each time: nothing of the file stays in memory
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); fetch it again") from None
 
 
 def _sharded(index: Path) -> dict[str, Entry]:

@@ -1,7 +1,6 @@
 """Weights of MDLM (arXiv 2406.07524), Duo (arXiv 2506.10892) and others: the names of SEDD.
 
-Their networks are SEDD's, mostly under `backbone.`, in a Lightning checkpoint (`state_dict`, maybe
-`ema`) or in safetensors. What their outputs mean is not in their names:
+What the outputs mean is not in the names of tensors:
 
 * of absorb (MDLM), scaled log-scores up to the constant that a softmax divides out: a network of
   `training.objective=masked_cross_entropy`, whose bound is the one that MDLM reports;
@@ -29,7 +28,7 @@ from sedd_scale.interop.checkpoint_source import (
 from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
 from sedd_scale.interop.foreign_files import Entry, Weights, entry_of, open_weights, weights_file
 from sedd_scale.interop.foreign_shapes import config_of_shapes
-from sedd_scale.interop.sedd_directory import published_shapes, without_buffer
+from sedd_scale.interop.sedd_directory import published_shapes
 from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
 from sedd_scale.planning.model_states import STATE_KEYS
 
@@ -64,7 +63,7 @@ class ForeignSource(CheckpointSource):
                 {prefix + name: shape for name, shape in expected.items()},
                 {prefix + name: t.shape for name, t in tensors.items() if name != INV_FREQ},
             )
-        self._order = list(without_buffer(shapes))
+        self._order = [name for name in shapes if name != INV_FREQ]
         ema = weights.tree.get("ema")
         if named is None and isinstance(ema, dict) and "shadow_params" in ema:
             averages = shadow_parameters(path, ema)
@@ -157,12 +156,11 @@ def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:
 def parameter_order(
     path: Path, expected: Mapping[str, Shape], listed: Sequence[str], shapes: Sequence[Shape]
 ) -> list[str]:
-    """Names of the parameters in the order in which their shapes come.
+    """Names of the parameters in the order of `shapes`, those of tensors without names.
 
     Args:
         expected: shape of each parameter, in the order of the authors' modules.
         listed: the order of the file's state dict.
-        shapes: of the positional tensors.
 
     Raises:
         CheckpointError: their number or their shapes fit no order.

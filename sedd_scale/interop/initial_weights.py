@@ -1,23 +1,19 @@
 """The weights of a finished model as the beginning of a new run: `model.init_from`.
 
-Masters and averages become the source's averaged weights; moments, the optimizer's count and the
-step start from zero, as those of any new run. Every format that can be opened serves.
+Masters and averages become the source's averaged weights; moments and counts start from zero.
 
-With `model.grow_vocab` the run has more tokens than the source. A token keeps its id, the mask of
-absorb moves from N to the new last index N', and new rows keep the values of a fresh model. In the
-scaled parametrisation log s_y = z_y - ln(e^sigma - 1) - ln N, so that the same outputs would mean
-scores smaller by the factor N / N'. The true score of a token, p(y | what is unmasked) /
-(e^sigma - 1), does not depend on how many others there are: the biases of old tokens take up
-ln(N' / N), and their scores stay what they were. Unscaled outputs are log-scores and stay as they
-are. (Objectives of normalised scores, and the mean parametrisation, share their unit out among old
-and new tokens.)
+With `model.grow_vocab` a token keeps its id, the mask of absorb moves from N to the new last index
+N', and new rows keep the values of a fresh model. In the scaled parametrisation
+log s_y = z_y - ln(e^sigma - 1) - ln N. The true score of a token, p(y | what is unmasked) /
+(e^sigma - 1), does not depend on N: the biases of old tokens take up ln(N' / N), and their scores
+stay what they were. Unscaled outputs are log-scores and stay as they are. (Objectives of normalised
+scores, and the mean parametrisation, share their unit out among old and new tokens.)
 """
 
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +24,7 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.assumptions import Assumptions, without_options
+from sedd_scale.interop.assumptions import Assumptions, text_of, without_options
 from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, model_shapes
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
@@ -42,11 +38,9 @@ class InitialWeights:
     """An open source that fits a run, or fits it with a grown vocabulary.
 
     Args:
-        source: the open checkpoint.
         config: the run's, with `model.vocab_size` filled in.
 
     Attributes:
-        source: the open checkpoint.
         grown: tokens that the run has and the source has not.
 
     Raises:
@@ -142,10 +136,6 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
 
     Needs no process group. Hashes of a checkpoint of ours are compared by the first process alone.
 
-    Args:
-        config: the run's, with `model.vocab_size` filled in.
-        corpus: the run's data, whose tokenizer has to be that of the source where it carries one.
-
     Raises:
         CheckpointError: nothing readable there, or not the model it describes.
         ConfigError: it is another model than the run's, or knows other tokens.
@@ -186,7 +176,7 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
         if key == "model.scale_by_sigma":  # null stands for what the graph has
             wanted, has = config.resolved_scale_by_sigma, found.resolved_scale_by_sigma
         if field.metadata["shared"] == NETWORK and wanted != has:
-            apart[key] = (_text(wanted), _text(has))
+            apart[key] = (text_of(wanted), text_of(has))
     for key in ("graph.name", *apart):  # from which others may follow
         if key in apart:
             wanted, has = apart[key]
@@ -200,10 +190,6 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
             f"training.objective={wanted} does not fit {what}, a network of {has}: its attention "
             f"is another; set training.objective={has}"
         )
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _shapes_apart(config: Config, found: Config) -> str:

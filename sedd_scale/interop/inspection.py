@@ -9,6 +9,8 @@ from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape
 from sedd_scale.interop.formats import open_checkpoint
 
+_KEPT = dict(master="weights", ema="averages", exp_avg="first moments", exp_avg_sq="second moments")
+
 
 def inspect(path: str | Path, assumptions: Assumptions | None = None) -> str:
     """A page of text on a checkpoint.
@@ -19,28 +21,12 @@ def inspect(path: str | Path, assumptions: Assumptions | None = None) -> str:
     return "\n".join(_lines(open_checkpoint(path, assumptions=assumptions)))
 
 
-def group_tensors(source: CheckpointSource) -> dict[tuple[str, Shape, str], list[int]]:
-    """Bytes of the tensors of a checkpoint by name (* for the block), shape and type."""
-    groups: dict[tuple[str, Shape, str], list[int]] = {}
-    for name, shape, dtype, num_bytes in source.contents():
-        starred = re.sub(r"(\bblocks\.(?:\w+\.)*?)\d+\.", r"\1*.", name, count=1)
-        groups.setdefault((starred, shape, dtype), []).append(num_bytes)
-    return groups
-
-
 def _lines(source: CheckpointSource) -> Iterator[str]:
     described = source.described
     config, model = described.config, described.config.model
     num_parameters = sum(math.prod(shape) for shape in source.shapes.values())
-    kept = {
-        "master": "weights",
-        "ema": "averages",
-        "exp_avg": "first moments",
-        "exp_avg_sq": "second moments",
-    }
-    holds = [word for key, word in kept.items() if key in source.holds]
-    if not source.holds & {"exp_avg"} and len(holds) == 1:
-        holds = ["weights of one kind"]
+    keys = {key: word for key, word in _KEPT.items() if key in source.holds}
+    holds = list(keys.values()) if len(keys) > 1 else ["weights of one kind"]
     yield f"path        {source.path}"
     yield f"format      {source.format}"
     yield f"holds       {', '.join(holds)}"
@@ -67,7 +53,10 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     if described.assumed:
         values = ", ".join(f"{flag} {value}" for flag, value in described.assumed.items())
         yield f"assumed     {values}"
-    groups = group_tensors(source)
+    groups: dict[tuple[str, Shape, str], list[int]] = {}  # by name (* for the block)
+    for name, shape, dtype, num_bytes in source.contents():
+        starred = re.sub(r"(\bblocks\.(?:\w+\.)*?)\d+\.", r"\1*.", name, count=1)
+        groups.setdefault((starred, shape, dtype), []).append(num_bytes)
     sizes = [size for group in groups.values() for size in group]
     yield f"tensors     {len(sizes)}, {sum(sizes):,} bytes"
     width = max(len(name) for name, _, _ in groups)

@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser,
-    *,
-    precision: str = "fp32",
-    leave_out: tuple[str, ...] = (),
+    parser: argparse.ArgumentParser, *, precision: str = "fp32", leave_out: tuple[str, ...] = ()
 ) -> None:
-    """Add --checkpoint, --weights, --tokenizer-path, --tensor, --precision and those that say what
-    a checkpoint does not.
+    """Add --checkpoint, --weights, --tokenizer-path, --tensor, --precision and `Assumptions`.
 
     Args:
         precision: where none is given; "auto": bf16 on a GPU, fp32 on a CPU.
@@ -74,9 +70,7 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
     `arguments.precision` becomes the one that was taken.
 
     Raises:
-        ConfigError: the number of processes does not fit --tensor.
-        CheckpointError: the checkpoint cannot be read.
-        DataError: the tokenizer cannot be read or does not fit the checkpoint.
+        ConfigError, CheckpointError, DataError: of the processes, the checkpoint, the tokenizer.
     """
     import torch
 

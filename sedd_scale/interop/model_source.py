@@ -22,9 +22,7 @@ class ModelSource(CheckpointSource):
         if model.block_length is not None:
             config = config.override(f"data.block_length={model.block_length}")
         self.described = Description(
-            config=config,
-            block_length=model.block_length,
-            tokenizer_directory=tokenizer_directory,
+            config=config, block_length=model.block_length, tokenizer_directory=tokenizer_directory
         )
         self._parameters = {p.name: p for p in logical_parameters(model.network, model.layout)}
         assert {name: p.shape for name, p in self._parameters.items()} == self.shapes

@@ -1,12 +1,11 @@
 """Files of `torch.save`, read and written one tensor at a time; nothing in them is ever executed.
 
-A file is opened as a tree whose tensors have shapes, types and offsets but no numbers; numbers are
-read by offset when asked for. Writing reserves the room of every tensor first and fills it tensor
-after tensor. (torch.load under a FakeTensorMode and torch.serialization.skip_data do the rest.)
+A file is opened as a tree whose tensors have shapes, types and offsets but no numbers, which are
+read when asked for. Writing reserves the room of every tensor first and fills it tensor after
+tensor. (torch.load under a FakeTensorMode and torch.serialization.skip_data do the rest.)
 
-What a training program pickled beside its tensors, such as its configuration and its tokenizer, is
-of classes that are not here, and whose code must not run. An unpickler that knows the names of
-tensors alone gives an `Inert` object in the place of each, whatever it was derived from.
+What else was pickled is of classes that are not here, and whose code must not run: an unpickler
+that knows the names of tensors alone gives an `Inert` object in the place of each.
 """
 
 import math
@@ -67,23 +66,11 @@ class PickledFile:
             return torch.empty(size, dtype=tensor.dtype)
         span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         data = torch.empty(span, dtype=tensor.dtype)
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             file.seek(offset + int(tensor.storage_offset()) * tensor.element_size())
-            if not read_into(file, data):
+            if file.readinto(bytes_of(data)) < span * data.element_size():
                 raise CheckpointError(f"{self.path} is cut short; fetch it again")
         return data.as_strided(tuple(size), stride).contiguous()
-
-
-def read_into(file: Any, data: Tensor) -> bool:
-    """Fill a contiguous tensor with the file's next bytes; whether there were enough."""
-    view = bytes_of(data)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

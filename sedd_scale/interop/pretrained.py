@@ -32,10 +32,7 @@ def load_pretrained(
     """Read a model, ready for `log_score`, `loss`, sampling and evaluation (in eval mode).
 
     Args:
-        path: a run directory, checkpoints folder or step folder of ours; a directory in the
-            published format (config.json with model.safetensors, its shards and their index, or
-            pytorch_model.bin); a checkpoint.pth; weights of MDLM, Duo and others, a file or their
-            directory.
+        path: of any format: a run or one of its checkpoints, or a file or directory of weights.
         device: where the weights go; the GPU of this process where there is one.
         dtype: the weights' type.
         weights: where there are both, "ema" or "master" (the weights under training).

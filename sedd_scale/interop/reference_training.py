@@ -37,15 +37,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ReferenceTrainingSource(ForeignSource):
-    """A checkpoint.pth.
-
-    Args:
-        path: the file, or the directory it is in.
-        assumptions: the graph, the noise and what else the file does not say.
-
-    Raises:
-        CheckpointError: it is no such file, or a tensor is missing, unknown or misshapen.
-    """
+    """A checkpoint.pth, or the directory it is in: as `ForeignSource`, with moments and steps."""
 
     def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
         super().__init__(weights_file(path), "sedd-train", assumptions)
@@ -138,7 +130,7 @@ def write_reference_training(
 
     Args:
         extra_parameters: parameters without state that the optimizer lists after the network's;
-            None: as many as the checkpoint.pth had that the source came from, else 0.
+            None: as many as the source's had, else 0.
 
     Raises:
         CheckpointError: the authors' program has no such model.
@@ -211,8 +203,8 @@ def write_reference_training(
 
 def _optimizer_state(path: Path, optimizer: Any) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     """State of each parameter the optimizer lists, empty where it has none, and its settings."""
-    optimizer = _dictionary(path, "optimizer", optimizer)
-    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    is_one = isinstance(optimizer, dict)
+    state, groups = (optimizer.get(key) if is_one else None for key in ("state", "param_groups"))
     if not isinstance(state, dict) or not isinstance(groups, list) or not groups:
         raise CheckpointError(
             f"{path}: optimizer has no state and param_groups, as torch's AdamW has"
@@ -220,14 +212,6 @@ def _optimizer_state(path: Path, optimizer: Any) -> tuple[list[Mapping[str, Any]
     numbers = [number for group in groups for number in group["params"]]
     settings = {key: value for key, value in groups[0].items() if key != "params"}
     return [state.get(number, {}) for number in numbers], settings
-
-
-def _dictionary(path: Path, what: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: {what} is a {type(value).__name__} and should be a dictionary"
-        )
-    return value
 
 
 def _count(path: Path, what: str, value: Any) -> int:

@@ -11,11 +11,7 @@ from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.checkpoint_source import (
-    Description,
-    Shape,
-    model_shapes,
-)
+from sedd_scale.interop.checkpoint_source import Description, Shape, model_shapes
 from sedd_scale.interop.foreign_files import CONFIG_FILE
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
 from sedd_scale.interop.sedd_names import (
@@ -50,11 +46,6 @@ def published_shapes(config: Config) -> dict[str, Shape]:
     return {
         theirs: shapes[ours] for theirs, ours in published_names(config.model.num_layers).items()
     }
-
-
-def without_buffer(shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """Shapes of the parameters alone: the rotary frequencies are no parameter."""
-    return {name: shape for name, shape in shapes.items() if name != INV_FREQ}
 
 
 def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -> None:

@@ -63,12 +63,12 @@ def our_rows(name: str, published: Tensor, num_heads: int, *, mask_id: int | Non
     if mask_id is not None and name in VOCABULARY_PARAMETERS:
         before, mask, behind = published.tensor_split([mask_id, mask_id + 1])
         return torch.cat([before, behind, mask])
-    return _heads_first(published, num_heads) if name.endswith(_QKV) else published
+    return _swapped(published, 3, num_heads) if name.endswith(_QKV) else published
 
 
 def published_rows(name: str, logical: Tensor, num_heads: int) -> Tensor:
     """Our parameter `name` in the published row order."""
-    return _kinds_first(logical, num_heads) if name.endswith(_QKV) else logical
+    return _swapped(logical, num_heads, 3) if name.endswith(_QKV) else logical
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:
@@ -77,18 +77,9 @@ def rotary_frequencies(head_dim: int) -> Tensor:
     return 1.0 / ROTARY_BASE ** (even / head_dim)
 
 
-def _heads_first(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows [q|k|v, head, dim] to [head, q|k|v, dim]."""
-    rows, columns = weight.shape
-    shaped = weight.view(3, num_heads, rows // (3 * num_heads), columns)
-    return shaped.transpose(0, 1).reshape(rows, columns)
-
-
-def _kinds_first(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows [head, q|k|v, dim] to [q|k|v, head, dim]."""
-    rows, columns = weight.shape
-    shaped = weight.view(num_heads, 3, rows // (3 * num_heads), columns)
-    return shaped.transpose(0, 1).reshape(rows, columns)
+def _swapped(weight: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows [outer, inner, dim] to [inner, outer, dim]."""
+    return weight.view(outer, inner, -1, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
 
 
 def published_config(config: Config, *, num_tokens: int, block_length: int) -> dict[str, Any]:

@@ -44,7 +44,6 @@ def verify(
 
     Args:
         weights: where a checkpoint has both, "ema" or "master".
-        assumptions: what checkpoints that describe themselves incompletely do not say.
         seed: of the sequences: tokens drawn at random, moved by the graph at `TIMES`.
 
     Raises:

@@ -207,12 +207,7 @@ class LiveConsole:
             step, nats, stderr = self._validation
             validation = Text(with_error(nats, stderr, "±"), style="bold")
             validation.append(f" at step {step:,}", style="dim")
-        return [
-            ("loss", loss),
-            ("grad norm", grad_norm),
-            ("lr", rate),
-            ("validation", validation),
-        ]
+        return [("loss", loss), ("grad norm", grad_norm), ("lr", rate), ("validation", validation)]
 
     def _machine_rows(self) -> "list[tuple[str, Text]]":
         from rich.text import Text
@@ -238,12 +233,7 @@ class LiveConsole:
             saved = Text(f"step {step:,}", style="bold")
             when = "gone on from" if at is None else f"{format_duration(time.monotonic() - at)} ago"
             saved.append(f", {when}", style="dim")
-        return [
-            ("tokens/s", speed),
-            ("MFU", mfu),
-            ("memory", memory),
-            ("checkpoint", saved),
-        ]
+        return [("tokens/s", speed), ("MFU", mfu), ("memory", memory), ("checkpoint", saved)]
 
 
 def _with_z(values: Mapping[str, float], name: str, z_name: str, unit: str) -> "Text":

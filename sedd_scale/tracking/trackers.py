@@ -104,7 +104,6 @@ class TrackerProcess:
         factory: `module:class` of a `tracker_process.Tracker`.
         arguments: of the class, as JSON values.
         warn: told in one line, from any thread, what does not work.
-        queued: records that wait at most.
 
     Attributes:
         dropped: records that found the queue full.

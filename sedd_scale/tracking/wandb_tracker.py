@@ -19,11 +19,8 @@ class WandbTracker:
     """Sends numbers, samples, the configuration and the code; system metrics go by themselves.
 
     Args:
-        run_dir: where wandb keeps its files.
-        mode: "online" or "offline".
         project, name, run_id: of the run; online, one that was begun before goes on under its id.
         group: of the run's segments, offline; None for none.
-        config: the resolved configuration.
         watched_pid: the process whose memory and CPU are to be reported.
         save_code: whether to keep a copy of the program that ran, CODE_ARCHIVE among its files.
 
