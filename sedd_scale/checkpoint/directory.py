@@ -217,7 +217,10 @@ def _named_by(latest: Path) -> str | None:
     """What `latest`, a file of ours or a link that somebody set, names; None where it is not."""
     if latest.is_dir():
         return latest.resolve().name
-    return latest.read_text(errors="replace").strip() if latest.is_file() else None
+    try:
+        return latest.read_text(errors="replace").strip()
+    except OSError as error:
+        return None if isinstance(error, FileNotFoundError) else ""
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -18,8 +18,14 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-def _said(help: str, key: str = "", **options: Any) -> Any:
-    """A field: its flag's help and options, and our key for it."""
+# What a help text calls a value.
+_METAVARS = {int: "N", float: "X", str: "PREFIX", _boolean: "BOOL"}
+
+
+def _said(help: str, key: str, kind: Any) -> Any:
+    """A field: its flag's help, our key for it, and its type or choices."""
+    is_choice = isinstance(kind, tuple)
+    options = {"choices": kind} if is_choice else {"type": kind, "metavar": _METAVARS[kind]}
     return field(default=None, metadata={"help": help, "key": key, "options": options})
 
 
@@ -30,59 +36,49 @@ class Assumptions:
     objective: str | None = _said(
         "what it was trained for (assumed for mdlm: masked_cross_entropy)",
         "training.objective",
-        choices=("score_entropy", "masked_cross_entropy", "d3pm_absorb"),
+        ("score_entropy", "masked_cross_entropy", "d3pm_absorb"),
     )
     parametrisation: str | None = _said(
         "outputs are log-scores (score), or logits of the clean token (mean: Duo, UDLM)",
         "model.parametrisation",
-        choices=("score", "mean"),
+        ("score", "mean"),
     )
     graph: str | None = _said(
-        "forward process (assumed: absorb)", "graph.name", choices=("absorb", "uniform")
+        "forward process (assumed: absorb)", "graph.name", ("absorb", "uniform")
     )
     mask_id: int | None = _said(
         "id of the mask among its states (assumed: the last); tokens behind it move up by one",
         "mask_id",
-        type=int,
-        metavar="ID",
+        int,
     )
     noise: str | None = _said(
         "noise schedule (assumed: loglinear)",
         "noise.name",
-        choices=("loglinear", "geometric", "cosine", "linear"),
+        ("loglinear", "geometric", "cosine", "linear"),
     )
-    sigma_min: float | None = _said(
-        "of geometric noise (assumed: 1e-4)", "noise.sigma_min", type=float, metavar="S"
-    )
-    sigma_max: float | None = _said(
-        "of geometric noise (assumed: 20)", "noise.sigma_max", type=float, metavar="S"
-    )
-    eps: float | None = _said(
-        "of other noise (assumed: 1e-3)", "noise.eps", type=float, metavar="E"
-    )
+    sigma_min: float | None = _said("of geometric noise (assumed: 1e-4)", "noise.sigma_min", float)
+    sigma_max: float | None = _said("of geometric noise (assumed: 20)", "noise.sigma_max", float)
+    eps: float | None = _said("of other noise (assumed: 1e-3)", "noise.eps", float)
     block_length: int | None = _said(
-        "tokens in a sequence (assumed: 1024)", "data.block_length", type=int, metavar="L"
+        "tokens in a sequence (assumed: 1024)", "data.block_length", int
     )
     num_heads: int | None = _said(
         "attention heads (from its rotary frequencies; else assumed: width / 64)",
         "model.num_heads",
-        type=int,
-        metavar="N",
+        int,
     )
     scale_by_sigma: bool | None = _said(
         "scaled scores, true or false (assumed: true for absorb, false for uniform)",
         "model.scale_by_sigma",
-        type=_boolean,
-        metavar="BOOL",
+        _boolean,
     )
     time_conditioning: bool | None = _said(
         "whether outputs depend on sigma (assumed: true; false for masked_cross_entropy)",
         "model.time_conditioning",
-        type=_boolean,
-        metavar="BOOL",
+        _boolean,
     )
     network: str | None = _said(
-        "of several networks in a file, what the names of this one begin with", metavar="PREFIX"
+        "of several networks in a file, what the names of this one begin with", "", str
     )
 
     def given(self) -> list[str]:

@@ -11,7 +11,6 @@ import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +45,7 @@ _WRAPPERS = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor of a file: its name there, shape, type and bytes, and what reads it."""
 
     name: str
@@ -56,19 +54,9 @@ class Entry:
     num_bytes: int
     read: Callable[[], Tensor]
 
-    @property
-    def row(self) -> tuple[str, Shape, str, int]:
-        """As `CheckpointSource.contents` has it."""
-        return self.name, self.shape, self.dtype, self.num_bytes
 
-
-@dataclass(frozen=True)
-class Network:
-    """The tensors of one network by their published names.
-
-    Attributes:
-        prefix: what stands before the names, wrappers left out.
-    """
+class Network(NamedTuple):
+    """The tensors of a network by their published names; what stood before, but for wrappers'."""
 
     prefix: str
     tensors: Mapping[str, Entry]
@@ -176,7 +164,11 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
         for network in _networks(file, entries):
             networks[place + network.prefix] = network
     if choice is not None:
-        chosen = {place: n for place, n in networks.items() if place.startswith(choice)}
+        chosen = {
+            place: network
+            for place, network in networks.items()
+            if place.startswith(choice) or network.prefix.startswith(choice)
+        }
         if not chosen:
             raise CheckpointError(
                 f"{file} holds no network {choice!r}: it holds {_listed(networks) or 'none'}"

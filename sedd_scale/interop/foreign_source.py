@@ -100,7 +100,7 @@ class ForeignSource(CheckpointSource):
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
         return [
-            entry.row
+            entry[:4]
             for key in STATE_KEYS
             if key in self.holds
             for entry in self._tensors[key].values()

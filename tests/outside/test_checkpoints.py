@@ -660,3 +660,12 @@ def test_lm_eval_names_what_takes_the_options(mdlm: ScoreModel, tmp_path: Path) 
     path = described_as({"model_type": "ours"}, state, tmp_path)
     with pytest.raises(CheckpointError, match=r"--objective .*convert_ckpt --to native.*: give"):
         harness.SeddScaleLM(str(path), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher.", "state_dict.teacher."])
+def test_one_network_of_several_by_its_names(
+    mdlm: ScoreModel, sedd: ScoreModel, name: str, tmp_path: Path
+) -> None:
+    state = {**prefixed("backbone.", published(sedd)), **prefixed("teacher.", published(mdlm))}
+    file = written(tmp_path / "x.ckpt", {"state_dict": state})
+    assert_same(opened(file, network=name, objective="masked_cross_entropy"), mdlm)
