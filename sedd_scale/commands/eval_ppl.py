@@ -202,7 +202,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
         seed=arguments.seed,
         dataset=arguments.dataset,
         checkpoint=str(arguments.checkpoint),
-        fingerprint=fingerprint,
+        checkpoint_fingerprint=fingerprint,
         weights=arguments.weights,
     )
 

@@ -55,7 +55,8 @@ def open_corpus(
         DataError: nothing there, unreadable, too short, or of another tokenizer.
         ConfigError: `text` or another block length for a prepared dataset, a split for a file.
     """
-    prepared = is_remote(str(location)) or Path(location).is_dir()
+    path, remote = Path(location), is_remote(str(location))
+    prepared = remote or path.is_dir()
     if prepared and text is not None:
         raise ConfigError(
             f"{location} is a prepared dataset, whose blocks are made: leave --detokenizer, "
@@ -64,21 +65,20 @@ def open_corpus(
         )
     if max_blocks is not None and max_blocks < 1:
         raise DataError(f"max_blocks={max_blocks} is too few: give at least 1")
-    if is_remote(str(location)):
-        config = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
-        cache = FileCache(cache_directory(config), int(config.cache_gb * 1e9))
-        dataset = Dataset(location, cache=cache)
-        return _prepared(dataset, tokenizer, num_tokens, block_length, split, max_blocks)
-    path = Path(location)
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a prepared dataset or a text file")
-    if path.is_dir():
-        if not (path / INDEX_FILE).is_file():
+    if prepared:
+        cache = None
+        if remote:
+            config = DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
+            cache = FileCache(cache_directory(config), int(config.cache_gb * 1e9))
+        elif not (path / INDEX_FILE).is_file():
             raise DataError(
                 f"{path} is a directory without {INDEX_FILE}: give one that "
                 "sedd-scale prepare_data wrote, or a text file"
             )
-        return _prepared(Dataset(path), tokenizer, num_tokens, block_length, split, max_blocks)
+        dataset = Dataset(location, cache=cache)
+        return _prepared(dataset, tokenizer, num_tokens, block_length, split, max_blocks)
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a prepared dataset or a text file")
     if split is not None:
         raise ConfigError(
             f"{path} is a file and has no split {split!r}: leave the split out, or give a "
@@ -148,8 +148,6 @@ def _prepared(
         characters_per_token=entry["characters"] / entry["tokens"],
         bytes_per_token=entry["utf8_bytes"] / entry["tokens"],
         fingerprint=dataset.fingerprint,
-        detokenizer=None,
-        documents=None,
         wrap=not padded,
         remainder="pad" if padded else "drop",
         unknown_share=entry["unknown_tokens"] / entry["tokens"],

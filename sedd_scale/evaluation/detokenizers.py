@@ -13,6 +13,7 @@ quote without its pair, of which WikiText has some, would turn round all that fo
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import methodcaller
 
 Rule = Callable[[str], str]
 
@@ -25,11 +26,7 @@ def _apply(rules: Sequence[Rule], text: str) -> str:
 
 def _literal(*pairs: tuple[str, str]) -> list[Rule]:
     """Rules whose left sides are plain text."""
-    return [partial(_replaced, old, new) for old, new in pairs]
-
-
-def _replaced(old: str, new: str, text: str) -> str:
-    return text.replace(old, new)
+    return [methodcaller("replace", *pair) for pair in pairs]
 
 
 def _patterns(*pairs: tuple[str, str]) -> list[Rule]:

@@ -6,6 +6,7 @@ several goes, or by another number of processes, is the same to the last digit.
 """
 
 import base64
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from sedd_scale.errors import DataError
 from sedd_scale.files.identity import claim
+from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.parallel.agreement import from_first
 
 IDENTITY_FILE = "evaluation.json"
@@ -72,12 +74,9 @@ class FinishedGroups:
 def _read_all(directory: Path) -> dict[int, tuple[Any, ...]]:
     found = {}
     for path in sorted(directory.glob("groups-*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
+        for record in read_json_lines(path):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: is made again
                 found[int(record["group"])] = tuple(map(_decoded, record["parts"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short when its process was killed: that group is made again
     return found
 
 

@@ -11,26 +11,9 @@ from sedd_scale.quantities import format_duration
 
 
 def report_of(
-    result: BoundResult,
-    corpus: EvaluationText,
-    *,
-    objective: str,
-    seed: int,
-    dataset: str | None,
-    checkpoint: str,
-    fingerprint: str,
-    weights: str,
+    result: BoundResult, corpus: EvaluationText, *, objective: str, **origin: Any
 ) -> dict[str, Any]:
-    """The JSON object of an evaluation.
-
-    Args:
-        objective: of the model.
-        seed: of the draws.
-        dataset: the benchmark's name, if the text is one.
-        checkpoint: as it was named.
-        fingerprint: of the checkpoint.
-        weights: "ema" or "master".
-    """
+    """The JSON object of an evaluation; `origin` is what it was of: checkpoint, seed and others."""
     others = {"normalised": result.normalised, "likelihood": result.likelihood}
     return {
         "objective": objective,
@@ -66,13 +49,9 @@ def report_of(
         "network_calls": result.network_calls,
         "protocol": result.protocol,
         "t_min": result.t_min,
-        "seed": seed,
-        "dataset": dataset,
         "data": corpus.name,
         "data_fingerprint": corpus.fingerprint,
-        "checkpoint": checkpoint,
-        "checkpoint_fingerprint": fingerprint,
-        "weights": weights,
+        **origin,
         "seconds": round(result.seconds, 3),
     }
 

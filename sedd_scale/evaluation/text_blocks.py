@@ -8,10 +8,9 @@ Padding is EOS, has no noise and no part in the numbers.
 
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from sedd_scale.arrays import IntArray
 from sedd_scale.errors import DataError
 from sedd_scale.evaluation.detokenizers import DETOKENIZERS
 from sedd_scale.preparation.document_formats import ARCHIVES, BLANK, HYPHEN, TOKENISED
-from sedd_scale.preparation.documents import DocumentStream, check_name, format_of
+from sedd_scale.preparation.documents import DocumentStream, format_of
 from sedd_scale.tokenizers.base import RESPELLED, Tokenizer
 
 # WikiText's rows keep the end of their line in every edition of it; those of other sources do not.
@@ -85,13 +84,13 @@ class EvaluationText:
     dropped_tokens: int
     characters_per_token: float
     bytes_per_token: float
-    fingerprint: str | None
-    detokenizer: str | None
-    documents: str | None
     wrap: bool
     remainder: str
     unknown_share: float
     notes: Mapping[str, int]
+    fingerprint: str | None = None
+    detokenizer: str | None = None
+    documents: str | None = None
 
     @property
     def block_length(self) -> int:
@@ -117,17 +116,13 @@ def read_blocks(
             leaves open what it holds.
         ConfigError: a field or members of a file that has none.
     """
-    check_name(path, settings.format)
-    format = format_of(path, settings.format)
+    field = settings.field or "text"
+    stream = DocumentStream(
+        [str(path)], field=field, format=settings.format, members=settings.members, in_pieces=False
+    )
+    format = stream.format = format_of(path, settings.format)
     mode = settings.documents or ("joined" if format == "text" else "rows")
     remainder = settings.remainder or ("drop" if settings.wrap else "pad")
-    stream = DocumentStream(
-        [str(path)],
-        field=settings.field or "text",
-        format=format,
-        members=settings.members,
-        in_pieces=False,
-    )
 
     def texts() -> Iterator[str]:
         for text in _documents(stream, mode, settings):
@@ -195,9 +190,6 @@ def cut_documents(
         dropped_tokens=tokens - int(text_n.sum()),
         characters_per_token=characters / tokens,
         bytes_per_token=utf8_bytes / tokens,
-        fingerprint=None,
-        detokenizer=None,
-        documents=None,
         wrap=wrap,
         remainder=remainder,
         unknown_share=unknown / tokens,
@@ -220,9 +212,9 @@ def _cut(
 
 def _documents(stream: DocumentStream, mode: str, settings: TextSettings) -> Iterator[str]:
     detokenize = DETOKENIZERS[settings.detokenizer]
-    rows = _rows(stream)
+    rows: Iterable[str] = _rows(stream)
     if settings.last_rows is not None:
-        rows = islice(rows, max(0, sum(1 for _ in _rows(stream)) - settings.last_rows), None)
+        rows = deque(rows, maxlen=settings.last_rows)
     if mode != "joined":
         keeps_ends = settings.detokenizer in _KEEPS_LINE_ENDS
         for row in rows:

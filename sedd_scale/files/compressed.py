@@ -109,20 +109,19 @@ class _Joined(io.RawIOBase):
     """Parts as one stream, whose reads are full to its end."""
 
     def __init__(self, parts: Iterator[bytes]) -> None:
-        self._parts, self._ready = parts, memoryview(b"")
+        self._parts, self._ready, self._given = parts, bytearray(), 0
 
     def readable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        return self._given
+
     def readinto(self, buffer: Any) -> int:
-        wanted, count = memoryview(buffer), 0
-        while count < len(wanted):
-            if not self._ready:
-                part = next(self._parts, None)
-                if part is None:
-                    break
-                self._ready = memoryview(part)
-            now = self._ready[: len(wanted) - count]
-            wanted[count : count + len(now)] = now
-            self._ready, count = self._ready[len(now) :], count + len(now)
+        while len(self._ready) < len(buffer) and (part := next(self._parts, None)) is not None:
+            self._ready += part
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        del self._ready[:count]
+        self._given += count
         return count

@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -28,6 +28,7 @@ from sedd_scale.preparation.document_formats import (
 )
 
 _MOST_OBJECTS = 64  # held of one key
+_OF_READS = (EOFError, OSError, ValueError)
 OTHER_SYSTEMS = "members that are metadata of other systems, left out"
 METADATA = re.compile(
     r"(?:^|/)(?:\._|(?:__MACOSX|PaxHeaders?(?:\.\d+)?|\.AppleDouble|\.ipynb_checkpoints|@eaDir)/"
@@ -58,13 +59,11 @@ def archive_rows(
     try:
         for row in _rows(found, where, field, members):
             number += 1
-            documents = documents or not isinstance(row.value, _Nothing)
+            documents = documents or getattr(row.value, "func", None) is not LeftOut
             yield row._replace(number=number, offset=0)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{where} is cut short or not a tar file ({error}): replace it") from error
-    except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError, *_OF_READS) as error:
         raise DataError(
-            f"{where} cannot be read as a {format} file ({error}): replace it"
+            f"{where} is cut short or not a {format} file ({error}): replace it"
         ) from error
     if not documents:
         wanted = members or ".txt or .json, or as other text and JSON"
@@ -94,7 +93,7 @@ def _rows(
         if reason is not None:
             sample.has_others = sample.has_others or reason != OTHER_SYSTEMS
             if field is not None:
-                yield Row(place, 0, _Nothing(reason))
+                yield Row(place, 0, partial(LeftOut, reason))
             continue
         rows = plain_rows(decompressed(opened(), place)[0], place, kind or "text", field)
         if members is not None or field is None or kind not in ("text", "json"):
@@ -104,16 +103,6 @@ def _rows(
         else:
             yield from (sample.add(suffix, _read(row)) for row in rows)
     yield from sample.rest()
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """A value for what is left out."""
-
-    reason: str
-
-    def __call__(self) -> LeftOut:
-        return LeftOut(self.reason)
 
 
 def _read(row: Row) -> Row:
@@ -173,7 +162,7 @@ class _Sample:
                     "is the document with --members .txt or --members .json"
                 )
             elif self.texts or self._field not in row.value():
-                yield row._replace(value=_Nothing("objects beside a document, left out"))
+                yield row._replace(value=partial(LeftOut, "objects beside a document, left out"))
             else:
                 yield row
 
@@ -226,5 +215,7 @@ def _zip_members(stream: io.BufferedReader, where: str) -> Iterator[_Member]:
                 f"{where} begins before its zip file, as several end to end do: give each by itself"
             )
         for entry in entries:
+            if entry.flag_bits & 1:
+                raise DataError(f"{where}:{entry.filename} is encrypted: unpack it")
             if not entry.filename.endswith("/"):
                 yield entry.filename, lambda: archive.open(entry)  # noqa: B023

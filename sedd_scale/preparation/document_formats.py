@@ -18,7 +18,7 @@ from sedd_scale.files.compressed import plain_name
 
 PIECE_CHARACTERS = 2_000
 LONGEST_PIECE_CHARACTERS = 20_000
-READ_BYTES = 1 << 20
+READ_SIZE = 1 << 20  # characters or bytes
 PARQUET_ROWS = 256
 
 FORMATS = ("text", "jsonl", "json", "parquet", "tar", "zip")
@@ -320,7 +320,7 @@ def _table_row(batch: Any, place: int, where: str) -> Columns:
 def _refuse_several(source: BinaryIO, where: str) -> None:
     """Raise DataError where parquet files stand end to end: the last one's index shows it alone."""
     tail = b""
-    while content := source.read(READ_BYTES):
+    while content := source.read(READ_SIZE):
         if b"PAR1PAR1" in tail + content:
             raise DataError(f"{where} is several parquet files end to end: give each by itself")
         tail = content[-7:]
@@ -328,27 +328,17 @@ def _refuse_several(source: BinaryIO, where: str) -> None:
 
 def _pieces(stream: io.BufferedReader, where: str) -> Iterator[Row]:
     """Documents of a lone text; never holds more than a piece and a read of it in memory."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    ends = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    pending, first = "", b""
-    number = 0
-    while True:
-        content = stream.read(READ_BYTES)
-        held = len(decoder.getstate()[0])
+    head = stream.peek(4096)[:4096]
+    reader = io.TextIOWrapper(stream, "utf-8-sig")
+    pending, number, content = "", 0, " "
+    while content:
         try:
-            text = decoder.decode(content, final=not content)
+            content = reader.read(READ_SIZE)
         except UnicodeDecodeError as error:
-            position = offset - held + error.start
-            raise _not_utf8(
-                where, position, error.object[error.start], first or error.object
-            ) from error
-        first = first or content[:4096]
-        pending += ends.decode(text, final=not content)
-        if offset == 0:
-            pending = pending.removeprefix("\ufeff")
-        offset += len(content)
-        changed = ends.newlines not in (None, "\n")
+            position = stream.tell() - len(error.object) + error.start
+            raise _not_utf8(where, position, error.object[error.start], head) from error
+        pending += content
+        changed = reader.newlines not in (None, "\n")
         # A piece is cut only where its longest possible extent has been read, so that the cuts do
         # not depend on the size of a read.
         begin = 0
@@ -359,8 +349,6 @@ def _pieces(stream: io.BufferedReader, where: str) -> Iterator[Row]:
             yield Row(f"{where} (piece {number})", number, value)
             begin = following
         pending = pending[begin:]
-        if not content:
-            return
 
 
 def _piece_end(text: str, begin: int) -> tuple[int, int]:

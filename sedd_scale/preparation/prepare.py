@@ -29,10 +29,9 @@ from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.preparation.settings import DEFAULT_SENTENCEPIECE_VOCABULARY, Preparation
 from sedd_scale.preparation.shard_writer import ShardWriter
 from sedd_scale.preparation.splits import SplitRule, document_hash, is_empty
-from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.tokenizers.base import RESPELLED, TOKENIZER_DIRECTORY, Tokenizer
 from sedd_scale.tokenizers.gpt2 import open_gpt2
-from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.tokenizers.opening import load_tokenizer, tokenizer_of_files
 from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
 
 # A batch is what one process encodes at a time.
@@ -112,10 +111,9 @@ def prepare(
                 if codec is None:
                     wanted = chosen.tokenizer_sample
                     sample = _tokenizer_sample(documents, rule, wanted, on_progress)
-                    pieces = chosen.vocab_size
-                    if pieces is None:
-                        pieces = DEFAULT_SENTENCEPIECE_VOCABULARY
-                    codec = train_sentencepiece(sample, pieces)
+                    own = chosen.vocab_size
+                    own = DEFAULT_SENTENCEPIECE_VOCABULARY if own is None else own
+                    codec = train_sentencepiece(sample, own)
                 codec.save(output / TOKENIZER_DIRECTORY)
             else:
                 codec = load_tokenizer(output / TOKENIZER_DIRECTORY)
@@ -159,9 +157,8 @@ class _Run:
         self._output, self._chosen, self._identity, self._codec = output, chosen, identity, codec
         self._passed: int = state.get("passed", 0)
         self._duplicates: int = state.get("duplicates", 0)
-        self._notes_before: Counter[str] = Counter(state.get("notes", {}))
-        self._notes = Counter(self._notes_before)
-        self._encoded: Counter[str] = Counter()
+        self._before: Counter[str] = Counter(state.get("notes", {}))
+        self._notes = self._before
         self._writers: list[ShardWriter] = []
         self._saved_shards = -1
         self._saved_at = time.monotonic()
@@ -206,8 +203,8 @@ class _Run:
             notes: of the documents so far, since this run began.
         """
         kept = batch.lengths > 0
-        self._encoded += Counter({NO_TOKENS: int((~kept).sum()), RESPELLED: batch.respelled})
-        self._notes = self._notes_before + notes + self._encoded
+        self._before += Counter({NO_TOKENS: int((~kept).sum()), RESPELLED: batch.respelled})
+        self._notes = self._before + notes
         if self._seen is not None:
             first = self._seen.first_seen(batch.digests)
             self._duplicates += int((kept & ~first).sum())
@@ -237,7 +234,7 @@ class _Run:
 
     def finish(self, notes: Counter[str]) -> dict[str, Any]:
         """Complete the splits and write the index, which it returns; `notes` as of `add`."""
-        notes = self._notes_before + notes + self._encoded
+        notes = self._before + notes
         entries = {name: packer.finish(name) for name, packer in self.packers.items()}
         index = write_index(
             self._output,
@@ -270,7 +267,7 @@ class _Run:
 def _open_tokenizer(chosen: Preparation) -> Tokenizer:
     codec: Tokenizer
     if chosen.tokenizer in ("bytes", "text8"):
-        codec = BytesTokenizer() if chosen.tokenizer == "bytes" else Text8Tokenizer()
+        codec = tokenizer_of_files(chosen.tokenizer, {})
     else:
         assert chosen.tokenizer_path is not None
         opened = open_gpt2 if chosen.tokenizer == "gpt2" else open_sentencepiece

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,11 @@ class Preparation:
             raise ConfigError(
                 f"--block-length {self.block_length} is too large: give at most {MOST_TOKENS}"
             )
+        for name, known in (("tokenizer", KINDS), ("format", FORMATS), ("packing", PACKINGS)):
+            given = getattr(self, name)
+            if given not in known and (name, given) != ("format", None):
+                raise ConfigError(f"--{name} {given} is unknown: give one of {', '.join(known)}")
         kind = self.tokenizer
-        if kind not in KINDS:
-            raise ConfigError(f"--tokenizer {kind} is unknown: give one of {', '.join(KINDS)}")
-        if self.format not in (None, *FORMATS):
-            raise ConfigError(
-                f"--format {self.format} is unknown: give one of {', '.join(FORMATS)}"
-            )
-        if self.packing not in PACKINGS:
-            raise ConfigError(
-                f"--packing {self.packing} is unknown: give one of {', '.join(PACKINGS)}"
-            )
         if kind == "gpt2" and self.tokenizer_path is None:
             raise ConfigError(
                 "--tokenizer gpt2 needs --tokenizer-path: the directory of vocab.json and "
@@ -97,18 +91,11 @@ class Preparation:
 
     def identity(self, documents: DocumentStream, codec: Tokenizer | None) -> dict[str, Any]:
         """What the bytes depend on, by the command's options; of plain types, for the journal."""
+        others = [one.name for one in fields(self)][3:]
+        assert others[0] == "tokenizer_path"
         return {
             "--input": documents.identity() + [[platform.python_version()]] * documents.builtin,
-            "--field": self.field,
-            "--format": self.format,
-            "--members": self.members,
             "--tokenizer": [self.tokenizer, codec.fingerprint if codec else None],
-            "--vocab-size": self.vocab_size,
-            "--tokenizer-sample": self.tokenizer_sample,
             "--block-length": self.block_length,
-            "--valid-fraction": self.valid_fraction,
-            "--test-fraction": self.test_fraction,
-            "--blocks-per-shard": self.blocks_per_shard,
-            "--packing": self.packing,
-            "--dedupe": self.dedupe,
+            **{"--" + name.replace("_", "-"): getattr(self, name) for name in others[1:]},
         }

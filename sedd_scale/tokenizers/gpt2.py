@@ -15,13 +15,13 @@ from sedd_scale.errors import DataError
 from sedd_scale.tokenizers.base import Tokenizer, read_tokenizer_file
 
 GPT2_EOS = "<|endoftext|>"
-# How GPT-2 (Radford et al., 2019, section 2.2) cuts text before merging.
 # The pattern's library gives up within a run of a million of what it calls white space; a run of
 # this many is encoded by itself, as the pattern would have cut it.
 LONG_RUN = 100_000
 _LONG_RUN = re.compile(
     r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]" f"{{{LONG_RUN},}}"
 )
+# How GPT-2 (Radford et al., 2019, section 2.2) cuts text before merging.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,27 @@ from sedd_scale.tokenizers.base import (
     Tokenizer,
     read_tokenizer_file,
 )
-from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer, open_gpt2
-from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer, open_sentencepiece
+from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
+from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
-KINDS = ("sentencepiece", "gpt2", "bytes", "text8")
+_FILES = {
+    "sentencepiece": (SentencePieceTokenizer.MODEL_FILE,),
+    "gpt2": (GPT2Tokenizer.VOCABULARY_FILE, GPT2Tokenizer.MERGES_FILE),
+    "bytes": (),
+    "text8": (),
+}
+KINDS = tuple(_FILES)
 
 
-def tokenizer_of_files(kind: str, files: dict[str, bytes]) -> Tokenizer:
+def tokenizer_of_files(kind: str, files: dict[str, bytes], folder: str = "") -> Tokenizer:
     """The tokenizer that `Tokenizer.files` describes; `kind` is one of `KINDS`."""
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(files[SentencePieceTokenizer.MODEL_FILE])
-    if kind == "gpt2":
-        return GPT2Tokenizer(files[GPT2Tokenizer.VOCABULARY_FILE], files[GPT2Tokenizer.MERGES_FILE])
-    return BytesTokenizer() if kind == "bytes" else Text8Tokenizer()
+    given = [files[name] for name in _FILES[kind]]
+    if not given:
+        return BytesTokenizer() if kind == "bytes" else Text8Tokenizer()
+    name = os.path.join(folder, _FILES[kind][0])
+    made: Any = SentencePieceTokenizer if kind == "sentencepiece" else GPT2Tokenizer
+    tokenizer: Tokenizer = made(*given, name=name)
+    return tokenizer
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -46,18 +53,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
     kind = description.get("kind") if isinstance(description, dict) else None
-    makers: dict[str, Callable[[], Tokenizer]] = {
-        "sentencepiece": lambda: open_sentencepiece(source / SentencePieceTokenizer.MODEL_FILE),
-        "gpt2": lambda: open_gpt2(source),
-        "bytes": BytesTokenizer,
-        "text8": Text8Tokenizer,
-    }
-    if kind not in makers or description["version"] != FORMAT_VERSION:
+    if kind not in KINDS or description["version"] != FORMAT_VERSION:
         raise DataError(
             f"{path} describes no tokenizer that this program reads ({', '.join(KINDS)}, version "
             f"{FORMAT_VERSION}): prepare the data again"
         )
-    tokenizer = makers[kind]()
+    files = {name: read_tokenizer_file(source / name) for name in _FILES[kind]}
+    tokenizer = tokenizer_of_files(kind, files, str(source))
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise DataError(
             f"the tokenizer files in {source} are not the ones that were saved (their fingerprint "

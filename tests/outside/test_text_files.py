@@ -329,6 +329,13 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         zip_of(("0.txt", ROWS[0])) + zip_of(("1.txt", ROWS[1])),
         "begins before its zip file, as several end to end do",
     ),
+    "zip with a password": (
+        "a.zip",
+        zip_of(("0.txt", ROWS[0])).replace(
+            b"PK\1\2\x14\x03\x14\0\0\0\x08\0", b"PK\1\2\x14\x03\x14\0\1\0\x08\0"
+        ),
+        r"a\.zip:0\.txt is encrypted: unpack it",
+    ),
     "zip that unpacks itself": (
         "a.zip",
         b"#!/bin/sh\nunzip $0\n" + zip_of(("0.txt", ROWS[0])),
@@ -347,7 +354,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         table_of([("text", ["one"]), ("text", ["two"])]),
         "several columns 'text': give each its own name",
     ),
-    "zip cut short": ("a.zip", zip_of(("0.txt", ROWS[0]))[:-5], "cannot be read as a zip file"),
+    "zip cut short": ("a.zip", zip_of(("0.txt", ROWS[0]))[:-5], "cut short or not a zip file"),
     "tables end to end": (
         "a.parquet",
         table(TEXTS) + table(TEXTS[:1]),

@@ -50,7 +50,7 @@ def test_a_lone_text_file_is_cut_at_blank_lines(
     assert "\n\n".join(pieces) == text
     # Cuts depend neither on the size of a read nor on where it splits a character.
     for size in (1, 977, 30_001):
-        monkeypatch.setattr(document_formats, "READ_BYTES", size)
+        monkeypatch.setattr(document_formats, "READ_SIZE", size)
         assert texts_of(path) == pieces
 
 
@@ -110,7 +110,7 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str
 
 def test_an_undecodable_byte_far_into_a_lone_file(tmp_path: Path) -> None:
     text = "\n\n".join(make_texts(300)).encode() * 6
-    assert len(text) > document_formats.READ_BYTES
+    assert len(text) > document_formats.READ_SIZE
     path = tmp_path / "a.txt"
     path.write_bytes(text + b"\xe6\x9d")
     with pytest.raises(DataError, match=f"offset {len(text)} is not UTF-8"):
