@@ -170,9 +170,9 @@ def is_file(stream: io.BufferedReader) -> bool:
     return isinstance(getattr(stream, "raw", None), io.FileIO)
 
 
-def _text(content: bytes, where: str, offset: int = 0) -> str:
-    """UTF-8 with LF line ends of the bytes that begin at byte `offset` of the decompressed file."""
-    text = _decode(content, where, offset)
+def _text(content: bytes, where: str) -> str:
+    """UTF-8 with LF line ends."""
+    text = _decode(content, where, 0)
     if "\r" not in text:
         return text
     return ReadText(text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -99,24 +99,25 @@ class DocumentStream:
         self.field, self.format, self.members = field, format, members
         self.builtin = BUILTIN_PYTHON in inputs
         self.files = _expand([name for name in inputs if name != BUILTIN_PYTHON], format)
-        self._refuse_idle_options(" ".join(inputs))
+        self._refuse_idle_options()
         self._in_pieces = in_pieces and len(self.files) == 1 and not self.builtin
         self.total_bytes = sum(path.stat().st_size for path in self.files)
         self.notes: Counter[str] = Counter()
         self._finished_bytes = 0
         self._raw: BinaryIO | None = None
 
-    def _refuse_idle_options(self, inputs: str) -> None:
+    def _refuse_idle_options(self) -> None:
         """Raise ConfigError where no file is of a kind that an option is for."""
         named = self.field not in (None, "text")
         if not named and self.members is None:
             return
         found = {format_of(path, self.format) for path in self.files}
         if self.members is not None and not found & {*ARCHIVES}:
-            raise ConfigError(f"{inputs}: --members is for .tar and .zip: leave it out")
+            raise ConfigError("no input is a .tar or .zip, which --members is for: leave it out")
         if named and found <= {"text"}:
+            first = [*self.files, BUILTIN_PYTHON][0]
             raise ConfigError(
-                f"{inputs} is text and has no field {self.field!r}: leave --field out, or give a "
+                f"{first} is text and has no field {self.field!r}: leave --field out, or give a "
                 ".jsonl or .parquet file"
             )
 

@@ -4,7 +4,6 @@ The journal says how far the input was read and what the writers had made durabl
 after it is cut off and made again, so that the result has the same bytes as an undisturbed one.
 """
 
-import contextlib
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -101,5 +100,4 @@ class SeenDocuments:
 
     def close(self) -> None:
         """Close the table, keeping the file."""
-        with contextlib.closing(self._connection):
-            pass
+        self._connection.close()
