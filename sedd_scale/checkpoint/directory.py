@@ -204,7 +204,7 @@ def _read_latest(folder: Path, there: Iterable[int]) -> tuple[int | None, str | 
     latest = folder / "latest"
     name = _named_by(latest)
     if name is None:  # where nothing was ever saved, its absence tells nothing
-        return None, f"{latest} is missing" if there else None
+        return None, f"{latest} cannot be read: there is no such file" if there else None
     match = _STEP_NAME.fullmatch(name)
     if match is None:
         return None, f"{latest} holds {name[:40]!r}, not the name of a checkpoint"

@@ -107,19 +107,20 @@ def judge(
     return Verdict(True, f"at {progress}", tuple(sorted(bad)))
 
 
+def _judged(
+    arguments: argparse.Namespace, ledger: list[dict[str, Any]], progress: int, restarts: int
+) -> Verdict:
+    most = {"max_restarts": arguments.max_restarts, "max_stalled": arguments.max_stalled}
+    return judge(ledger, progress=progress, restarts=restarts, **most)
+
+
 def begin_command(arguments: argparse.Namespace) -> int:
     """Note a start; EXIT_USER_ERROR where it is one too many."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     progress = progress_of(arguments.progress)
     ledger = read_ledger(arguments.ledger)
     if restarts:  # Slurm may have requeued the job by itself
-        verdict = judge(
-            ledger,
-            progress=progress,
-            restarts=restarts - 1,
-            max_restarts=arguments.max_restarts,
-            max_stalled=arguments.max_stalled,
-        )
+        verdict = _judged(arguments, ledger, progress, restarts - 1)
         if not verdict.requeue:
             _say(f"not started again: {verdict.reason}")
             _note(arguments.ledger, "refused", progress=progress, reason=verdict.reason)
@@ -151,13 +152,7 @@ def end_command(arguments: argparse.Namespace) -> None:
         verdict = Verdict(False, "an error to mend: see above")
     else:
         ledger = [*read_ledger(arguments.ledger), {"event": "end", "restart": restarts, **note}]
-        verdict = judge(
-            ledger,
-            progress=progress,
-            restarts=restarts,
-            max_restarts=arguments.max_restarts,
-            max_stalled=arguments.max_stalled,
-        )
+        verdict = _judged(arguments, ledger, progress, restarts)
     word = "requeued" if verdict.requeue else "not requeued"
     without = f", without {' '.join(verdict.exclude)}" if verdict.exclude else ""
     _say(f"exit code {code}; {word}{without}: {verdict.reason}")

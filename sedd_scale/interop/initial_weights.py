@@ -12,7 +12,6 @@ scores, and the mean parametrisation, share their unit out among old and new tok
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions, text_of, without_options
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, model_shapes
+from sedd_scale.interop.checkpoint_source import CheckpointSource, model_shapes
 from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
 from sedd_scale.tokenizers.base import Tokenizer
@@ -198,12 +197,9 @@ def _shapes_apart(config: Config, found: Config) -> str:
     here, there = model_shapes(same_vocabulary), model_shapes(found)
     for name in {**here, **there}:
         if here.get(name) != there.get(name):
-            return f" ({name} is {_shape(there, name)} there and {_shape(here, name)} here)"
+            has, wanted = (list(s[name]) if name in s else "missing" for s in (there, here))
+            return f" ({name} is {has} there and {wanted} here)"
     return ""
-
-
-def _shape(shapes: Mapping[str, Shape], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "missing"
 
 
 def _assumptions(format: str, config: Config) -> Assumptions | None:

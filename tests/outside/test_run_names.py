@@ -97,3 +97,11 @@ def test_training_within_a_run_is_refused(
         assert main(["train", str(config), "--run-dir", str(made / way)]) == 2
         assert f"is within the run {made}: give that" in capsys.readouterr().err
     assert {path.name for path in (made / "checkpoints").iterdir()} == {"latest", "step-0"}
+
+
+@pytest.mark.parametrize("text", ["step-" + "9" * 5000, "step-\u0663", "step-1\0\0", ""])
+def test_a_latest_that_names_nothing_is_passed_over(made: Path, text: str, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "run/checkpoints/latest").write_text(text, encoding="utf-8")
+    assert find_checkpoint(tmp_path / "run").name == "step-0"
+    assert find_checkpoint(tmp_path / "run/checkpoints/latest").name == "step-0"
