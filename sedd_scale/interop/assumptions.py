@@ -20,12 +20,14 @@ def _boolean(text: str) -> bool:
 
 # What a help text calls a value.
 _METAVARS = {int: "N", float: "X", str: "PREFIX", _boolean: "BOOL"}
+_OWN_METAVARS = {"mask_id": "ID", "data.block_length": "L"}
 
 
 def _said(help: str, key: str, kind: Any) -> Any:
     """A field: its flag's help, our key for it, and its type or choices."""
-    is_choice = isinstance(kind, tuple)
-    options = {"choices": kind} if is_choice else {"type": kind, "metavar": _METAVARS[kind]}
+    options: dict[str, Any] = {"choices": kind}
+    if not isinstance(kind, tuple):
+        options = {"type": kind, "metavar": _OWN_METAVARS.get(key, _METAVARS[kind])}
     return field(default=None, metadata={"help": help, "key": key, "options": options})
 
 
