@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sedd_scale.parallel.layout import Layout
 
 Program = Callable[[], object]
+# Numbers that an optimizer is measured on: more than caches hold.
+_UPDATED = 4_000_000
 
 
 def add_arguments(subparsers: Any) -> None:
@@ -63,6 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     layout = initialize_layout(**config.parallel.axes)
     synthetic = SyntheticRun(config, layout)
     works = {**_products(config, device), **_attention(config, device), **_passes(config, device)}
+    works |= _update(config, device)
     if layout.data > 1:
         works["node"] = _reduction(layout)
     programs = [program for program, _ in works.values()]
@@ -182,7 +185,7 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
     head = width // model.num_heads
     table = fused.rotary_table(length, head, model.rotary_base, dtype, device)
     keys = torch.arange(batch, device=device)
-    rate = model.dropout
+    rate, grads = model.dropout, list["torch.Tensor"]()
 
     def program() -> None:
         drop = None
@@ -197,13 +200,15 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
             )
             after = fused.gated_residual(kept, update, gate, bias_H=added, dropout=drop)
             outputs.append(normed)
-        wide = fused.bias_gelu(inner * 1, wide_bias, overwrite=True)
+        wide = fused.bias_gelu(inner, wide_bias, overwrite=True)
         turned = fused.rotated_query_key_value(
             mixed.view(length, batch, model.num_heads, 3, head), *table
         )
         outputs += [after, wide, *turned]
         leaves = [stream, update, *vectors, bias, inner, wide_bias, mixed]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        if not grads:
+            grads.extend(torch.ones_like(output) for output in outputs)
+        torch.autograd.grad(outputs, leaves, grads)
 
     counted = block_bytes(
         residual=BYTES[model.residual_dtype],
@@ -211,6 +216,25 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
         dropout=rate > 0,
     )
     return {"memory": (program, float(sum(counted.values()) * length * batch * width))}
+
+
+def _update(config: "Config", device: "torch.device") -> dict[str, tuple[Program, float]]:
+    """The optimizer on some numbers, the weights that it makes, and the bytes of both."""
+    import torch
+
+    from sedd_scale.planning.step_time import UPDATE_BYTES
+    from sedd_scale.training.loop import make_optimizer
+
+    flat = torch.nn.Parameter(torch.zeros(_UPDATED, device=device))
+    flat.grad = torch.ones(_UPDATED, device=device)
+    weights = torch.empty(_UPDATED, dtype=_weights_dtype(config), device=device)
+    optimizer = make_optimizer([flat], config)
+
+    def program() -> None:
+        optimizer.step()
+        weights.copy_(flat.detach())
+
+    return {"update": (program, float(UPDATE_BYTES * _UPDATED))}
 
 
 def _reduction(layout: "Layout") -> tuple[Program, float]:

@@ -32,6 +32,7 @@ class Device:
         network: bytes that one device's port sends to other nodes.
         launch: the host's time to start one kernel.
         per_node: devices that share a node.
+        update: bytes that the optimizer reads and writes; 0: as `memory`.
     """
 
     products: float
@@ -42,6 +43,7 @@ class Device:
     network: float
     launch: float = 5e-6
     per_node: int = 8
+    update: float = 0.0
 
 
 # bf16. Products: 0.65 to 0.7 of the peak; memory: 0.85 of the data sheet; a 400 Gb/s port per GPU.
@@ -67,6 +69,10 @@ def read_rates(path: Path) -> Device:
 LAUNCHES_PER_BLOCK = 66
 # From when a step's numbers are read to the first kernels of the next; the update runs meanwhile.
 WAIT_SECONDS = 1.0e-3
+
+
+# Of a parameter: AdamW and the average on float32 numbers, and the weight that is made of them.
+UPDATE_BYTES = 32 + 12
 
 
 def block_bytes(*, residual: int, weight: int, dropout: bool) -> dict[str, int]:
@@ -183,8 +189,8 @@ def step_time(
     parts = {name: count * seconds for name, seconds in of_micro_batch.items()}
     if parallel.pipeline > 1:
         parts["pipeline's bubble"] = sum(parts.values()) * (parallel.pipeline - 1) / count
-    update = (32 + 12) * heaviest.parameters / planned.data + 4 * heaviest.parameters
-    parts["update"] = update / device.memory
+    update = UPDATE_BYTES * heaviest.parameters / planned.data + 4 * heaviest.parameters
+    parts["update"] = update / (device.update or device.memory)
     parts["exchange of gradients and weights"] = _exchange_seconds(
         planned, weight, count, device, forward=sum(of_micro_batch.values()) / 3
     )
