@@ -58,6 +58,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if arguments.output is not None and arguments.output.exists():
         raise ConfigError(f"--output {arguments.output} exists already: give another file")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise ConfigError(f"--output {arguments.output}: there is no such folder; make it first")
     world_size, device = launched_world_size(), local_device()
     config = synthetic_config(
         arguments, f"training.precision={arguments.precision}", world_size=world_size

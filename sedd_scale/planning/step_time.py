@@ -42,7 +42,7 @@ class Device:
     node: float
     network: float
     launch: float = 5e-6
-    per_node: int = 8
+    per_node: float = 8
     update: float = 0.0
 
 
@@ -58,8 +58,12 @@ DEVICES = {
 def read_rates(path: Path) -> Device:
     """The device that `sedd-scale benchmark rates --output` wrote. Raises ConfigError."""
     try:
-        return Device(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        numbers = json.loads(path.read_text())
+        for name in ("products", "attention", "attention_backward", "memory"):
+            if not float(numbers[name]) > 0:
+                raise ValueError(f"{name} is {numbers[name]}")
+        return Device(**{name: float(number) for name, number in numbers.items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path} holds no rates ({error}): write it with sedd-scale benchmark rates --output"
         ) from None

@@ -37,6 +37,14 @@ def test_a_step_takes_what_its_parts_do(processes: int, tmp_path: Path) -> None:
     assert (reached["node"] > 0) == (processes > 1)
 
 
+def test_rates_without_a_place_are_refused_before_they_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "none" / "rates.json"
+    assert main(["benchmark", "rates", *SHAPE, "--output", str(output)]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 def test_a_plan_takes_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = tmp_path / "rates.json"
     numbers = {"products": 1e11, "attention": 5e10, "attention_backward": 5e10, "memory": 5e9}
@@ -46,8 +54,11 @@ def test_a_plan_takes_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"predicted step on {rates}" in capsys.readouterr().out
     assert main([*PLAN, "--gpus", "2", "--measured", str(rates)]) == 2
     assert "measure them with several" in capsys.readouterr().err
-    rates.write_text('{"products": 1e11}')
-    assert main([*PLAN, "--gpus", "1", "--measured", str(rates)]) == 2
-    assert "holds no rates" in capsys.readouterr().err
+    wrong: list[object] = [{"products": 1e11}, [1, 2], {**alone, "memory": 0}]
+    wrong += [{**alone, "attention": "fast"}, {**alone, "colour": 1.0}]
+    for content in wrong:
+        rates.write_text(json.dumps(content))
+        assert main([*PLAN, "--gpus", "1", "--measured", str(rates)]) == 2
+        assert "holds no rates" in capsys.readouterr().err
     assert main([*PLAN, "--gpus", "1", "--measured", str(tmp_path / "none.json")]) == 2
     assert "holds no rates" in capsys.readouterr().err
