@@ -178,7 +178,7 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
         names = sorted(name for entries in groups.values() for name in entries)
         raise CheckpointError(
             f"{file} is not a SEDD network: missing {_ANCHOR} [V, H]; it holds "
-            f"{', '.join(names[:3]) or 'no tensors'}"
+            f"{', '.join(names[:3]) or 'no tensors (save arrays of numpy as tensors)'}"
         )
     averages = [place for place in networks if "ema" in place.replace("_", ".").split(".")]
     others = [place for place in networks if place not in averages]

@@ -669,3 +669,11 @@ def test_one_network_of_several_by_its_names(
     state = {**prefixed("backbone.", published(sedd)), **prefixed("teacher.", published(mdlm))}
     file = written(tmp_path / "x.ckpt", {"state_dict": state})
     assert_same(opened(file, network=name, objective="masked_cross_entropy"), mdlm)
+
+
+def test_arrays_of_numpy_are_named(mdlm: ScoreModel, tmp_path: Path) -> None:
+    path = tmp_path / "arrays.ckpt"
+    arrays = {name: tensor.numpy() for name, tensor in published(mdlm).items()}
+    torch.save({"state_dict": arrays}, path)
+    with pytest.raises(CheckpointError, match="save arrays of numpy as tensors"):
+        opened(path)
