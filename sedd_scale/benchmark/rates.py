@@ -215,7 +215,6 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
     counted = block_bytes(
         residual=BYTES[model.residual_dtype],
         weight=BYTES[config.training.precision],
-        dropout=rate > 0,
     )
     return {"memory": (program, float(sum(counted.values()) * length * batch * width))}
 

@@ -37,7 +37,7 @@ def compiled_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor's passes are compiled."""
+    """Whether a tensor's passes are those of a GPU."""
     return tensor.is_cuda
 
 

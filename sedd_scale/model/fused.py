@@ -1,8 +1,8 @@
 """What lies between the matrix products, in as few passes over memory as it takes.
 
 Each operation is written forward and backward, once: on a CPU the passes run as they stand, in
-place where nothing is lost; on a GPU each direction is compiled, into one kernel or, where it sums
-over positions, two or three.
+place where nothing is lost; on a GPU each direction is compiled, into one kernel and, where it sums
+over all rows, a small one. A norm's backward pass has a kernel of its own there (`norm_kernel`).
 
 L positions (this rank's share), B sequences, H width, F inner width of the MLP, h heads, D head
 width.
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_scale.files.compiler import compiles_kernels
 from sedd_scale.model import compiled
 from sedd_scale.model.compiled import compiled_on_gpu
 from sedd_scale.model.dropout import Dropout, keep_mask
@@ -42,26 +43,39 @@ def modulated_norm(
 
 @compiled_on_gpu
 def _norm_forward(
-    hidden_LBH: Tensor, scale_BH: Tensor, shift_BH: Tensor, epsilon: float, dtype: torch.dtype
+    hidden_LBH: Tensor,
+    scale_BH: Tensor,
+    shift_BH: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    keeps_stream: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, what is kept beside the stream, or else of it, and 1 / deviation."""
     width = hidden_LBH.shape[-1:]
-    normed_LBH, _, rstd_LB1 = torch.native_layer_norm(
+    normed_LBH, mean_LB1, rstd_LB1 = torch.native_layer_norm(
         hidden_LBH.float(), width, None, None, epsilon
     )
     output_LBH = torch.addcmul(shift_BH, normed_LBH, scale_BH)
-    return output_LBH.to(dtype), normed_LBH.to(dtype), rstd_LB1
+    return output_LBH.to(dtype), mean_LB1 if keeps_stream else normed_LBH.to(dtype), rstd_LB1
 
 
-@compiled_on_gpu
 def _norm_backward(
     grad_LBH: Tensor,
     stream_grad_LBH: Tensor | None,
-    normed_LBH: Tensor,
+    kept_LBH: Tensor,
+    mean_LB1: Tensor | None,
     rstd_LB1: Tensor,
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_LBH, normed_LBH = grad_LBH.float(), normed_LBH.float()
+    """Gradients of the stream, the scale and the shift.
+
+    Args:
+        kept_LBH: the stream, of the given mean, or without one what the norm made of it.
+    """
+    grad_LBH, normed_LBH = grad_LBH.float(), kept_LBH.float()
+    if mean_LB1 is not None:
+        normed_LBH = (normed_LBH - mean_LB1) * rstd_LB1
     grad_scale_BH = (grad_LBH * normed_LBH).sum(0)
     # The gradient of a norm whose input has mean 0 and deviation 1 is that of any other but for its
     # deviation: so the input itself need not be kept.
@@ -92,11 +106,14 @@ class _ModulatedNorm(torch.autograd.Function):
         epsilon: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        output_LBH, normed_LBH, rstd_LB1 = _norm_forward(
-            hidden_LBH, scale_BH, shift_BH, epsilon, dtype
+        # On a GPU what the norm made of the stream is made again, where that is read as fast.
+        keeps_stream = compiled.on_gpu(hidden_LBH) and hidden_LBH.dtype == dtype
+        output_LBH, kept, rstd_LB1 = _norm_forward(
+            hidden_LBH, scale_BH, shift_BH, epsilon, dtype, keeps_stream
         )
         ctx.hidden_dtype = hidden_LBH.dtype
-        ctx.save_for_backward(normed_LBH, rstd_LB1, scale_BH)
+        of_stream = (hidden_LBH, kept) if keeps_stream else (kept, None)
+        ctx.save_for_backward(*of_stream, rstd_LB1, scale_BH)
         ctx.set_materialize_grads(False)
         return output_LBH, hidden_LBH
 
@@ -104,12 +121,12 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(
         ctx: Any, grad_LBH: Tensor | None, stream_grad_LBH: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        normed_LBH, rstd_LB1, scale_BH = ctx.saved_tensors
         if grad_LBH is None:
             return stream_grad_LBH, None, None, None, None
-        grads = _norm_backward(
-            grad_LBH, stream_grad_LBH, normed_LBH, rstd_LB1, scale_BH, ctx.hidden_dtype
-        )
+        backward = _norm_backward
+        if grad_LBH.is_cuda and compiles_kernels():
+            from sedd_scale.model.norm_kernel import norm_backward as backward
+        grads = backward(grad_LBH, stream_grad_LBH, *ctx.saved_tensors, ctx.hidden_dtype)
         return (*grads, None, None)
 
 
@@ -132,61 +149,55 @@ def gated_residual(
     return result
 
 
-# With a bias and without: apart, so that each is compiled for few forms of its arguments.
-
-
 @compiled_on_gpu
 def _gate_forward(
-    hidden_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _gate(hidden_LBH, update_LBH, gate_BH, rate, *hashes)
-
-
-@compiled_on_gpu
-def _bias_gate_forward(
     hidden_LBH: Tensor,
     update_LBH: Tensor,
-    bias_H: Tensor,
     gate_BH: Tensor,
+    bias_H: Tensor | None,
+    keeps_dropped: bool,
     rate: float,
     *hashes: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return _gate(hidden_LBH, update_LBH + bias_H, gate_BH, rate, *hashes)
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, if it is to be kept, what dropout leaves of the update with its bias."""
+    dropped_LBH = _dropped(update_LBH, bias_H, rate, *hashes)
+    output_LBH = torch.addcmul(hidden_LBH, dropped_LBH.to(hidden_LBH.dtype), gate_BH)
+    return output_LBH, dropped_LBH if keeps_dropped else None
 
 
-def _gate(
-    hidden_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
-) -> tuple[Tensor, Tensor]:
-    if rate:
-        update_LBH = torch.where(keep_mask(rate, *hashes), update_LBH, 0.0)
-    output_LBH = torch.addcmul(hidden_LBH, update_LBH.to(hidden_LBH.dtype), gate_BH)
-    return output_LBH, update_LBH
+def _dropped(update_LBH: Tensor, bias_H: Tensor | None, rate: float, *hashes: Tensor) -> Tensor:
+    if bias_H is not None:
+        update_LBH = update_LBH + bias_H
+    return torch.where(keep_mask(rate, *hashes), update_LBH, 0.0) if rate else update_LBH
 
 
 @compiled_on_gpu
 def _gate_backward(
-    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_update_LBH, grad_gate_BH = _gate_gradients(grad_LBH, update_LBH, gate_BH, rate, *hashes)
-    return grad_update_LBH.to(update_LBH.dtype), grad_gate_BH
-
-
-@compiled_on_gpu
-def _bias_gate_backward(
-    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_update_LBH, grad_gate_BH = _gate_gradients(grad_LBH, update_LBH, gate_BH, rate, *hashes)
-    return grad_update_LBH.to(update_LBH.dtype), grad_gate_BH, grad_update_LBH.sum((0, 1))
-
-
-def _gate_gradients(
-    grad_LBH: Tensor, update_LBH: Tensor, gate_BH: Tensor, rate: float, *hashes: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_gate_BH = (grad_LBH * update_LBH).sum(0)
+    grad_LBH: Tensor,
+    dropped_LBH: Tensor,
+    gate_BH: Tensor,
+    bias_H: Tensor | None,
+    kept_dropped: bool,
+    rate: float,
+    *hashes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the update, the gate and the bias."""
+    dtype = dropped_LBH.dtype
+    if not kept_dropped:
+        dropped_LBH = _dropped(dropped_LBH, bias_H, rate, *hashes)
+    grad_gate_BH = (grad_LBH * dropped_LBH).sum(0)
     grad_update_LBH = grad_LBH * gate_BH
     if rate:
         grad_update_LBH = torch.where(keep_mask(rate, *hashes), grad_update_LBH, 0.0)
-    return grad_update_LBH, grad_gate_BH
+    grad_bias_H = None if bias_H is None else _sum_over_rows(grad_update_LBH).to(bias_H.dtype)
+    return grad_update_LBH.to(dtype), grad_gate_BH, grad_bias_H
+
+
+def _sum_over_rows(grad_LBF: Tensor) -> Tensor:
+    if compiled.on_gpu(grad_LBF):
+        # Over positions in the pass that makes the numbers, then over the few sums of sequences.
+        return grad_LBF.sum(0, dtype=torch.float32).sum(0)
+    return grad_LBF.sum((0, 1))
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -200,25 +211,22 @@ class _GatedResidual(torch.autograd.Function):
         rate: float,
         *hashes: Tensor,
     ) -> Tensor:
-        dropping: tuple[Any, ...] = (gate_BH, rate, *hashes)
-        if bias_H is None:
-            output_LBH, update_LBH = _gate_forward(hidden_LBH, update_LBH, *dropping)
-        else:
-            output_LBH, update_LBH = _bias_gate_forward(hidden_LBH, update_LBH, bias_H, *dropping)
-        ctx.bias_dtype = None if bias_H is None else bias_H.dtype
-        ctx.rate = rate
-        ctx.save_for_backward(update_LBH, gate_BH, *hashes)
+        # On a GPU what dropout leaves is made again, which costs less than to write it.
+        ctx.kept_dropped, ctx.rate = not compiled.on_gpu(update_LBH), rate
+        output_LBH, dropped_LBH = _gate_forward(
+            hidden_LBH, update_LBH, gate_BH, bias_H, ctx.kept_dropped, rate, *hashes
+        )
+        kept_LBH = update_LBH if dropped_LBH is None else dropped_LBH
+        ctx.save_for_backward(kept_LBH, gate_BH, bias_H, *hashes)
         return output_LBH
 
     @staticmethod
     def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
-        update_LBH, gate_BH, *hashes = ctx.saved_tensors
-        given = (grad_LBH, update_LBH, gate_BH, ctx.rate, *hashes)
-        nothing = [None] * (1 + len(hashes))
-        if ctx.bias_dtype is None:
-            return grad_LBH, *_gate_backward(*given), None, *nothing
-        grad_update_LBH, grad_gate_BH, grad_bias_H = _bias_gate_backward(*given)
-        return grad_LBH, grad_update_LBH, grad_gate_BH, grad_bias_H.to(ctx.bias_dtype), *nothing
+        kept_LBH, gate_BH, bias_H, *hashes = ctx.saved_tensors
+        grads = _gate_backward(
+            grad_LBH, kept_LBH, gate_BH, bias_H, ctx.kept_dropped, ctx.rate, *hashes
+        )
+        return grad_LBH, *grads, *([None] * (1 + len(hashes)))
 
 
 def bias_gelu(inner_LBF: Tensor, bias_F: Tensor, *, overwrite: bool) -> Tensor:
@@ -239,7 +247,7 @@ def _gelu_forward(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
 @compiled_on_gpu
 def _gelu_backward(grad_LBF: Tensor, inner_LBF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
     grad_LBF = torch.ops.aten.gelu_backward(grad_LBF, inner_LBF + bias_F, approximate="tanh")
-    return grad_LBF, grad_LBF.sum((0, 1))
+    return grad_LBF, _sum_over_rows(grad_LBF).to(bias_F.dtype)
 
 
 class _BiasGelu(torch.autograd.Function):

@@ -79,25 +79,29 @@ WAIT_SECONDS = 1.0e-3
 UPDATE_BYTES = 32 + 12
 
 
-def block_bytes(*, residual: int, weight: int, dropout: bool) -> dict[str, int]:
-    """Bytes that one block's passes read and write, per position and channel of its stream.
+def block_bytes(*, residual: int, weight: int) -> dict[str, int]:
+    """Bytes that one block's passes read and write on a GPU, per position and channel.
+
+    Sums over positions are made in the pass that has the numbers; what they add is left out, less
+    than a hundredth.
 
     Args:
         residual, weight: bytes of a number of the stream, and of weights and activations.
     """
-    kept_update = weight if dropout else 0  # what dropout leaves, written for the backward pass
+    kept = 0 if residual == weight else weight  # what a norm makes of a wider stream
     return {
-        # Stream in; modulated norm and normed stream out.
-        "norms forward": 2 * (residual + 2 * weight),
-        # Two gradients and the normed stream in, one out; the sums over positions read once more.
-        "norms backward": 2 * (2 * weight + 2 * residual) + 2 * (2 * weight),
-        # Stream and update in, stream out; the MLP's update is kept with its bias.
-        "gates forward": 2 * (2 * residual + weight) + kept_update + weight,
-        # Gradient and update in, the update's gradient out, for the MLP read again for its bias.
-        "gates backward": 2 * (residual + 2 * weight) + weight,
+        # Stream in; modulated norm out.
+        "norms forward": 2 * (residual + weight + kept),
+        # Two gradients and the stream, or what was kept of it, in; one gradient out.
+        "norms backward": 2 * (2 * weight + 2 * residual),
+        # Stream and update in, stream out.
+        "gates forward": 2 * (2 * residual + weight),
+        # Gradient and update in, the update's gradient out.
+        "gates backward": 2 * (residual + 2 * weight),
+        # Query and key in and out in both directions; a value's gradient to beside theirs.
         "rotary turns": 2 * (2 * weight + 2 * weight) + 2 * weight,
-        # Four times as wide: forward in and out; backward two in, one out, which its sum reads.
-        "GELU": 4 * (2 * weight + 3 * weight + weight),
+        # Four times as wide: forward in and out; backward two in, one out.
+        "GELU": 4 * (2 * weight + 3 * weight),
     }
 
 
@@ -167,7 +171,7 @@ def step_time(
     rows = planned.flops.head_rows * tokens
     states = -(-num_states(config, vocab_size) // parallel.tensor)
     head = 2 * width * states * rows
-    passes = block_bytes(residual=residual, weight=weight, dropout=model.dropout > 0)
+    passes = block_bytes(residual=residual, weight=weight)
     forward = sum(size for name, size in passes.items() if "forward" in name)
     # Norms and gates are shared over the sequence; turns and GELU over the tensor ranks' heads.
     shared = parallel.tensor if parallel.sequence_parallel else 1
@@ -181,16 +185,19 @@ def step_time(
         "attention": attention * (1 + products_again) / device.attention
         + 2.5 * attention / device.attention_backward,
         "passes over memory": elements * (streamed + split + again * forward) / device.memory,
-        # Statistics read the logits; the gradient reads and writes them.
         "head's products": 3 * head / device.products,
-        "head's passes": (3 * weight * rows * states + chunks * 8 * states * width) / device.memory,
-        "gradients to float32": (10 if weight < 4 else 0) * heaviest.parameters / device.memory,
+        # Statistics read float32 logits, and so does their gradient, which is written.
+        "head's passes": ((4 + 4 + weight) * rows * states + chunks * 8 * states * width)
+        / device.memory,
         "tensor ranks": _tensor_seconds(config, planned, tokens * width * weight, device),
     }
     queued = blocks * LAUNCHES_PER_BLOCK * device.launch
     busy = sum(of_micro_batch.values())
     of_micro_batch["launches that the device waits for"] = max(0.0, queued - busy)
     parts = {name: count * seconds for name, seconds in of_micro_batch.items()}
+    if weight < 4:  # the first micro-batch's are written, the others' added
+        converted = (6 + 10 * (count - 1)) * heaviest.parameters
+        parts["gradients to float32"] = converted / device.memory
     if parallel.pipeline > 1:
         parts["pipeline's bubble"] = sum(parts.values()) * (parallel.pipeline - 1) / count
     update = UPDATE_BYTES * heaviest.parameters / planned.data + 4 * heaviest.parameters

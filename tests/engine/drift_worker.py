@@ -45,9 +45,10 @@ def one_ulp_off(rank: int) -> None:
     backward = fused._gate_backward
 
     def other_order(*arguments: Any) -> Any:
-        grad_update, grad_gate = backward(*arguments)
+        grad_update, grad_gate, grad_bias = backward(*arguments)
         up = torch.full_like(grad_gate, torch.inf)
-        return grad_update, torch.nextafter(grad_gate, up) if rank == 1 else grad_gate
+        off = torch.nextafter(grad_gate, up) if rank == 1 else grad_gate
+        return grad_update, off, grad_bias
 
     fused._gate_backward = other_order
 

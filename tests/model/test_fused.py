@@ -146,7 +146,8 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
     rate, *hashes = dropout(
         torch.arange(BATCH), length=LENGTH, width=WIDTH, rate=0.3, site=1, first_position=2
     )
-    _, normed, rstd = fused._norm_forward(x, scale, shift, 1e-5, torch.float32)
+    half = x.bfloat16()
+    gated = [(given, kept, rate, *hashes) for given in (None, bias) for kept in (False, True)]
     cos, sin = rotary_table(LENGTH, 4, 1e4, torch.float32, torch.device("cpu"))
     pair = x.view(LENGTH, BATCH, 1, 2, 4)
 
@@ -156,13 +157,10 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
         return result
 
     cases: list[tuple[Callable[..., object], tuple[object, ...]]] = [
-        (fused._norm_forward, (x, scale, shift, 1e-5, torch.bfloat16)),
-        (fused._norm_backward, (grad, None, normed, rstd, scale, torch.bfloat16)),
-        (fused._norm_backward, (grad, grad, normed, rstd, scale, torch.float32)),
-        (fused._gate_forward, (x, grad.bfloat16(), scale, rate, *hashes)),
-        (fused._bias_gate_forward, (x, grad.bfloat16(), bias, scale, rate, *hashes)),
-        (fused._gate_backward, (grad, x.bfloat16(), scale, rate, *hashes)),
-        (fused._bias_gate_backward, (grad, x.bfloat16(), scale, rate, *hashes)),
+        (fused._norm_forward, (x, scale, shift, 1e-5, torch.bfloat16, False)),
+        (fused._norm_forward, (x, scale, shift, 1e-5, torch.float32, True)),
+        *((fused._gate_forward, (x, half, scale, *given)) for given in gated),
+        *((fused._gate_backward, (grad, half, scale, *given)) for given in gated),
         (fused._gelu_forward, (x, bias)),
         (fused._gelu_backward, (grad, x, bias)),
     ]

@@ -16,16 +16,15 @@ from tests.repository import ROOT
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-# Of each pass; a sum over positions is one or two kernels of its own.
+# Of each pass; a sum over all rows has a small kernel of its own.
 MOST_KERNELS = {
     "norm forward": 1,
-    "norm backward": 2,
     "gate forward": 1,
     "gate backward": 1,
     "biased gate forward": 1,
-    "biased gate backward": 3,
+    "biased gate backward": 2,
     "GELU forward": 1,
-    "GELU backward": 3,
+    "GELU backward": 2,
 }
 
 
@@ -63,10 +62,9 @@ def test_no_sum_has_a_shape_that_a_device_chooses_by_timing(
 
 def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]) -> None:
     made = {name: one["bytes"] for name, one in found["deterministic"].items()}
-    model = block_bytes(residual=2, weight=2, dropout=True)
+    model = block_bytes(residual=2, weight=2)
     close = {"rel": 0.01}
     assert 2 * made["norm forward"] == pytest.approx(model["norms forward"], **close)
-    assert 2 * made["norm backward"] == pytest.approx(model["norms backward"], **close)
     gates = made["gate forward"] + made["biased gate forward"]
     assert gates == pytest.approx(model["gates forward"], **close)
     gates = made["gate backward"] + made["biased gate backward"]
