@@ -40,7 +40,7 @@ H100 = types.SimpleNamespace(
     uuid="0",
     pci_bus_id=0,
 )
-LENGTH, BATCH, WIDTH = 1024, 32, 768
+LENGTH, BATCH, WIDTH, HEAD = 1024, 32, 768, 64
 
 
 class Driver:
@@ -101,17 +101,23 @@ def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode:
-        given = [
-            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda")
+
+    def on(device: str) -> list[Any]:
+        return [
+            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
             if isinstance(one, Tensor)
             else one
             for one in arguments
         ]
-    tensors = [one for one in given if isinstance(one, Tensor)]
+
+    # Followed on a CPU, for a build of PyTorch without CUDA does not index tensors of a GPU.
+    with mode:
+        given = on("cpu")
+        tensors = [one for one in on("cuda") if isinstance(one, Tensor)]
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
         rest = iter(tensors)
@@ -124,7 +130,11 @@ def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -
             torch.func.functionalize(of_tensors, remove="mutations"),
             decomposition_table=select_decomp_table(),
             tracing_mode="fake",
-        )(*tensors)
+        )(*(one for one in given if isinstance(one, Tensor)))
+    for node in traced.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*tensors)
     with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         graph = GraphLowering(
             traced, example_inputs=tensors, shape_env=mode.shape_env, is_inference=True
@@ -177,12 +187,10 @@ def tuner_of(source: str) -> Any:
 
 
 def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Compiled passes with what the small model in bf16 gives them.
+    """Compiled passes with what the small model in bf16 gives them."""
+    from sedd_scale.model import compiled, dropout, fused
 
-    Left out are turns, whose places in memory torch follows on a real device only, and the small
-    row hashes.
-    """
-    from sedd_scale.model import fused
+    compiled.on_gpu = lambda tensor: True
 
     def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -203,8 +211,23 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "biased gate backward": (fused._gate_backward, (stream, stream, gate, bias, *drop)),
         "GELU forward": (fused._gelu_forward, (wide, wide_bias)),
         "GELU backward": (fused._gelu_backward, (wide, wide, wide_bias)),
+        "row hashes": (
+            dropout._row_hashes,
+            tuple(of(*shape, dtype=torch.int64) for shape in ((BATCH,), (), (LENGTH,))),
+        ),
     }
-    return {name: (call.__wrapped__, given) for name, (call, given) in calls.items()}
+    found = {name: (call.__wrapped__, given) for name, (call, given) in calls.items()}
+    turn = fused._turn.__wrapped__  # type: ignore[attr-defined]
+
+    def turned(mixed_LBh3D: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pair_LBh2D = mixed_LBh3D[..., :2, :]
+        turned_LBh2D = torch.empty_like(pair_LBh2D, memory_format=torch.contiguous_format)
+        turn(pair_LBh2D, cos, sin, turned_LBh2D)
+        return turned_LBh2D
+
+    angles = of(LENGTH, 1, 1, 1, HEAD // 2)
+    mixed = of(LENGTH, BATCH, WIDTH // HEAD, 3, HEAD)
+    return {**found, "turns": (turned, (mixed, angles, angles))}
 
 
 def main(path: Path) -> None:

@@ -25,6 +25,8 @@ MOST_KERNELS = {
     "biased gate backward": 2,
     "GELU forward": 1,
     "GELU backward": 2,
+    "row hashes": 1,
+    "turns": 1,
 }
 
 
@@ -62,11 +64,15 @@ def test_no_sum_has_a_shape_that_a_device_chooses_by_timing(
 
 def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]) -> None:
     made = {name: one["bytes"] for name, one in found["deterministic"].items()}
-    model = block_bytes(residual=2, weight=2)
+    weight = 2
+    model = block_bytes(residual=2, weight=weight)
     close = {"rel": 0.01}
     assert 2 * made["norm forward"] == pytest.approx(model["norms forward"], **close)
     gates = made["gate forward"] + made["biased gate forward"]
     assert gates == pytest.approx(model["gates forward"], **close)
     gates = made["gate backward"] + made["biased gate backward"]
     assert gates == pytest.approx(model["gates backward"], **close)
+    # Of query, key and value together the turns read two thirds.
+    turns = made["turns"] - weight
+    assert 2 * turns + weight + weight == pytest.approx(model["rotary turns"], **close)
     assert made["GELU forward"] + made["GELU backward"] == pytest.approx(model["GELU"], **close)
