@@ -96,8 +96,8 @@ def _layers_not_finite(
     names: list[str] = []
 
     def look(layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not all(torch.isfinite(part).all() for part in parts if isinstance(part, Tensor)):
             names.append(str(layer.logical_name))
 
     layers = [layer for layer in network.modules() if hasattr(layer, "logical_name")]

@@ -21,6 +21,7 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 
 from sedd_scale.config import Config
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.engine.gathers import WeightGathers, exchange_buckets
@@ -206,7 +207,10 @@ class PipelineStageEngine(Engine):
         config: Config,
         make_optimizer: OptimizerFactory,
     ) -> None:
-        self._module = module = PipelineStage(builders, config.model.cond_dim, layout)
+        causal = make_objective(config).causal
+        self._module = module = PipelineStage(
+            builders, config.model.cond_dim, layout, causal=causal
+        )
         super().__init__(module, layout, config, make_optimizer)
         # A pair of events a step, kept for ever, and a mean loss that nobody reads, for which the
         # host would wait and all ranks meet.

@@ -14,6 +14,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from sedd_scale.model.attention import Context
 from sedd_scale.model.block import Stream
 from sedd_scale.model.head import Head
 from sedd_scale.model.network import LayerBuilder
@@ -35,7 +36,9 @@ class _DeferredLayer(LayerSpec):
 class PipelineStage(PipelineModule):
     """This process's stage; the last one computes the loss from what the head returns."""
 
-    def __init__(self, builders: list[LayerBuilder], cond_dim: int, layout: Layout) -> None:
+    def __init__(
+        self, builders: list[LayerBuilder], cond_dim: int, layout: Layout, *, causal: bool
+    ) -> None:
         super().__init__(
             layers=[_DeferredLayer(builder) for builder in builders],
             topology=PipeModelDataParallelTopology(
@@ -46,6 +49,7 @@ class PipelineStage(PipelineModule):
         )
         self.layout = layout
         self.cond_dim = cond_dim
+        self.causal = causal
         self.context_width = 1
 
     def padded(
@@ -80,10 +84,12 @@ class PipelineStage(PipelineModule):
 
         The last stage returns the input of the head's linear map.
         """
-        if not self.layout.is_first_stage:
-            inputs = self._unpack(*inputs)
-        *others, whole_context_BK = inputs
-        outputs = super().forward((*others, whole_context_BK[:, : self.context_width]))
+        whole_context_BK = inputs[-1]
+        context_BK = whole_context_BK[:, : self.context_width]
+        if self.layout.is_first_stage:
+            outputs = super().forward((*inputs[:-1], context_BK))
+        else:
+            outputs = super().forward(self._unpack(inputs[0], context_BK))
         if self.layout.is_last_stage:
             return outputs
         hidden_LBH, cond_BC, _ = outputs
@@ -103,7 +109,7 @@ class PipelineStage(PipelineModule):
         length = len(packed) - self._cond_rows(width)
         padded = packed[length:].transpose(0, 1).reshape(batch, -1)
         cond_BC = padded[:, : self.cond_dim].to(next(self.parameters()).dtype)
-        return packed[:length], cond_BC, context_BK
+        return packed[:length], cond_BC, Context.unpacked(context_BK, causal=self.causal)
 
     def _cond_rows(self, width: int) -> int:
         return -(-self.cond_dim // width)

@@ -1,4 +1,4 @@
-"""Attention, bidirectional or causal: one function, three backends, and what Megatron-core calls.
+"""Attention: which positions see which, three backends, and what Megatron-core calls.
 
 L positions, B sequences, h heads of this rank, D head width, E ends of documents.
 
@@ -10,7 +10,8 @@ The host knows E with the batch: no layer waits for a device to tell.
 import contextlib
 import functools
 import importlib.util
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,91 +73,153 @@ def choose_backend(dtype: torch.dtype, device: torch.device, *, with_documents: 
     return "flash" if older and flash_attention_available(device) else "sdpa"
 
 
+class AttentionPattern(ABC):
+    """Which positions of its sequence a position attends to.
+
+    Made once a pass: what layers ask of it is made by the first that asks.
+
+    Attributes:
+        causal: whether none of them comes after it.
+        has_documents: whether PyTorch's attention would need a mask.
+    """
+
+    has_documents: bool = False
+
+    def __init__(self, *, causal: bool = False) -> None:
+        self.causal = causal
+
+    @abstractmethod
+    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
+        """By PyTorch's attention, [B, h, L, D]."""
+
+    @abstractmethod
+    def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
+        """By flash-attn, [B, L, h, D]."""
+
+    def varlen(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
+        """By PyTorch's attention over sequences of several lengths, [B, L, h, D]."""
+        raise TypeError(f"{type(self).__name__} is of one length")
+
+
+class WholeSequence(AttentionPattern):
+    """All of the sequence, or all that came before."""
+
+    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query_BhLD, key_BhLD, value_BhLD, is_causal=self.causal
+        )
+
+    def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
+        from flash_attn import flash_attn_func
+
+        output: Tensor = flash_attn_func(query_BLhD, key_BLhD, value_BLhD, causal=self.causal)
+        return output
+
+
+class WithinDocuments(AttentionPattern):
+    """Those of the same document."""
+
+    has_documents = True
+
+    def __init__(self, ends_BE: Tensor, *, causal: bool = False) -> None:
+        super().__init__(causal=causal)
+        self.ends_BE = ends_BE
+        self._mask_B1LL: Tensor | None = None
+        self._bounds: Tensor | None = None
+
+    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
+        if self._mask_B1LL is None:
+            documents_BL = documents_of(self.ends_BE, query_BhLD.shape[2])
+            mask_B1LL = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
+            self._mask_B1LL = mask_B1LL.tril() if self.causal else mask_B1LL
+        return F.scaled_dot_product_attention(
+            query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL
+        )
+
+    def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        lengths = self._lengths(query_BLhD)
+        flat = (part.flatten(0, 1) for part in (query_BLhD, key_BLhD, value_BLhD))
+        output = flash_attn_varlen_func(*flat, *lengths, causal=self.causal)
+        return output.view_as(query_BLhD)
+
+    def varlen(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, _, length, _ = self._lengths(query_BLhD)
+        query, key, value = (part.flatten(0, 1) for part in (query_BLhD, key_BLhD, value_BLhD))
+        window = (-1, 0) if self.causal else (-1, -1)
+        output = varlen_attn(query, key, value, bounds, bounds, length, length, window_size=window)
+        assert isinstance(output, Tensor)
+        return output.view_as(query_BLhD)
+
+    def _lengths(self, query_BLhD: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        length = query_BLhD.shape[1]
+        if self._bounds is None:
+            self._bounds = document_bounds(self.ends_BE, length)
+        return self._bounds, self._bounds, length, length
+
+
+class Context(NamedTuple):
+    """What is known of each sequence besides its tokens."""
+
+    keys_B: Tensor
+    """The key of its dropout, int64."""
+    pattern: AttentionPattern
+
+    @classmethod
+    def unpacked(cls, context_BK: Tensor, *, causal: bool) -> "Context":
+        """Of the integers that `packed_context` made."""
+        keys_B, ends_BE = context_BK[:, 0], context_BK[:, 1:]
+        if not ends_BE.numel():
+            return cls(keys_B, WholeSequence(causal=causal))
+        return cls(keys_B, WithinDocuments(ends_BE, causal=causal))
+
+
+def packed_context(keys_B: Tensor, ends_BE: Tensor | None) -> Tensor:
+    """The integers [B, 1] or [B, 1 + E] that travel from the host, and between stages."""
+    if ends_BE is None:
+        return keys_B[:, None]
+    return torch.cat([keys_B[:, None], ends_BE], dim=1)
+
+
 def attention(
     query_LBhD: Tensor,
     key_LBhD: Tensor,
     value_LBhD: Tensor,
     *,
-    ends_BE: Tensor | None = None,
-    causal: bool = False,
+    pattern: AttentionPattern | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over all positions, or those of the same document; [L, B, h, D].
+    """softmax(q k^T / sqrt(D)) v over the positions that the pattern lets see; [L, B, h, D].
 
     Args:
-        ends_BE: where each sequence's documents end; None: every position attends to every other of
-            its sequence.
-        causal: a position attends to itself and those before it only.
+        pattern: None: every position attends to every other of its sequence.
         backend: "flash" (flash-attn), "sdpa" (PyTorch), or "auto": as `choose_backend` says.
 
     Raises:
         ConfigError: flash-attn is asked for and cannot run here.
     """
     dtype, device = query_LBhD.dtype, query_LBhD.device
+    pattern = pattern or WholeSequence()
     if backend == "auto":
-        backend = choose_backend(dtype, device, with_documents=ends_BE is not None)
+        backend = choose_backend(dtype, device, with_documents=pattern.has_documents)
+    inputs = (query_LBhD, key_LBhD, value_LBhD)
+    if backend == "sdpa":
+        query, key, value = (part.permute(1, 2, 0, 3) for part in inputs)
+        with contextlib.nullcontext() if torch.is_grad_enabled() else sdpa_kernel(_OF_ANY_SHAPE):
+            return pattern.sdpa(query, key, value).permute(2, 0, 1, 3)
     if backend == "varlen":
-        assert ends_BE is not None
-        return _document_attention(query_LBhD, key_LBhD, value_LBhD, ends_BE, causal)
-    if backend == "flash":
-        if dtype not in HALF_TYPES or not flash_attention_available(device):
-            raise ConfigError(
-                f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
-                "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
-            )
-        return _flash_attention(query_LBhD, key_LBhD, value_LBhD, ends_BE, causal)
-    assert backend == "sdpa", backend
-    query, key, value = (
-        tensor.permute(1, 2, 0, 3) for tensor in (query_LBhD, key_LBhD, value_LBhD)
-    )
-    mask = None
-    if ends_BE is not None:
-        documents_BL = documents_of(ends_BE, len(query_LBhD))
-        mask = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
-        if causal:
-            mask = mask.tril()
-    with contextlib.nullcontext() if torch.is_grad_enabled() else sdpa_kernel(_OF_ANY_SHAPE):
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal and mask is None
+        run = pattern.varlen
+    elif dtype in HALF_TYPES and flash_attention_available(device):
+        run = pattern.flash
+    else:
+        raise ConfigError(
+            f"model.attention=flash cannot run on {dtype} tensors on {device}: it needs the "
+            "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
         )
-    return output.permute(2, 0, 1, 3)
-
-
-def _document_attention(
-    query_LBhD: Tensor, key_LBhD: Tensor, value_LBhD: Tensor, ends_BE: Tensor, causal: bool
-) -> Tensor:
-    """PyTorch's attention over sequences of several lengths, laid end to end."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    length, batch = query_LBhD.shape[:2]
-    bounds = document_bounds(ends_BE, length)
-    query, key, value = (
-        tensor.transpose(0, 1).flatten(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)
-    )
-    window = (-1, 0) if causal else (-1, -1)
-    output = varlen_attn(query, key, value, bounds, bounds, length, length, window_size=window)
-    assert isinstance(output, Tensor)
-    return output.unflatten(0, (batch, length)).transpose(0, 1)
-
-
-def _flash_attention(
-    query_LBhD: Tensor,
-    key_LBhD: Tensor,
-    value_LBhD: Tensor,
-    ends_BE: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    inputs = [tensor.transpose(0, 1) for tensor in (query_LBhD, key_LBhD, value_LBhD)]
-    if ends_BE is None:
-        return flash_attn_func(*inputs, causal=causal).transpose(0, 1)
-    batch, length = inputs[0].shape[:2]
-    bounds = document_bounds(ends_BE, length)
-    output = flash_attn_varlen_func(
-        *(tensor.flatten(0, 1) for tensor in inputs), bounds, bounds, length, length, causal=causal
-    )
-    return output.unflatten(0, (batch, length)).transpose(0, 1)
+    return run(*(part.transpose(0, 1) for part in inputs)).transpose(0, 1)
 
 
 def document_ends(clean_BL: Tensor, eos_id: int) -> Tensor:
@@ -187,19 +250,16 @@ def document_bounds(ends_BE: Tensor, length: int) -> Tensor:
 class CoreAttention(nn.Module):
     """The core attention of Megatron-core's `SelfAttention`, without dropout.
 
-    What Megatron-core passes through as the attention mask is where documents end.
+    What Megatron-core passes through as the attention mask is the pattern.
 
     Attributes:
         cache: keys and values of positions that went before, while a causal network is run a few
             positions at a time.
     """
 
-    def __init__(
-        self, config: Any, backend: str = "auto", *, causal: bool = False, **_: Any
-    ) -> None:
+    def __init__(self, config: Any, backend: str = "auto", **_: Any) -> None:
         super().__init__()
         self.backend = backend
-        self.causal = causal
         self.cache: KeyValueCache | None = None
 
     def places(self, count: int) -> tuple[int, int]:
@@ -213,22 +273,15 @@ class CoreAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionPattern,
         **_: Any,
     ) -> Tensor:
         """[L, B, h, D] each, to the heads' outputs side by side [L, B, h * D]."""
         if self.cache is not None:
-            assert self.causal and attention_mask is None
+            assert attention_mask.causal and not attention_mask.has_documents
             output = self.cache.attention(query, key, value)
         else:
-            output = attention(
-                query,
-                key,
-                value,
-                ends_BE=attention_mask,
-                causal=self.causal,
-                backend=self.backend,
-            )
+            output = attention(query, key, value, pattern=attention_mask, backend=self.backend)
         return output.reshape(*output.shape[:2], -1)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
-from sedd_scale.model.attention import CoreAttention, is_installed
+from sedd_scale.model.attention import Context, CoreAttention, is_installed
 from sedd_scale.model.dropout import Dropout, dropout
 from sedd_scale.model.fused import (
     bias_gelu,
@@ -29,12 +29,8 @@ from sedd_scale.model.fused import (
 )
 from sedd_scale.parallel.layout import Layout
 
-Stream = tuple[Tensor, Tensor, Tensor]
-"""What flows from layer to layer: hidden_LBH, cond_BC and context_BK.
-
-The context is integers: each sequence's dropout key, then, where attention stays within documents,
-where they end (see `attention`).
-"""
+Stream = tuple[Tensor, Tensor, Context]
+"""What flows from layer to layer: hidden_LBH, cond_BC and the sequences' context."""
 
 
 # What selective recomputation keeps: matrix products and attention, whatever backend runs it.
@@ -135,7 +131,6 @@ class Block(nn.Module):
         layout: Layout,
         *,
         recompute: str | None,
-        causal: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = f"blocks.{index}"
@@ -153,9 +148,7 @@ class Block(nn.Module):
             attention_config,
             SelfAttentionSubmodules(
                 linear_qkv=tensor_parallel.ColumnParallelLinear,
-                core_attention=functools.partial(
-                    CoreAttention, backend=model.attention, causal=causal
-                ),
+                core_attention=functools.partial(CoreAttention, backend=model.attention),
                 linear_proj=row_linear,
             ),
             layer_number=index + 1,
@@ -198,34 +191,34 @@ class Block(nn.Module):
         Returns:
             The rows as M sequences of one position: [1, M, H], with the condition of each.
         """
-        hidden_LBH, cond_BC, context_BK = stream
+        hidden_LBH, cond_BC, context = stream
         vectors = self.modulation(cond_BC)
-        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context_BK)
+        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context)
         sequence_M = rows_M % hidden_LBH.shape[1]
         hidden_1MH = hidden_LBH.flatten(0, 1).index_select(0, rows_M)[None]
-        cond_MC, context_MK, *of_row = (
-            part.index_select(0, sequence_M) for part in (cond_BC, context_BK, *vectors[3:])
+        keys_M, cond_MC, *of_row = (
+            part.index_select(0, sequence_M) for part in (context.keys_B, cond_BC, *vectors[3:])
         )
-        return self._feed(hidden_1MH, of_row, context_MK), cond_MC, context_MK
+        context = context._replace(keys_B=keys_M)
+        return self._feed(hidden_1MH, of_row, context), cond_MC, context
 
-    def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context_BK: Tensor) -> Stream:
+    def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context: Context) -> Stream:
         vectors = self.modulation(cond_BC)
-        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context_BK)
-        return self._feed(hidden_LBH, vectors[3:], context_BK), cond_BC, context_BK
+        hidden_LBH = self._attend(hidden_LBH, vectors[:3], context)
+        return self._feed(hidden_LBH, vectors[3:], context), cond_BC, context
 
-    def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
+    def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context: Context) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
-        keys_B, ends_BE = context_BK[:, 0], context_BK[:, 1:]
         normed, hidden_LBH = self.norm1(hidden_LBH, shift_BH, scale_BH)
-        update, _ = self.attention(normed, attention_mask=ends_BE if ends_BE.numel() else None)
-        dropped = self._dropout(hidden_LBH, keys_B, site=2 * self.index)
+        update, _ = self.attention(normed, attention_mask=context.pattern)
+        dropped = self._dropout(hidden_LBH, context.keys_B, site=2 * self.index)
         return gated_residual(hidden_LBH, update, gate_BH, dropout=dropped)
 
-    def _feed(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context_BK: Tensor) -> Tensor:
+    def _feed(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context: Context) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
         normed, hidden_LBH = self.norm2(hidden_LBH, shift_BH, scale_BH)
         update, bias = self.mlp(normed)
-        dropped = self._dropout(hidden_LBH, context_BK[:, 0], site=2 * self.index + 1)
+        dropped = self._dropout(hidden_LBH, context.keys_B, site=2 * self.index + 1)
         return gated_residual(
             hidden_LBH,
             update,

@@ -6,6 +6,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from sedd_scale.model.adaln import SigmaEmbedding
+from sedd_scale.model.attention import Context
 from sedd_scale.model.block import Stream
 from sedd_scale.parallel.layout import Layout
 
@@ -23,6 +24,7 @@ class Embedding(nn.Module):
         residual_dtype: torch.dtype,
         *,
         time_conditioning: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = "embedding"
@@ -30,6 +32,7 @@ class Embedding(nn.Module):
         self.layout = layout
         self.residual_dtype = residual_dtype
         self.time_conditioning = time_conditioning
+        self.causal = causal
         self.tokens = VocabParallelEmbedding(
             padded_states,
             config.hidden_size,
@@ -41,9 +44,9 @@ class Embedding(nn.Module):
         self.sigma = SigmaEmbedding(cond_dim)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
-        """(noisy_BL, sigma_B, context) to (hidden_LBH, cond_BC, context_BK).
+        """(noisy_BL, sigma_B, context) to (hidden_LBH, cond_BC, context).
 
-        The context is the dropout keys_B alone, or [B, 1 + E]: keys, then ends_BE. Without
+        The context comes as the integers of `packed_context`, or the dropout keys_B alone. Without
         time conditioning the conditioning vector is that of sigma 0, whatever sigma is
         (arXiv 2406.03736: the scores of absorb depend on time only through a known factor).
         """
@@ -52,4 +55,5 @@ class Embedding(nn.Module):
             sigma_B = torch.zeros_like(sigma_B)
         # Under sequence parallelism the lookup itself puts positions first, to scatter them.
         hidden = self.tokens(noisy_BL if self.layout.sequence_parallel else noisy_BL.t())
-        return hidden.to(self.residual_dtype), self.sigma(sigma_B), context.view(len(noisy_BL), -1)
+        unpacked = Context.unpacked(context.view(len(noisy_BL), -1), causal=self.causal)
+        return hidden.to(self.residual_dtype), self.sigma(sigma_B), unpacked

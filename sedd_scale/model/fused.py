@@ -126,7 +126,11 @@ class _ModulatedNorm(torch.autograd.Function):
         backward = _norm_backward
         if grad_LBH.is_cuda and compiles_kernels():
             from sedd_scale.model.norm_kernel import norm_backward as backward
-        grads = backward(grad_LBH, stream_grad_LBH, *ctx.saved_tensors, ctx.hidden_dtype)
+        kept_LBH, mean_LB1, rstd_LB1, scale_BH = ctx.saved_tensors
+        grads = backward(
+            *(grad_LBH, stream_grad_LBH, kept_LBH, mean_LB1, rstd_LB1, scale_BH),
+            ctx.hidden_dtype,
+        )
         return (*grads, None, None)
 
 

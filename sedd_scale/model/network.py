@@ -22,8 +22,8 @@ from sedd_scale.config import Config, ModelConfig
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.row_law import law_of
-from sedd_scale.model.attention import CoreAttention, KeyValueCache
-from sedd_scale.model.block import Block
+from sedd_scale.model.attention import CoreAttention, KeyValueCache, packed_context
+from sedd_scale.model.block import Block, Stream
 from sedd_scale.model.embedding import Embedding
 from sedd_scale.model.head import Head
 from sedd_scale.model.parameters import initialize_parameters, split_over_tensor_ranks
@@ -53,6 +53,7 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
             layout,
             residual_dtype,
             time_conditioning=model.time_conditioning and not objective.causal,
+            causal=objective.causal,
         )
 
     def block(index: int) -> nn.Module:
@@ -64,7 +65,6 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
             mlp_config,
             layout,
             recompute=parallel.recompute_mode if every > 0 and index % every == 0 else None,
-            causal=objective.causal,
         )
 
     def head() -> nn.Module:
@@ -113,13 +113,6 @@ def _transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig
     )
 
 
-def context_of(keys_B: Tensor, ends_BE: Tensor | None) -> Tensor:
-    """The integers [B, 1] or [B, 1 + E] that travel with the hidden states; see `Stream`."""
-    if ends_BE is None:
-        return keys_B[:, None]
-    return torch.cat([keys_B[:, None], ends_BE], dim=1)
-
-
 def _mark_split_parameters(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -156,7 +149,7 @@ class ScoreNetwork(nn.Module):
         """Score entropy of a noisy batch: mean nats per token, or nats of each sequence [B].
 
         Args:
-            inputs: noisy_BL, sigma_B and the context, as `Embedding` takes them.
+            inputs: noisy_BL, sigma_B and the packed context, as `Embedding` takes them.
         """
         return self.head.loss(self._stream(inputs), targets, per_sequence=per_sequence)
 
@@ -179,7 +172,7 @@ class ScoreNetwork(nn.Module):
             ends_BE: where each sequence's documents end, for attention within documents.
         """
         no_keys_B = torch.zeros_like(noisy_BL[:, 0])
-        return self.head_input((noisy_BL, sigma_B, context_of(no_keys_B, ends_BE)))
+        return self.head_input((noisy_BL, sigma_B, packed_context(no_keys_B, ends_BE)))
 
     def hidden_of_rows(
         self,
@@ -200,8 +193,9 @@ class ScoreNetwork(nn.Module):
         if self.head.layout.sequence_parallel:
             hidden_LBH = self.hidden(noisy_BL, sigma_B, ends_BE)
             return hidden_LBH.flatten(0, 1).index_select(0, rows_M)
-        stream = (noisy_BL, sigma_B, context_of(torch.zeros_like(noisy_BL[:, 0]), ends_BE))
-        for layer in self.layers[:-2]:
+        context_BK = packed_context(torch.zeros_like(noisy_BL[:, 0]), ends_BE)
+        stream = self.layers[0]((noisy_BL, sigma_B, context_BK))
+        for layer in self.layers[1:-2]:
             stream = layer(stream)
         hidden_1MH: Tensor = self.head(last.of_rows(stream, rows_M))
         return hidden_1MH[0]
@@ -212,8 +206,8 @@ class ScoreNetwork(nn.Module):
         hidden_LBH: Tensor = self.head(self._stream((noisy_BL, sigma_B, context)))
         return hidden_LBH
 
-    def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        stream = inputs
-        for layer in self.layers[:-1]:
+    def _stream(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
+        stream: Stream = self.layers[0](inputs)
+        for layer in self.layers[1:-1]:
             stream = layer(stream)
         return stream

@@ -12,8 +12,8 @@ from sedd_scale.diffusion.objectives import make_objective, shifted
 from sedd_scale.diffusion.row_law import RowLaw, law_of
 from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import DataError
-from sedd_scale.model.attention import document_ends
-from sedd_scale.model.network import ScoreNetwork, context_of, layer_builders
+from sedd_scale.model.attention import document_ends, packed_context
+from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 
@@ -201,7 +201,7 @@ class ScoreModel(nn.Module):
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
-        inputs = (xt_BL, noise_B3[:, 0].float(), context_of(keys_B, self.document_ends(x0_BL)))
+        inputs = (xt_BL, noise_B3[:, 0].float(), packed_context(keys_B, self.document_ends(x0_BL)))
         hidden_LBH = self.network.head_input(tuple(tensor.to(self.device) for tensor in inputs))
         return hidden_LBH, targets.to(self.device)
 

@@ -22,8 +22,7 @@ from sedd_scale.diffusion.corruption import Draw, NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.process import process_of
 from sedd_scale.engine.engine import MicroBatch
-from sedd_scale.model.attention import document_ends
-from sedd_scale.model.network import context_of
+from sedd_scale.model.attention import document_ends, packed_context
 from sedd_scale.parallel.agreement import Agreement
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
@@ -79,7 +78,7 @@ def micro_batch_of(
         mean_over=mean_over,
     )
     ends_BE = None if document_end is None else document_ends(noisy.clean_BL, document_end)
-    context_BK = context_of(noisy.dropout_key_B, ends_BE)
+    context_BK = packed_context(noisy.dropout_key_B, ends_BE)
     batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), context_BK), targets)
     return batch.pin_memory() if pin else batch
 

@@ -1,29 +1,36 @@
 """Bidirectional attention against the formula in float64."""
 
-import functools
 import inspect
 import itertools
 import math
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 
+from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import ConfigError
 from sedd_scale.model import attention as module
 from sedd_scale.model.attention import (
     CoreAttention,
+    WholeSequence,
+    WithinDocuments,
     attention,
     document_bounds,
     document_ends,
     documents_of,
+    packed_context,
 )
 from sedd_scale.model.block import costly
+from sedd_scale.parallel.layout import initialize_layout
+from tests.model.small_network import noisy_batch, small_network
 
 LENGTH, BATCH, HEADS, DIM = 7, 3, 2, 5
 
@@ -79,7 +86,7 @@ def test_every_position_sees_every_other_in_any_order() -> None:
 
 def test_the_module_lays_heads_side_by_side() -> None:
     inputs = query_key_value()
-    found = CoreAttention(None)(*inputs, attention_mask=None)
+    found = CoreAttention(None)(*inputs, attention_mask=WholeSequence())
     torch.testing.assert_close(found, by_formula(*inputs).flatten(2), rtol=1e-12, atol=1e-12)
 
 
@@ -93,7 +100,8 @@ ENDS_BE = torch.tensor([[3, 5, 8], [1, 8, 8]])
 """Documents of 3, 2 and 3 positions, and of 1 and 7."""
 
 
-by_pytorch = functools.partial(attention, backend="sdpa")
+def by_pytorch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
+    return attention(query, key, value, pattern=WholeSequence(causal=causal), backend="sdpa")
 
 
 def alone(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
@@ -112,8 +120,35 @@ def test_documents_do_not_see_each_other(dtype: torch.dtype, causal: bool) -> No
     """Attention with the ends of documents is attention on each document by itself."""
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
-    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal)
+    found = attention(*inputs, pattern=WithinDocuments(ENDS_BE, causal=causal))
     torch.testing.assert_close(found, alone(*inputs, causal=causal))
+
+
+def test_the_mask_is_made_once_a_pass() -> None:
+    """By the first layer that asks; the others take it."""
+    graph, layout = make_graph("absorb", 50), initialize_layout()
+    network = small_network(graph, layout, scaled=True, num_layers=3)
+    (noisy_BL, sigma_B, keys_B), *_ = noisy_batch(graph, batch=2, length=12)
+    ends_BE = torch.tensor([[5, 12], [3, 12]])
+    made = []
+    for calls in (1, 2):
+        with TorchFunctions() as seen:
+            for _ in range(calls):
+                network.head_input((noisy_BL, sigma_B, packed_context(keys_B, ends_BE)))
+        made.append(seen.names.count("searchsorted"))
+    assert made == [1, 2]
+
+
+class TorchFunctions(TorchFunctionMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def of_several_lengths(
@@ -154,7 +189,7 @@ def test_kernels_for_documents_are_told_them(
     monkeypatch.setattr(module, "flash_attention_available", lambda device: True)
     monkeypatch.setattr(varlen, "varlen_attn", of_several_lengths)
     inputs = torch.randn(3, 8, 2, 2, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
-    found = attention(*inputs, ends_BE=ENDS_BE, causal=causal, backend=backend)
+    found = attention(*inputs, pattern=WithinDocuments(ENDS_BE, causal=causal), backend=backend)
     torch.testing.assert_close(found, alone(*inputs, causal=causal), rtol=0.02, atol=0.02)
 
 
@@ -237,5 +272,5 @@ def test_bounds_are_found_without_waiting_for_a_device() -> None:
     with FakeTensorMode():
         inputs = torch.empty(3, 8, 2, 2, 4)
         ends_BE = torch.empty(2, 3, dtype=torch.int64)
-        assert attention(*inputs, ends_BE=ends_BE).shape == (8, 2, 2, 4)
+        assert attention(*inputs, pattern=WithinDocuments(ends_BE)).shape == (8, 2, 2, 4)
         assert document_bounds(ends_BE, 8).shape == (7,)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb
-from sedd_scale.model.block import Block
+from sedd_scale.model.attention import Context, WholeSequence
+from sedd_scale.model.block import Block, Stream
 from sedd_scale.model.dropout import keep_mask
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.model.small_network import gradients, noisy_batch, small_network
@@ -18,10 +19,11 @@ def layout() -> Layout:
     return initialize_layout()
 
 
-def stream(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def stream(dtype: torch.dtype = torch.float32) -> Stream:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(8, 3, 32, generator=generator).to(dtype)
-    return hidden, torch.randn(3, 24, generator=generator), torch.arange(3)[:, None]
+    context = Context(torch.arange(3), WholeSequence())
+    return hidden, torch.randn(3, 24, generator=generator), context
 
 
 def blocks_of(layout: Layout, **changes: object) -> list[Block]:
@@ -33,7 +35,7 @@ def test_a_block_starts_as_the_identity(layout: Layout) -> None:
     block, _ = blocks_of(layout, zero_init=True)
     inputs = stream()
     outputs = block(inputs)
-    for before, after in zip(inputs, outputs):
+    for before, after in zip(inputs[:2], outputs[:2]):
         assert torch.equal(before, after)
     moved, _, _ = blocks_of(layout)[0](inputs)
     assert (moved - inputs[0]).abs().max() > 0.1
@@ -44,10 +46,11 @@ def test_a_block_starts_as_the_identity(layout: Layout) -> None:
 def test_the_residual_stream_keeps_its_type(
     layout: Layout, residual: torch.dtype, weights: torch.dtype
 ) -> None:
-    hidden, cond, keys = stream(residual)
+    hidden, cond, context = stream(residual)
     for block in blocks_of(layout):
-        hidden, cond, keys = block.to(weights)((hidden, cond.to(weights), keys))
-        assert hidden.dtype == residual and cond.dtype == weights and keys.dtype == torch.int64
+        hidden, cond, context = block.to(weights)((hidden, cond.to(weights), context))
+        assert hidden.dtype == residual and cond.dtype == weights
+        assert context.keys_B.dtype == torch.int64
 
 
 def test_the_embedding_starts_the_stream_in_the_configured_type(layout: Layout) -> None:
@@ -67,7 +70,7 @@ def test_dropout_is_for_training_only_and_differs_by_site(layout: Layout) -> Non
     assert torch.equal(first(inputs)[0], first(inputs)[0])
     assert not torch.equal(first(inputs)[0], never(inputs)[0])
     masks = [
-        keep_mask(*block._dropout(inputs[0], inputs[2][:, 0], site=2 * block.index + branch))
+        keep_mask(*block._dropout(inputs[0], inputs[2].keys_B, site=2 * block.index + branch))
         for block in (first, second)
         for branch in (0, 1)
     ]
@@ -123,6 +126,6 @@ def test_every_kth_block_keeps_no_activations(
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             current = block(current)
-        if sum(saved) <= sum(part.numel() for part in current):
+        if sum(saved) <= sum(part.numel() for part in (*current[:2], current[2].keys_B)):
             light.append(block.index)
     assert light == recomputed

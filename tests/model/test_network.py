@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise
-from sedd_scale.model.network import ScoreNetwork, context_of
+from sedd_scale.model.attention import packed_context
+from sedd_scale.model.network import ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
@@ -171,7 +172,7 @@ def test_packed_documents_are_as_if_alone(layout: Layout, name: str, scaled: boo
             noisy_BL=noisy_BL[:, part],
             noise_B3=targets.noise_B3,
         )
-        inputs = (noisy_BL[:, part], sigma_B, context_of(keys_B, documents))
+        inputs = (noisy_BL[:, part], sigma_B, packed_context(keys_B, documents))
         return network(inputs, part_targets, per_sequence=True)
 
     packed_B = nats(slice(0, 12), ends_BE)
@@ -190,7 +191,7 @@ def test_a_step_waits_for_no_number_of_the_device(
         graph, layout, scaled=scaled, recompute_every=recompute_every, dropout=0.1
     )
     (noisy_BL, sigma_B, keys_B), targets, _ = noisy_batch(graph, batch=2, length=12)
-    inputs = (noisy_BL, sigma_B, context_of(keys_B, torch.tensor([[5, 12], [3, 12]])))
+    inputs = (noisy_BL, sigma_B, packed_context(keys_B, torch.tensor([[5, 12], [3, 12]])))
     with fake_tensors() as mode:
         loss = network(
             tuple(mode.from_tensor(tensor) for tensor in inputs),
