@@ -118,14 +118,13 @@ def _products(config: "Config", device: "torch.device") -> dict[str, tuple[Progr
     """The products of one block, forward and backward, and their FLOPs."""
     import torch
 
-    width, inner = config.model.hidden_size, config.model.mlp_ratio * config.model.hidden_size
     rows = config.training.micro_batch * (config.data.block_length or 0)
     tensor, dtype = config.parallel.tensor, _weights_dtype(config)
     shapes = [
-        (width, 3 * width // tensor),
-        (width // tensor, width),
-        (width, inner // tensor),
-        (inner // tensor, width),
+        (matrix.columns // tensor, matrix.rows)
+        if matrix.split_dim
+        else (matrix.columns, matrix.rows // tensor)
+        for matrix in config.trunk.matrices
     ]
     operands = [
         [torch.rand(*shape, device=device).to(dtype) for shape in ((rows, a), (b, a), (rows, b))]
@@ -148,8 +147,8 @@ def _attention(config: "Config", device: "torch.device") -> dict[str, tuple[Prog
     from sedd_scale.model.attention import attention
 
     model, batch, length = config.model, config.training.micro_batch, config.data.block_length or 0
-    heads = model.num_heads // config.parallel.tensor
-    shape = (length, batch, heads, model.hidden_size // model.num_heads)
+    heads = config.trunk.heads // config.parallel.tensor
+    shape = (length, batch, heads, config.trunk.head_dim)
     dtype = _weights_dtype(config)
     inputs = [torch.rand(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
     grad = torch.ones(shape, dtype=dtype, device=device)
@@ -174,7 +173,8 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
     from sedd_scale.planning.step_time import block_bytes
 
     model, batch, length = config.model, config.training.micro_batch, config.data.block_length or 0
-    width, dtype = model.hidden_size, _weights_dtype(config)
+    trunk, dtype = config.trunk, _weights_dtype(config)
+    width = trunk.width
     residual = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.residual_dtype]
 
     def of(*shape: int, dtype: "torch.dtype") -> "torch.Tensor":
@@ -182,10 +182,10 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
 
     stream, update = (of(length, batch, width, dtype=kind) for kind in (residual, dtype))
     vectors = [of(batch, width, dtype=dtype) for _ in range(3)]
-    inner, mixed = (of(length, batch, factor * width, dtype=dtype) for factor in (4, 3))
-    bias, wide_bias = of(width, dtype=dtype), of(4 * width, dtype=dtype)
-    head = width // model.num_heads
-    table = fused.rotary_table(length, head, model.rotary_base, dtype, device)
+    sizes = (trunk.inner, trunk.qkv_rows)
+    inner, mixed = (of(length, batch, size, dtype=dtype) for size in sizes)
+    bias, wide_bias = of(width, dtype=dtype), of(trunk.inner, dtype=dtype)
+    table = fused.rotary_table(length, trunk.head_dim, model.rotary_base, dtype, device)
     keys = torch.arange(batch, device=device)
     rate, grads = model.dropout, list["torch.Tensor"]()
 
@@ -204,7 +204,7 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
             outputs.append(normed)
         wide = fused.bias_gelu(inner, wide_bias, overwrite=True)
         turned = fused.rotated_query_key_value(
-            mixed.view(length, batch, model.num_heads, 3, head), *table
+            mixed.view(length, batch, trunk.heads, 3, trunk.head_dim), *table
         )
         outputs += [after, wide, *turned]
         leaves = [stream, update, *vectors, bias, inner, wide_bias, mixed]
@@ -213,10 +213,11 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
         torch.autograd.grad(outputs, leaves, grads)
 
     counted = block_bytes(
+        trunk,
         residual=BYTES[model.residual_dtype],
         weight=BYTES[config.training.precision],
     )
-    return {"memory": (program, float(sum(counted.values()) * length * batch * width))}
+    return {"memory": (program, float(sum(counted.values()) * length * batch))}
 
 
 def _update(config: "Config", device: "torch.device") -> dict[str, tuple[Program, float]]:
@@ -224,12 +225,12 @@ def _update(config: "Config", device: "torch.device") -> dict[str, tuple[Program
     import torch
 
     from sedd_scale.planning.step_time import UPDATE_BYTES
-    from sedd_scale.training.loop import make_optimizer
+    from sedd_scale.training.optimizer import adamw_of
 
     flat = torch.nn.Parameter(torch.zeros(_UPDATED, device=device))
     flat.grad = torch.ones(_UPDATED, device=device)
     weights = torch.empty(_UPDATED, dtype=_weights_dtype(config), device=device)
-    optimizer = make_optimizer([flat], config)
+    optimizer = adamw_of(config, [flat])
 
     def program() -> None:
         optimizer.step()

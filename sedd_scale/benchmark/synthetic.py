@@ -1,6 +1,7 @@
 """A training run on random tokens: the configuration, the batches and the engine of a benchmark."""
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from sedd_scale.files.package import CONFIGS
 from sedd_scale.model.network import layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.training.batches import micro_batch_of
-from sedd_scale.training.loop import make_optimizer
+from sedd_scale.training.optimizer import make_optimizer
 
 LEARNING_RATE = 1e-4
 
@@ -64,7 +65,7 @@ class SyntheticRun:
             self.builders,
             self.layout,
             self.config,
-            lambda weights: make_optimizer(weights, self.config),
+            functools.partial(make_optimizer, self.config),
         )
 
     def noisy_batch(self, step: int) -> NoisyBatch:

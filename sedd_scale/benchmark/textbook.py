@@ -108,7 +108,7 @@ class TextbookNetwork(nn.Module):
         super().__init__()
         model = config.model
         width, cond_dim = model.hidden_size, model.cond_dim
-        self.head_dim = config.head_dim
+        self.head_dim = config.trunk.head_dim
         self.vocab_embed = VocabEmbedding(num_states, width)
         self.sigma_map = SigmaMap(cond_dim)
         self.blocks = nn.ModuleList(

@@ -36,7 +36,6 @@ from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import from_first, together
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.planning.model_states import STATE_KEYS
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.engine.fragments import ZeroFragments
@@ -106,7 +105,7 @@ def load_checkpoint(
         metadata = _read_metadata(Path(path))
     shapes = all_shapes(fragments)
     with together(CheckpointError):
-        _check_shapes(path, shapes, metadata, STATE_KEYS)
+        _check_shapes(path, shapes, metadata)
     fragments.ensure_state()
     with _read_errors(path):
         dcp.load(
@@ -149,9 +148,9 @@ def load_weights(
     meta = read_meta(path)
     metadata = _read_metadata(path)
     parameters = list(parameters)
-    shapes = {logical.name: logical.shape for logical in parameters}
+    shapes = {f"{logical.name}/{weights}": logical.shape for logical in parameters}
     # A stage of a pipeline holds some of the names only.
-    _check_shapes(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
+    _check_shapes(path, shapes, metadata, allow_more=layout.pipeline > 1)
     tensors = {}
     for logical in parameters:
         parameter = logical.parameter
@@ -207,31 +206,29 @@ def _check_shapes(
     path: str | Path,
     shapes: Mapping[str, Sequence[int]],
     metadata: Metadata,
-    keys: Sequence[str],
     *,
     allow_more: bool = False,
 ) -> None:
-    """Raise CheckpointError where the checkpoint's tensors are not the model's."""
+    """Raise CheckpointError where the checkpoint's tensors are not the model's NAME/KEY."""
     found = {
         name: tuple(tensor.size)
         for name, tensor in metadata.state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
-    lines = []
-    for name, shape in shapes.items():
-        saved = [found.get(f"{name}/{key}") for key in keys]
-        wrong = [size for size in saved if size is not None and size != tuple(shape)]
-        if wrong:
-            lines.append(f"{name} is {list(shape)} in the model and {list(wrong[0])} in it")
-        elif None in saved:
-            lines.append(f"{name} {list(shape)} is missing from it")
+    wrong: dict[str, str] = {}  # of a parameter, of which one key says enough
+    for tensor, shape in shapes.items():
+        name, saved = tensor.rpartition("/")[0], found.get(tensor)
+        if saved is None:
+            wrong.setdefault(name, f"{name} {list(shape)} is missing from it")
+        elif saved != tuple(shape):
+            wrong[name] = f"{name} is {list(shape)} in the model and {list(saved)} in it"
     if not allow_more:
-        extra = {name.rsplit("/", 1)[0]: shape for name, shape in found.items()}
-        lines += [
-            f"{name} {list(shape)} is not in the model"
-            for name, shape in extra.items()
-            if name not in shapes
-        ]
+        held = {tensor.rpartition("/")[0] for tensor in shapes}
+        for tensor, saved in found.items():
+            name = tensor.rpartition("/")[0]
+            if name not in held:
+                wrong[name] = f"{name} {list(saved)} is not in the model"
+    lines = list(wrong.values())
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise CheckpointError(

@@ -10,7 +10,6 @@ from torch import Tensor
 from sedd_scale.checkpoint.boxes import LogicalTensor
 from sedd_scale.errors import TrainingError
 from sedd_scale.parallel.agreement import gathered
-from sedd_scale.planning.model_states import STATE_KEYS
 
 if TYPE_CHECKING:  # evaluation and sampling load weights without an engine
     from sedd_scale.engine.fragments import ZeroFragments
@@ -26,30 +25,29 @@ def fragment_tensors(fragments: "ZeroFragments", *, saving: bool) -> dict[str, L
         saving: leave out what another tensor rank writes.
     """
     tensors = {}
-    for logical in fragments.parameters:
-        for key in STATE_KEYS:
-            tensor = LogicalTensor(logical.shape)
-            if not saving or fragments.layout.owns_copy(split=logical.partition_dim is not None):
-                fragment = fragments.get(logical, key)
-                if fragment is not None:
-                    tensor.add(logical, fragment.flat, fragment.start)
-            tensors[f"{logical.name}/{key}"] = tensor
+    for logical, key in fragments.states():
+        tensor = LogicalTensor(logical.shape)
+        if not saving or fragments.layout.owns_copy(split=logical.partition_dim is not None):
+            fragment = fragments.get(logical, key)
+            if fragment is not None:
+                tensor.add(logical, fragment.flat, fragment.start)
+        tensors[f"{logical.name}/{key}"] = tensor
     return tensors
 
 
 def all_shapes(
     fragments: "ZeroFragments", group: dist.ProcessGroup | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Logical shapes of all pipeline stages' parameters; collective over all processes."""
-    layout = fragments.layout
-    speaks = layout.tensor_rank == 0 and layout.data_rank == 0
-    own = {logical.name: logical.shape for logical in fragments.parameters} if speaks else {}
+    """Shapes of the logical tensors NAME/KEY of all pipeline stages; collective."""
+    layout, own = fragments.layout, {}
+    if layout.tensor_rank == 0 and layout.data_rank == 0:
+        own = {f"{logical.name}/{key}": logical.shape for logical, key in fragments.states()}
     return {name: shape for shapes in gathered(own, group) for name, shape in shapes.items()}
 
 
 def state_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Bytes of the tensors in a checkpoint of parameters of these shapes."""
-    return len(STATE_KEYS) * _BYTES * sum(math.prod(shape) for shape in shapes.values())
+    """Bytes of float32 tensors of these shapes."""
+    return _BYTES * sum(math.prod(shape) for shape in shapes.values())
 
 
 class HostCopy:
@@ -72,13 +70,12 @@ class HostCopy:
         """
         if not self._tensors:
             self._make(fragments)
-        for logical in fragments.parameters:
-            for key in STATE_KEYS:
-                part = self._parts.get((logical.name, key))
-                if part is not None:
-                    fragment = fragments.get(logical, key)
-                    assert fragment is not None, logical.name
-                    part.copy_(fragment.flat, non_blocking=True)
+        for logical, key in fragments.states():
+            part = self._parts.get((logical.name, key))
+            if part is not None:
+                fragment = fragments.get(logical, key)
+                assert fragment is not None, logical.name
+                part.copy_(fragment.flat, non_blocking=True)
         if fragments.layout.device.type == "cuda":
             torch.cuda.synchronize(fragments.layout.device)
         return self._tensors
@@ -91,12 +88,11 @@ class HostCopy:
         self._tensors, self._parts = {}, {}
 
     def _make(self, fragments: "ZeroFragments") -> None:
-        parameters, layout = fragments.parameters, fragments.layout
+        layout = fragments.layout
         found = {
             (logical.name, key): (logical, fragment)
-            for logical in parameters
+            for logical, key in fragments.states()
             if layout.owns_copy(split=logical.partition_dim is not None)
-            for key in STATE_KEYS
             if (fragment := fragments.get(logical, key)) is not None
         }
         memory = torch.empty(sum(fragment.flat.numel() for _, fragment in found.values()))
@@ -111,8 +107,7 @@ class HostCopy:
             self._locked = memory
         self._tensors = {
             f"{logical.name}/{key}": LogicalTensor(logical.shape)
-            for logical in parameters
-            for key in STATE_KEYS
+            for logical, key in fragments.states()
         }
         begin = 0
         for (name, key), (logical, fragment) in found.items():

@@ -115,8 +115,10 @@ class CheckpointWriter:
         self._group: dist.ProcessGroup | None = None
         if self._layout.device.type == "cuda" and self._layout.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        self._shapes = all_shapes(fragments, self._group)
-        self._num_bytes = state_bytes(self._shapes)
+        shapes = all_shapes(fragments, self._group)
+        self._num_bytes = state_bytes(shapes)
+        masters = {name.rpartition("/"): shape for name, shape in shapes.items()}
+        self._shapes = {name: shape for (name, _, key), shape in masters.items() if key == "master"}
         with together(CheckpointError, self._group):
             self._tidy()
         with together(CheckpointError, self._group):

@@ -12,6 +12,7 @@ from sedd_scale.config.sections import (
     ParallelConfig,
     TrainingConfig,
 )
+from sedd_scale.config.trunk import TrunkShape
 
 __all__ = [
     "CheckpointConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "TrainingConfig",
+    "TrunkShape",
     "config_from_dict",
     "load_config",
 ]

@@ -67,11 +67,11 @@ def _check_multiple(config: ConfigTree, key: str, of: str, fix: str) -> None:
 def _check_model(config: ConfigTree) -> None:
     model, precision = config.model, config.training.precision
     _check_multiple(config, "model.hidden_size", "model.num_heads", "change one of them")
-    if config.head_dim % 2:
+    if config.trunk.head_dim % 2:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size} over model.num_heads={model.num_heads} "
-            f"gives heads of odd width {config.head_dim}, which rotary embedding cannot turn: "
-            "change one of them to make it even"
+            f"gives heads of odd width {config.trunk.head_dim}, which rotary embedding cannot "
+            "turn: change one of them to make it even"
         )
     if 0 < model.rotary_base < 1:
         raise ConfigError(

@@ -15,6 +15,7 @@ from sedd_scale.config.sections import (
     ParallelConfig,
     TrainingConfig,
 )
+from sedd_scale.config.trunk import TrunkShape
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import ConfigError
 
@@ -59,9 +60,9 @@ class ConfigTree:
         return self.model.scale_by_sigma
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.model.hidden_size // self.model.num_heads
+    def trunk(self) -> TrunkShape:
+        """The shape of the blocks."""
+        return TrunkShape.of(self.model)
 
     def data_parallel(self, world_size: int) -> int:
         """Number of model replicas among `world_size` processes; ConfigError if none fits."""

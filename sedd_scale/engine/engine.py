@@ -10,15 +10,15 @@ import logging
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 from deepspeed.utils.timer import NoopTimer
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.objectives import make_objective
@@ -29,12 +29,21 @@ from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
 from sedd_scale.engine.zero import GatheringZero, zero_of
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
-from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.model.parameters import LogicalParameter, logical_parameters
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
 from sedd_scale.parallel.vocab import ScoreTargets
 from sedd_scale.planning.model_states import REDUCE_BUCKET
 
-OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+class OptimizerFactory(Protocol):
+    """Makes an optimizer of parameters, in groups that `cut` makes of those of one rule."""
+
+    def __call__(
+        self,
+        parameters: Sequence[LogicalParameter],
+        cut: Callable[[list[nn.Parameter]], list[list[nn.Parameter]]],
+        /,
+    ) -> torch.optim.Optimizer: ...
 
 
 class MicroBatch(NamedTuple):
@@ -77,8 +86,9 @@ class Engine(ABC):
         # Under ZeRO 2 in float32 each rank would keep whole gradients at the edges of every bucket.
         stages = (1, 2) if config.training.precision == "bf16" else (1,)
         travels = layout.data > 1 and config.parallel.zero_stage in stages
-        weights = network.parameters()
-        self._optimizer = make_optimizer(exchange_buckets(weights) if travels else weights)
+        self.parameters = list(logical_parameters(network, layout))
+        cut = exchange_buckets if travels else lambda weights: [weights]
+        self._optimizer = make_optimizer(self.parameters, cut)
         self._deepspeed: Any
         self._deepspeed, *_ = deepspeed.initialize(
             model=network,
@@ -93,7 +103,6 @@ class Engine(ABC):
             assert isinstance(zero, GatheringZero)
             gathers = WeightGathers(zero, network.stack)
         self._gate = UpdateGate(zero, clip=config.optimizer.clip, loss_part=self._loss_part)
-        self.parameters = list(logical_parameters(network, layout))
         self.fragments = ZeroFragments(zero, self.parameters, gathers)
 
     def train_step(
@@ -268,7 +277,7 @@ def make_engine(
 
     Args:
         builders: the whole network, a builder a layer.
-        make_optimizer: makes the optimizer of the parameters it is given.
+        make_optimizer: makes the optimizer of the parameters.
     """
     _start_deepspeed()
     engine = PipelineStageEngine if layout.pipeline > 1 else WholeNetworkEngine

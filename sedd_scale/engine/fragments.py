@@ -16,6 +16,7 @@ from sedd_scale.engine.gathers import WeightGathers
 from sedd_scale.engine.zero import Zero
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
+from sedd_scale.planning.model_states import UpdateRule
 
 # Numbers exchanged at a time, so that a swap needs little memory of its own.
 _SWAP_LENGTH = 1 << 24
@@ -67,7 +68,7 @@ class ZeroFragments:
         """This process's fragment of one state tensor, or None where it owns no part of it.
 
         Args:
-            key: of `STATE_KEYS`; all but the first exist once a step was
+            key: of `state_keys`; all but the first exist once a step was
                 made or `ensure_state` called.
         """
         place = self._places[parameter.name]
@@ -76,6 +77,17 @@ class ZeroFragments:
         partition = self._partitions[place.partition]
         flat = partition.detach() if key == "master" else self._zero.adam.state[partition][key]
         return Fragment(flat.narrow(0, place.begin, place.numel), place.start)
+
+    def state_keys(self, parameter: LogicalParameter) -> tuple[str, ...]:
+        """What is kept of a parameter, as its update rule says."""
+        rule: UpdateRule = self._zero.adam.rules[parameter.parameter]
+        return rule.state_keys
+
+    def states(self) -> Iterator[tuple[LogicalParameter, str]]:
+        """Every parameter with every key of its state."""
+        for parameter in self.parameters:
+            for key in self.state_keys(parameter):
+                yield parameter, key
 
     def working_copies(self, parameter: LogicalParameter) -> list[Tensor]:
         """What this process computes with in the range of its fragment, flat, as views.

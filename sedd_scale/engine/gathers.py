@@ -21,9 +21,8 @@ from sedd_scale.planning.model_states import EXCHANGE_BUCKET
 _FEWEST_BUCKETS = 4
 
 
-def exchange_buckets(weights: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+def exchange_buckets(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Neighbouring weights as groups of an optimizer, each of which is gathered by itself."""
-    weights = list(weights)
     most = min(EXCHANGE_BUCKET, sum(weight.numel() for weight in weights) // _FEWEST_BUCKETS)
     buckets: list[list[nn.Parameter]] = []
     filled = most
@@ -33,7 +32,7 @@ def exchange_buckets(weights: Iterable[nn.Parameter]) -> list[dict[str, list[nn.
             filled = 0
         buckets[-1].append(weight)
         filled += weight.numel()
-    return [{"params": bucket} for bucket in buckets]
+    return buckets
 
 
 class WeightGathers:

@@ -161,7 +161,7 @@ def write_reference_training(
     model: dict[str, Tensor] = {}
     for name in order:
         if name.startswith("blocks.") and INV_FREQ not in model:
-            model[INV_FREQ] = known(rotary_frequencies(config.head_dim))
+            model[INV_FREQ] = known(rotary_frequencies(config.trunk.head_dim))
         model[name] = lazy(name, "master")
     step = torch.tensor(float(described.optimizer_step))
     state = {

@@ -93,11 +93,11 @@ def write_published_files(
 
     def read_published(theirs: str) -> Tensor:
         if theirs == INV_FREQ:
-            return rotary_frequencies(config.head_dim)
+            return rotary_frequencies(config.trunk.head_dim)
         ours = names[theirs]
         return published_rows(ours, read(ours), config.model.num_heads)
 
-    shapes = published_shapes(config) | {INV_FREQ: (config.head_dim // 2,)}
+    shapes = published_shapes(config) | {INV_FREQ: (config.trunk.head_dim // 2,)}
     write_safetensors(directory, shapes, read_published, shard_bytes=shard_bytes)
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, directory / TOKENIZER_DIRECTORY)

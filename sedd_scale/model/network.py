@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sedd_scale.config import Config, ModelConfig
+from sedd_scale.config import Config, ModelConfig, TrunkShape
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.row_law import law_of
@@ -91,11 +91,12 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
 
 def _transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     """What Megatron-core's layers are told; with biases, as in the feed-forward layers."""
+    trunk = TrunkShape.of(model)
     return TransformerConfig(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        ffn_hidden_size=model.mlp_ratio * model.hidden_size,
+        hidden_size=trunk.width,
+        num_attention_heads=trunk.heads,
+        ffn_hidden_size=trunk.inner,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
         activation_func=functools.partial(F.gelu, approximate="tanh"),

@@ -57,10 +57,9 @@ def stage_activations(
     tokens = config.training.micro_batch * block_length
     split = parallel.tensor if parallel.sequence_parallel else 1
     stream = tokens * model.hidden_size // split
-    shard = tokens * model.hidden_size // parallel.tensor
     every = parallel.recompute_every
 
-    block = _block_bytes(config, stream, shard, tokens)
+    block = _block_bytes(config, stream, tokens)
     kept = 0
     recomputed = False
     for layer in layers:
@@ -68,12 +67,13 @@ def stage_activations(
             if every and (layer - 1) % every == 0:
                 kept += residual_bytes * stream
                 if parallel.recompute_mode == "selective":
-                    kept += _product_bytes(config, shard, tokens)
+                    kept += _product_bytes(config, tokens)
                 recomputed = True
             else:
                 kept += block
     # Gradients of the MLP's inner tensors, and of the stream in float32.
-    workspace = 2 * model.mlp_ratio * weight_bytes * shard + 4 * FLOAT32 * stream
+    inner = tokens * config.trunk.inner // parallel.tensor
+    workspace = 2 * weight_bytes * inner + 4 * FLOAT32 * stream
     workspace += block if recomputed else 0
     if layers[-1] == model.num_layers + 1:
         # The norm's output, and the linear map's input at every position.
@@ -88,38 +88,40 @@ def stage_activations(
     )
 
 
-def _block_bytes(config: Config, stream: int, shard: int, tokens: int) -> int:
-    """What one block keeps; `stream` and `shard` are numbers, not bytes."""
-    model = config.model
+def _block_bytes(config: Config, stream: int, tokens: int) -> int:
+    """What one block keeps; `stream` is numbers, not bytes."""
+    trunk = config.trunk
     weight_bytes = BYTES[config.training.precision]
     per_branch = {
         "norm's output": weight_bytes,
         "modulated norm, the linear map's input": weight_bytes,
         "branch before its gate": weight_bytes,
     }
-    per_shard = {
-        "queries, keys and values": 3 * weight_bytes,
-        "turned queries and keys": 2 * weight_bytes,
-        "attention's output": weight_bytes,
-        "before and after GELU": 2 * model.mlp_ratio * weight_bytes,
+    split = {
+        "queries, keys and values": trunk.qkv_rows,
+        "turned queries and keys": trunk.turned_rows,
+        "attention's output": trunk.query_rows,
+        "before and after GELU": 2 * trunk.inner,
     }
     branches = 2 * sum(per_branch.values()) * stream
-    return branches + sum(per_shard.values()) * shard + _log_sum_bytes(config, tokens)
+    shards = weight_bytes * tokens * sum(split.values()) // config.parallel.tensor
+    return branches + shards + _log_sum_bytes(config, tokens)
 
 
-def _product_bytes(config: Config, shard: int, tokens: int) -> int:
+def _product_bytes(config: Config, tokens: int) -> int:
     """What one block keeps besides its input where all but its products is recomputed."""
-    model = config.model
+    trunk = config.trunk
     weight_bytes = BYTES[config.training.precision]
     # Queries, keys and values, attention's output, and the MLP's inner product.
-    inner = (3 + 1 + model.mlp_ratio) * shard
+    kept = trunk.qkv_rows + trunk.query_rows + trunk.inner
+    inner = tokens * kept // config.parallel.tensor
     # Of row-parallel products each rank holds its part of the sum, at every position.
-    outer = 2 * tokens * model.hidden_size
+    outer = 2 * tokens * trunk.width
     return weight_bytes * (inner + outer) + _log_sum_bytes(config, tokens)
 
 
 def _log_sum_bytes(config: Config, tokens: int) -> int:
-    return FLOAT32 * tokens * config.model.num_heads // config.parallel.tensor
+    return FLOAT32 * tokens * config.trunk.heads // config.parallel.tensor
 
 
 def _loss_bytes(config: Config, rows: int, tokens: int) -> tuple[int, int]:

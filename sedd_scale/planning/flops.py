@@ -50,8 +50,8 @@ def step_flops(config: Config, *, vocab_size: int, block_length: int) -> StepFlo
     """Count one step of `training.global_batch` sequences."""
     model = config.model
     width, length = model.hidden_size, block_length
-    linear = 2 * width * width * (4 + 2 * model.mlp_ratio)
-    attention = 4 * length * width
+    linear = 2 * config.trunk.products
+    attention = 4 * length * config.trunk.query_rows
     modulation = 2 * model.cond_dim * 6 * width / length
     block = linear + attention + modulation
     noise = 2 * model.cond_dim * (SIGMA_FEATURES + model.cond_dim + 2 * width) / length

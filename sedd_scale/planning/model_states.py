@@ -28,8 +28,26 @@ SUB_GROUP = 1_000_000_000
 
 BYTES = {"fp32": 4, "bf16": 2}
 FLOAT32 = 4
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
-"""What is kept of every weight in float32: itself, two moments and the moving average."""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How a parameter is updated, as far as what is kept of it goes.
+
+    Attributes:
+        moments: names of what the rule itself keeps, each of the parameter's shape.
+    """
+
+    moments: tuple[str, ...]
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """All that is kept in float32: the weight, the moments and the moving average."""
+        return ("master", *self.moments, "ema")
+
+
+ADAMW = UpdateRule(("exp_avg", "exp_avg_sq"))
+STATE_KEYS = ADAMW.state_keys
 
 
 @dataclass(frozen=True)

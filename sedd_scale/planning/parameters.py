@@ -52,7 +52,7 @@ def num_states(config: Config, vocab_size: int) -> int:
 def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
     """The parameters of each layer of the list that a pipeline cuts: embedding, blocks, head."""
     model = config.model
-    width, cond, inner = model.hidden_size, model.cond_dim, model.mlp_ratio * model.hidden_size
+    width, cond = model.hidden_size, model.cond_dim
     states = num_states(config, vocab_size)
 
     def modulation(layer: str, num_vectors: int) -> Iterator[ParameterShape]:
@@ -68,15 +68,14 @@ def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
         yield norm(f"{name}.norm1")
         yield norm(f"{name}.norm2")
         yield from modulation(name, 6)
-        for key, part, shape, split_dim in (
-            ("attention.linear_proj.weight", "attention", (width, width), 1),
-            ("attention.linear_qkv.weight", "attention", (3 * width, width), 0),
-            ("mlp.linear_fc1.weight", "mlp", (inner, width), 0),
-            ("mlp.linear_fc1.bias", "mlp", (inner,), 0),
-            ("mlp.linear_fc2.weight", "mlp", (width, inner), 1),
-            ("mlp.linear_fc2.bias", "mlp", (width,), None),
-        ):
-            yield ParameterShape(f"{name}.{key}", part, shape, split_dim)
+        for matrix in config.trunk.matrices:
+            full, part, split_dim = f"{name}.{matrix.name}", matrix.part, matrix.split_dim
+            shape = (matrix.rows, matrix.columns)
+            yield ParameterShape(f"{full}.weight", part, shape, split_dim)
+            if matrix.has_bias:
+                # A bias is split with its rows, and whole where columns are.
+                split = None if split_dim else 0
+                yield ParameterShape(f"{full}.bias", part, (matrix.rows,), split)
 
     def embedding() -> Iterator[ParameterShape]:
         yield ParameterShape("embedding.tokens.weight", "token embedding", (states, width), 0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sedd_scale.config import Config
+from sedd_scale.config import Config, TrunkShape
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.activations import GPU_CHUNK_BYTES, MIN_CHUNK_ROWS
 from sedd_scale.planning.flops import StepFlops
@@ -79,8 +79,8 @@ WAIT_SECONDS = 1.0e-3
 UPDATE_BYTES = 32 + 12
 
 
-def block_bytes(*, residual: int, weight: int) -> dict[str, int]:
-    """Bytes that one block's passes read and write on a GPU, per position and channel.
+def block_bytes(trunk: TrunkShape, *, residual: int, weight: int) -> dict[str, int]:
+    """Bytes that one block's passes read and write on a GPU for each position.
 
     Sums over positions are made in the pass that has the numbers; what they add is left out, less
     than a hundredth.
@@ -89,19 +89,20 @@ def block_bytes(*, residual: int, weight: int) -> dict[str, int]:
         residual, weight: bytes of a number of the stream, and of weights and activations.
     """
     kept = 0 if residual == weight else weight  # what a norm makes of a wider stream
+    values = trunk.qkv_rows - trunk.turned_rows
     return {
         # Stream in; modulated norm out.
-        "norms forward": 2 * (residual + weight + kept),
+        "norms forward": 2 * trunk.width * (residual + weight + kept),
         # Two gradients and the stream, or what was kept of it, in; one gradient out.
-        "norms backward": 2 * (2 * weight + 2 * residual),
+        "norms backward": 2 * trunk.width * (2 * weight + 2 * residual),
         # Stream and update in, stream out.
-        "gates forward": 2 * (2 * residual + weight),
+        "gates forward": 2 * trunk.width * (2 * residual + weight),
         # Gradient and update in, the update's gradient out.
-        "gates backward": 2 * (residual + 2 * weight),
+        "gates backward": 2 * trunk.width * (residual + 2 * weight),
         # Query and key in and out in both directions; a value's gradient to beside theirs.
-        "rotary turns": 2 * (2 * weight + 2 * weight) + 2 * weight,
-        # Four times as wide: forward in and out; backward two in, one out.
-        "GELU": 4 * (2 * weight + 3 * weight),
+        "rotary turns": 2 * weight * (2 * trunk.turned_rows + values),
+        # Forward in and out; backward two in, one out.
+        "GELU": trunk.inner * (2 * weight + 3 * weight),
     }
 
 
@@ -166,25 +167,26 @@ def step_time(
     again = 1 / parallel.recompute_every if parallel.recompute_every else 0.0
     products_again = again if parallel.recompute_mode == "full" else 0.0
 
-    linear = 2 * width * width * (4 + 2 * model.mlp_ratio) * tokens * blocks / parallel.tensor
-    attention = 4 * block_length * width * tokens * blocks / parallel.tensor
+    trunk = config.trunk
+    linear = 2 * trunk.products * tokens * blocks / parallel.tensor
+    attention = 4 * block_length * trunk.query_rows * tokens * blocks / parallel.tensor
     rows = planned.flops.head_rows * tokens
     states = -(-num_states(config, vocab_size) // parallel.tensor)
     head = 2 * width * states * rows
-    passes = block_bytes(residual=residual, weight=weight)
+    passes = block_bytes(trunk, residual=residual, weight=weight)
     forward = sum(size for name, size in passes.items() if "forward" in name)
     # Norms and gates are shared over the sequence; turns and GELU over the tensor ranks' heads.
     shared = parallel.tensor if parallel.sequence_parallel else 1
     streamed = (sum(passes.values()) - passes["rotary turns"] - passes["GELU"]) / shared
     split = (passes["rotary turns"] + passes["GELU"]) / parallel.tensor
-    elements = tokens * width * blocks
+    positions = tokens * blocks
     chunk = max(MIN_CHUNK_ROWS, GPU_CHUNK_BYTES // (4 * states))
     chunks = -(-rows // chunk)
     of_micro_batch = {
         "products": linear * (3 + products_again) / device.products,
         "attention": attention * (1 + products_again) / device.attention
         + 2.5 * attention / device.attention_backward,
-        "passes over memory": elements * (streamed + split + again * forward) / device.memory,
+        "passes over memory": positions * (streamed + split + again * forward) / device.memory,
         "head's products": 3 * head / device.products,
         # Statistics read float32 logits, and so does their gradient, which is written.
         "head's passes": ((4 + 4 + weight) * rows * states + chunks * 8 * states * width)

@@ -4,17 +4,16 @@
         data.path=data/books parallel.tensor=2
 """
 
+import functools
 import json
 import platform
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config import Config
@@ -33,7 +32,7 @@ from sedd_scale.training.batches import TrainBatches, ValidationBatches
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate, unreached_rate
 from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
-from sedd_scale.training.optimizer import AdamWithEMA
+from sedd_scale.training.optimizer import make_optimizer
 from sedd_scale.training.replicas import check_replicas
 from sedd_scale.training.resume import Start, find_resume, load_state
 from sedd_scale.training.run_lock import RunLock
@@ -215,7 +214,7 @@ def build(config: Config, corpus: Corpus) -> Engine:
     )
     graph = make_graph(config.graph.name, corpus.vocab_size)
     builders = layer_builders(config, graph, layout)
-    return make_engine(builders, layout, config, lambda weights: make_optimizer(weights, config))
+    return make_engine(builders, layout, config, functools.partial(make_optimizer, config))
 
 
 def open_dataset(config: Config) -> tuple[Config, Corpus]:
@@ -243,19 +242,6 @@ def open_dataset(config: Config) -> tuple[Config, Corpus]:
     config.validate(launched_world_size())
     corpus.check_use(config)
     return config, corpus
-
-
-def make_optimizer(weights: Iterable[nn.Parameter], config: Config) -> AdamWithEMA:
-    """AdamW with the average of the weights as configured."""
-    optimizer = config.optimizer
-    return AdamWithEMA(
-        weights,
-        lr=optimizer.lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        ema_decay=optimizer.ema_decay,
-    )
 
 
 def validate(engine: Engine, validation: ValidationBatches) -> tuple[float, float]:

@@ -4,11 +4,15 @@ As one more state tensor the average is partitioned, saved and resumed with ever
 AdamW holds, under every ZeRO stage and pipeline layout.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sedd_scale.config import Config
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.planning.model_states import ADAMW, UpdateRule
 
 
 class AdamWithEMA(torch.optim.AdamW):
@@ -20,6 +24,7 @@ class AdamWithEMA(torch.optim.AdamW):
     (arXiv 2310.16834) train.
 
     Attributes:
+        rules: how each parameter is updated: its group's "rule", or AdamW's.
         found_inf: 1 leaves weights, moments and averages as they are and only counts the step, 0
             does not; a float32 scalar on the parameters' device, or None.
         grad_scale: what gradients are divided by; the same.
@@ -43,6 +48,11 @@ class AdamWithEMA(torch.optim.AdamW):
             parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
         self.ema_decay = ema_decay
+        self.rules: dict[Tensor, UpdateRule] = {
+            parameter: group.get("rule", ADAMW)
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
 
     @torch.no_grad()
     def initialize_state(self, parameter: Tensor) -> dict[str, Any]:
@@ -88,3 +98,39 @@ def ema_decay_after(n: Tensor, ema_decay: float) -> Tensor:
     """Decay of the average at the n-th update, counted from 1: it warms up from 2/11."""
     n = n.double()
     return ((1 + n) / (10 + n)).clamp_max(ema_decay)
+
+
+def make_optimizer(
+    config: Config,
+    parameters: Sequence[LogicalParameter],
+    cut: Callable[[list[nn.Parameter]], list[list[nn.Parameter]]] = lambda weights: [weights],
+) -> AdamWithEMA:
+    """The optimizer that is configured, with the average of the weights.
+
+    Parameters of one update rule are together in its groups, in their order.
+
+    Args:
+        cut: into what groups those of one rule go.
+    """
+    of_rule: dict[UpdateRule, list[nn.Parameter]] = {}
+    for logical in parameters:
+        of_rule.setdefault(ADAMW, []).append(logical.parameter)
+    groups = [
+        {"params": weights, "rule": rule}
+        for rule, all_weights in of_rule.items()
+        for weights in cut(all_weights)
+    ]
+    return adamw_of(config, groups)
+
+
+def adamw_of(config: Config, groups: Iterable[Any]) -> AdamWithEMA:
+    """The configured AdamW of parameters, or groups of them."""
+    optimizer = config.optimizer
+    return AdamWithEMA(
+        groups,
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        ema_decay=optimizer.ema_decay,
+    )

@@ -19,7 +19,6 @@ from sedd_scale.errors import TrainingError
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.planning.model_states import STATE_KEYS
 
 # Numbers hashed at a time, so that a check needs little memory of its own.
 _HASH_LENGTH = 1 << 22
@@ -78,7 +77,7 @@ def check_replicas(step: int, fragments: ZeroFragments) -> None:
                 continue
             if tuple(logical.parameter.shape) == logical.local_shape:
                 tensors.append((logical.name, "the weight", logical.parameter.detach()))
-            for key in STATE_KEYS:
+            for key in fragments.state_keys(logical):
                 fragment = fragments.get(logical, key)
                 if fragment is not None:
                     tensors.append((logical.name, f"its float32 {key}", fragment.flat))

@@ -1,6 +1,7 @@
 """A tensor and its moments in place of an engine's: what saves and loads need, and no more."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class StandInState:
 
     def refresh_parameters(self) -> None:
         """There are no working copies."""
+
+    def states(self) -> Iterator[tuple[LogicalParameter, str]]:
+        """The one parameter with every key."""
+        return ((self.parameters[0], key) for key in STATE_KEYS)
 
     def get(self, _: LogicalParameter, key: str) -> Fragment:
         """This process's share."""

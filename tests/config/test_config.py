@@ -110,7 +110,7 @@ def test_defaults_are_the_papers_recipe():
     config = Config()
     config.validate(8)
     assert config.resolved_scale_by_sigma
-    assert config.head_dim == 64
+    assert config.trunk.head_dim == 64
     assert (config.data_parallel(8), config.accumulation(8)) == (8, 8)
     assert not config.override("graph.name=uniform").resolved_scale_by_sigma
     assert not config.override("model.scale_by_sigma=false").resolved_scale_by_sigma

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sedd_scale.config import TrunkShape
 from sedd_scale.planning.step_time import block_bytes
 from tests.repository import ROOT
 
@@ -63,9 +64,13 @@ def test_no_sum_has_a_shape_that_a_device_chooses_by_timing(
 
 
 def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]) -> None:
+    from tests.model.inductor_worker import HEAD, WIDTH
+
     made = {name: one["bytes"] for name, one in found["deterministic"].items()}
     weight = 2
-    model = block_bytes(residual=2, weight=weight)
+    trunk = TrunkShape(WIDTH, WIDTH // HEAD, WIDTH // HEAD, HEAD, 4 * WIDTH)
+    passes = block_bytes(trunk, residual=2, weight=weight)
+    model = {name: size / WIDTH for name, size in passes.items()}
     close = {"rel": 0.01}
     assert 2 * made["norm forward"] == pytest.approx(model["norms forward"], **close)
     gates = made["gate forward"] + made["biased gate forward"]

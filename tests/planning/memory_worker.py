@@ -7,6 +7,7 @@ and the bytes of unique storages: weights and optimizer after a step, gradients 
 between the backward passes and the update, buckets that live on, and everything else gc finds.
 """
 
+import functools
 import gc
 import itertools
 import json
@@ -32,7 +33,7 @@ from sedd_scale.parallel.layout import (  # noqa: E402
     shutdown,
 )
 from sedd_scale.parallel.vocab import score_targets  # noqa: E402
-from sedd_scale.training.loop import make_optimizer  # noqa: E402
+from sedd_scale.training.optimizer import make_optimizer  # noqa: E402
 from tests.diffusion.reference import noise_columns  # noqa: E402
 
 Storages = dict[int, int]
@@ -138,7 +139,7 @@ def measure(config: Config, layout: Layout) -> dict[str, int]:
         layer_builders(config, graph, layout),
         layout,
         config,
-        lambda parameters: make_optimizer(parameters, config),
+        functools.partial(make_optimizer, config),
     )
     deepspeed_engine = engine._deepspeed
     zero = deepspeed_engine.optimizer

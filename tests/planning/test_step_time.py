@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sedd_scale.config import Config, load_config
+from sedd_scale.config import Config, TrunkShape, load_config
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model import compiled, fused
 from sedd_scale.model.dropout import dropout
@@ -59,7 +59,9 @@ def test_bytes_are_those_that_the_passes_take_and_give(residual: torch.dtype, ra
     same = residual == bf16
     _, kept, rstd = fused._norm_forward(stream, vector, vector, 1e-5, bf16, same)
     weight, stream_bytes = 2, residual.itemsize
-    model = block_bytes(residual=stream_bytes, weight=weight)
+    trunk = TrunkShape(WIDTH, 8, 8, WIDTH // 8, 4 * WIDTH)
+    passes = block_bytes(trunk, residual=stream_bytes, weight=weight)
+    model = {name: size / WIDTH for name, size in passes.items()}
 
     norms = 2 * moved(fused._norm_forward, stream, vector, vector, 1e-5, bf16, same)
     assert norms == pytest.approx(model["norms forward"], rel=SMALL)
