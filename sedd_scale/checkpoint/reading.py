@@ -154,9 +154,9 @@ def load_weights(
     tensors = {}
     for logical in parameters:
         parameter = logical.parameter
-        assert tuple(parameter.shape) == logical.local_shape, (logical.name, parameter.shape)
         parameter.data = parameter.data.to(dtype or parameter.dtype).contiguous()
-        flat = parameter.data.view(-1)
+        assert logical.shard is not None, logical.name
+        flat = logical.shard.view(-1)
         flat[valid_numel(logical) :].zero_()
         tensor = LogicalTensor(logical.shape)
         tensor.add(logical, flat, 0)

@@ -86,7 +86,7 @@ def _master(logical: LogicalParameter, fragments: ZeroFragments) -> Tensor:
 
 def _working(logical: LogicalParameter, _: ZeroFragments) -> Tensor:
     """What this rank computes with; empty under ZeRO 3."""
-    return logical.parameter.detach()
+    return torch.empty(0) if logical.shard is None else logical.shard
 
 
 def _layers_not_finite(

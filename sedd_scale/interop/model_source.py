@@ -28,7 +28,9 @@ class ModelSource(CheckpointSource):
         assert {name: p.shape for name, p in self._parameters.items()} == self.shapes
 
     def _read(self, name: str, key: str) -> Tensor:
-        return self._parameters[name].parameter.detach().cpu()
+        shard = self._parameters[name].shard
+        assert shard is not None
+        return shard.cpu()
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each parameter."""

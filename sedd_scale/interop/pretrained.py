@@ -117,7 +117,8 @@ def _load_foreign(
     )
     with torch.no_grad():
         for logical in logical_parameters(model.network, layout):
-            logical.parameter.copy_(logical.slice_of(source.read(logical.name, weights)))
+            assert logical.shard is not None
+            logical.shard.copy_(logical.slice_of(source.read(logical.name, weights)))
     return model
 
 

@@ -18,11 +18,12 @@ from sedd_scale.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class LogicalParameter:
-    """One parameter of this process and its place in the whole tensor.
+    """One logical tensor: this process's shard of it and its place in the whole.
 
     Attributes:
         name: the layout-free name.
-        parameter: this process's shard (under ZeRO 3 its data may be partitioned away).
+        parameter: what holds the shard, alone or beside those of others (under ZeRO 3 its data may
+            be partitioned away).
         local_shape: the shard's shape, padding included.
         shape: the whole tensor's shape, without padding.
         partition_dim: the axis that tensor parallelism splits, or None where ranks hold copies.
@@ -35,6 +36,17 @@ class LogicalParameter:
     shape: tuple[int, ...]
     partition_dim: int | None
     offset: int
+    begin: int = 0
+    """Where the shard begins in the flattened parameter."""
+
+    @property
+    def shard(self) -> torch.Tensor | None:
+        """The shard, a view; None where the parameter's data is partitioned away."""
+        numel = math.prod(self.local_shape)
+        if self.parameter.numel() < self.begin + numel:
+            return None
+        flat = self.parameter.detach().reshape(-1)
+        return flat.narrow(0, self.begin, numel).view(self.local_shape)
 
     @property
     def valid_length(self) -> int:
@@ -64,7 +76,8 @@ def logical_parameters(module: nn.Module, layout: Layout) -> Iterator[LogicalPar
     """The parameters of this process's layers with their logical names, in model order.
 
     Layers carry `logical_name`; a layer with a vocabulary-sized parameter names it in
-    `vocab_rows`, a mapping from parameter name to the number of rows that are not padding.
+    `vocab_rows`, a mapping from parameter name to the number of rows that are not padding. A
+    parameter that `holds_parts` is one logical parameter a part, LAYER.MODULE.PART.weight.
     """
     for layer in module.modules():
         prefix = getattr(layer, "logical_name", None)
@@ -72,24 +85,32 @@ def logical_parameters(module: nn.Module, layout: Layout) -> Iterator[LogicalPar
             continue
         vocab_rows: dict[str, int] = getattr(layer, "vocab_rows", {})
         for name, parameter in layer.named_parameters():
-            local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            rows, *others = getattr(parameter, "ds_shape", parameter.shape)
             split = bool(getattr(parameter, "tensor_model_parallel", False))
             partition_dim = int(parameter.partition_dim) if split else None  # type: ignore[attr-defined]
-            shape = list(local_shape)
-            offset = 0
-            if partition_dim is not None:
-                shape[partition_dim] *= layout.tensor
-                offset = local_shape[partition_dim] * layout.tensor_rank
-            if name in vocab_rows:
-                shape[0] = vocab_rows[name]
-            yield LogicalParameter(
-                name=f"{prefix}.{name}",
-                parameter=parameter,
-                local_shape=local_shape,
-                shape=tuple(shape),
-                partition_dim=partition_dim,
-                offset=offset,
-            )
+            parts: dict[str, int] = getattr(parameter, "logical_parts", {"": rows})
+            assert sum(parts.values()) == rows, (name, parts)
+            begin = 0
+            for part, part_rows in parts.items():
+                local_shape = (part_rows, *others)
+                shape = list(local_shape)
+                offset = 0
+                if partition_dim is not None:
+                    shape[partition_dim] *= layout.tensor
+                    offset = local_shape[partition_dim] * layout.tensor_rank
+                if name in vocab_rows:
+                    shape[0] = vocab_rows[name]
+                of_module, _, kind = name.rpartition(".")
+                yield LogicalParameter(
+                    name=f"{prefix}.{of_module}.{part}.{kind}" if part else f"{prefix}.{name}",
+                    parameter=parameter,
+                    local_shape=local_shape,
+                    shape=tuple(shape),
+                    partition_dim=partition_dim,
+                    offset=offset,
+                    begin=begin,
+                )
+                begin += math.prod(local_shape)
 
 
 def split_over_tensor_ranks(parameter: nn.Parameter, partition_dim: int) -> None:
@@ -97,6 +118,11 @@ def split_over_tensor_ranks(parameter: nn.Parameter, partition_dim: int) -> None
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = partition_dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+def holds_parts(parameter: nn.Parameter, parts: dict[str, int]) -> None:
+    """Mark a parameter as several, one under the other, by their rows on this process."""
+    parameter.logical_parts = dict(parts)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -121,4 +147,5 @@ def initialize_parameters(module: nn.Module, layout: Layout, *, seed: int, zero_
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             whole = torch.empty(logical.shape).uniform_(-bound, bound, generator=generator)
-        logical.parameter.copy_(logical.slice_of(whole))
+        assert logical.shard is not None
+        logical.shard.copy_(logical.slice_of(whole))

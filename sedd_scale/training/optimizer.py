@@ -117,8 +117,8 @@ def make_optimizer(
         of_rule.setdefault(ADAMW, []).append(logical.parameter)
     groups = [
         {"params": weights, "rule": rule}
-        for rule, all_weights in of_rule.items()
-        for weights in cut(all_weights)
+        for rule, of_parts in of_rule.items()
+        for weights in cut(list(dict.fromkeys(of_parts)))
     ]
     return adamw_of(config, groups)
 

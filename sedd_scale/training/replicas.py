@@ -65,9 +65,9 @@ def check_replicas(step: int, fragments: ZeroFragments) -> None:
     ]
     if layout.data > 1:
         tensors = [
-            (logical.name, "the weight", logical.parameter.detach())
+            (logical.name, "the weight", shard)
             for logical in parameters
-            if tuple(logical.parameter.shape) == logical.local_shape
+            if (shard := logical.shard) is not None
         ]
         found += _differences(tensors, "data-parallel", layout.data_group, layout)
     if layout.tensor > 1:
@@ -75,8 +75,8 @@ def check_replicas(step: int, fragments: ZeroFragments) -> None:
         for logical in parameters:
             if logical.partition_dim is not None:
                 continue
-            if tuple(logical.parameter.shape) == logical.local_shape:
-                tensors.append((logical.name, "the weight", logical.parameter.detach()))
+            if logical.shard is not None:
+                tensors.append((logical.name, "the weight", logical.shard))
             for key in fragments.state_keys(logical):
                 fragment = fragments.get(logical, key)
                 if fragment is not None:

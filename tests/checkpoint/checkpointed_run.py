@@ -29,7 +29,7 @@ from sedd_scale.checkpoint.writer import CheckpointWriter
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.engine.zero import zero_of
-from sedd_scale.model.parameters import initialize_parameters, logical_parameters
+from sedd_scale.model.parameters import holds_parts, initialize_parameters, logical_parameters
 from sedd_scale.parallel.layout import ModelParallelUnit, initialize_layout
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.training.optimizer import AdamWithEMA
@@ -84,15 +84,19 @@ class Block(nn.Module):
         config = transformer_config(spec.tensor)
         self.norm = nn.LayerNorm(WIDTH)
         self.up = tensor_layers.ColumnParallelLinear(
-            WIDTH, 30, config=config, init_method=nn.init.zeros_, gather_output=False
+            WIDTH, 60, config=config, init_method=nn.init.zeros_, gather_output=False
         )
+        for parameter in self.up.parameters():
+            # Each tensor rank has its rows of the gate, then its rows of what is gated.
+            holds_parts(parameter, {"gate": 30 // spec.tensor, "inner": 30 // spec.tensor})
         self.down = tensor_layers.RowParallelLinear(
             30, WIDTH, config=config, init_method=nn.init.zeros_, bias=True, input_is_parallel=True,
             skip_bias_add=False,
         )  # fmt: skip
 
     def forward(self, hidden_LBH: Tensor) -> Tensor:
-        return hidden_LBH + self.down(F.gelu(self.up(self.norm(hidden_LBH))[0]))[0]
+        gate, inner = self.up(self.norm(hidden_LBH))[0].chunk(2, dim=-1)
+        return hidden_LBH + self.down(F.gelu(gate) * inner)[0]
 
 
 class Head(nn.Module):
@@ -207,7 +211,7 @@ class Run:
         """What the forward pass computes with, whole under ZeRO 3."""
         parameters = [logical.parameter for logical in self.parameters]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.spec.stage == 3):
-            return {p.name: p.parameter.detach().clone() for p in self.parameters}
+            return {p.name: p.shard.clone() for p in self.parameters}
 
     def fragment_copies(self) -> dict[tuple[str, str], Tensor]:
         copies = {}
@@ -226,7 +230,7 @@ class Run:
                 whole = safe_get_full_fp32_param(logical.parameter)
             else:
                 whole = safe_get_full_optimizer_state(logical.parameter, key)
-            shards[logical.name] = whole.view(logical.local_shape).clone()
+            shards[logical.name] = dataclasses.replace(logical, parameter=whole).shard.clone()
         return shards
 
     def logical_tensors(self) -> dict[str, Tensor]:

@@ -78,8 +78,11 @@ def model(ranks: int, rank: int, vocab: int = VOCAB) -> list[LogicalParameter]:
         parameters += [
             logical(f"{block}.norm.weight", (WIDTH,)),
             logical(f"{block}.norm.bias", (WIDTH,)),
-            logical(f"{block}.up.weight", (30, WIDTH), dim=0, **where),
-            logical(f"{block}.up.bias", (30,), dim=0, **where),
+            *(
+                logical(f"{block}.up.{part}.{kind}", shape, dim=0, **where)
+                for kind, shape in (("weight", (30, WIDTH)), ("bias", (30,)))
+                for part in ("gate", "inner")
+            ),
             logical(f"{block}.down.weight", (WIDTH, 30), dim=1, **where),
             logical(f"{block}.down.bias", (WIDTH,)),
         ]

@@ -13,7 +13,12 @@ from sedd_scale.diffusion.graphs import Absorb
 from sedd_scale.interop.sedd_names import published_names
 from sedd_scale.model import network as network_module
 from sedd_scale.model.network import ScoreNetwork, layer_builders
-from sedd_scale.model.parameters import LogicalParameter, logical_parameters
+from sedd_scale.model.parameters import (
+    LogicalParameter,
+    holds_parts,
+    initialize_parameters,
+    logical_parameters,
+)
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from tests.model.small_network import small_config
 from tests.parallel.vocab_worker import (
@@ -163,3 +168,28 @@ def test_published_sizes_have_their_number_of_parameters(
     assert all(p.parameter.is_meta for p in parameters)
     assert len(parameters) == num_tensors
     assert sum(math.prod(p.shape) for p in parameters) == num_parameters
+
+
+def test_parts_of_a_parameter_are_parameters_of_their_own(layout: Layout) -> None:
+    """Each with its name, its place and the initial value that it would have alone."""
+    layer = nn.Module()
+    layer.logical_name = "blocks.0"
+    layer.up = nn.Linear(4, 6)
+    for parameter in layer.up.parameters():
+        holds_parts(parameter, {"gate": 2, "inner": 4})
+    initialize_parameters(layer, layout, seed=3, zero_init=False)
+    found = {logical.name: logical for logical in logical_parameters(layer, layout)}
+    assert [(name, part.shape, part.begin) for name, part in found.items()] == [
+        ("blocks.0.up.gate.weight", (2, 4), 0),
+        ("blocks.0.up.inner.weight", (4, 4), 8),
+        ("blocks.0.up.gate.bias", (2,), 0),
+        ("blocks.0.up.inner.bias", (4,), 2),
+    ]
+    shards = [found[f"blocks.0.up.{part}.weight"].shard for part in ("gate", "inner")]
+    assert torch.equal(torch.cat(shards), layer.up.weight)  # type: ignore[arg-type]
+    alone = nn.Module()
+    alone.logical_name = "blocks.0.up"
+    alone.gate = nn.Linear(4, 2)
+    initialize_parameters(alone, layout, seed=3, zero_init=False)
+    assert torch.equal(alone.gate.weight, layer.up.weight[:2])
+    assert torch.equal(alone.gate.bias, layer.up.bias[:2])

@@ -22,10 +22,10 @@ from sedd_scale.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's range lies: `numel` from `begin` in partition `partition`.
+    """Where a range lies: `numel` from `begin` in partition `partition`.
 
     Attributes:
-        start: where the range begins in the parameter's flattened shard.
+        start: where the range begins in the flattened parameter, or in a logical one's shard.
     """
 
     partition: int
@@ -65,16 +65,27 @@ class Zero(ABC):
         for module in (bf16_optimizer, stage_1_and_2, stage3):
             module.is_invalid_grad_norm = lambda norm: False
 
-    @abstractmethod
     def place(self, logical: LogicalParameter) -> Place | None:
+        """Where this rank's part of a logical parameter lies; None where it has none."""
+        whole = self.place_of(logical.parameter)
+        if whole is None:
+            return None
+        first = max(whole.start, logical.begin)
+        end = logical.begin + math.prod(logical.local_shape)
+        numel = min(whole.start + whole.numel, end) - first
+        if numel <= 0:
+            return None
+        begin = whole.begin + first - whole.start
+        return Place(whole.partition, begin, numel, first - logical.begin)
+
+    @abstractmethod
+    def place_of(self, parameter: Tensor) -> Place | None:
         """Where this rank's part of a parameter lies; None where it has none."""
 
     def working_copies(self, logical: LogicalParameter, place: Place) -> list[Tensor]:
         """What this rank computes with in that range, flat, as views."""
-        tensor = logical.parameter
-        if tuple(tensor.shape) != logical.local_shape:
-            return []
-        return [tensor.detach().reshape(-1).narrow(0, place.start, place.numel)]
+        shard = logical.shard
+        return [] if shard is None else [shard.view(-1).narrow(0, place.start, place.numel)]
 
     @abstractmethod
     def link_state(self) -> None:
@@ -98,8 +109,8 @@ class GatheringZero(Zero):
     flat_weights: list[Tensor]
     module: Any
 
-    def place(self, logical: LogicalParameter) -> Place | None:
-        mapping = logical.parameter._hp_mapping  # type: ignore[attr-defined]
+    def place_of(self, parameter: Tensor) -> Place | None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
         return Place(

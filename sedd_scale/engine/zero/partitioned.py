@@ -35,17 +35,20 @@ class PartitionedZero(Zero):
 
         self.optimizer._get_norm_groups = get_norm_groups
 
-    def place(self, logical: LogicalParameter) -> Place | None:
-        zero, parameter = self.optimizer, logical.parameter
+    def place_of(self, parameter: Tensor) -> Place | None:
+        zero = self.optimizer
         partition, begin, padded = zero.grad_position[zero.get_param_id(parameter)]
         start = padded * zero._get_param_partition_rank(parameter)
-        numel = min(padded, math.prod(logical.local_shape) - start)
+        numel = min(padded, math.prod(parameter.ds_shape) - start)  # type: ignore[attr-defined]
         return Place(partition, begin, numel, start) if numel > 0 else None
 
     def working_copies(self, logical: LogicalParameter, place: Place) -> list[Tensor]:
         partition: Tensor = logical.parameter.ds_tensor  # type: ignore[attr-defined]
         whole = super().working_copies(logical, place)
-        return [*whole, partition.detach().view(-1).narrow(0, 0, place.numel)]
+        held = self.place_of(logical.parameter)
+        assert held is not None
+        own = partition.detach().view(-1).narrow(0, place.begin - held.begin, place.numel)
+        return [*whole, own]
 
     def link_state(self) -> None:
         """It finds the state by itself."""
