@@ -6,6 +6,7 @@ each floating-point tensor, so one is better than two. It wants what travels to 
 always, so a context with ends of documents travels as wide as if every position were one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,7 @@ class PipelineStage(PipelineModule):
         self.cond_dim = cond_dim
         self.causal = causal
         self.context_width = 1
+        self.sigma_shape = torch.Size()
 
     def padded(
         self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]
@@ -59,6 +61,7 @@ class PipelineStage(PipelineModule):
 
         Every stage calls it, and so learns how much of them its layers need.
         """
+        self.sigma_shape = inputs[0][1].shape
         contexts = [context.view(len(noisy_BL), -1) for noisy_BL, _, context in inputs]
         self.context_width = max(context_BK.shape[1] for context_BK in contexts)
         if self.context_width > 1:
@@ -100,7 +103,8 @@ class PipelineStage(PipelineModule):
     ) -> tuple[Tensor, Tensor]:
         batch, width = hidden_LBH.shape[1:]
         rows = self._cond_rows(width)
-        padded = F.pad(cond_BC, (0, rows * width - self.cond_dim))
+        flat_BX = cond_BC.movedim(-2, 0).flatten(1)
+        padded = F.pad(flat_BX, (0, rows * width - flat_BX.shape[1]))
         as_positions = padded.view(batch, rows, width).transpose(0, 1)
         return torch.cat([hidden_LBH, as_positions.to(hidden_LBH.dtype)]), context_BK
 
@@ -108,11 +112,14 @@ class PipelineStage(PipelineModule):
         batch, width = packed.shape[1:]
         length = len(packed) - self._cond_rows(width)
         padded = packed[length:].transpose(0, 1).reshape(batch, -1)
-        cond_BC = padded[:, : self.cond_dim].to(next(self.parameters()).dtype)
+        *segments, _ = self.sigma_shape
+        flat_BX = padded[:, : math.prod(segments) * self.cond_dim]
+        cond_BC = flat_BX.unflatten(1, (*segments, self.cond_dim)).movedim(0, -2)
+        cond_BC = cond_BC.to(next(self.parameters()).dtype)
         return packed[:length], cond_BC, Context.unpacked(context_BK, causal=self.causal)
 
     def _cond_rows(self, width: int) -> int:
-        return -(-self.cond_dim // width)
+        return -(-math.prod(self.sigma_shape[:-1]) * self.cond_dim // width)
 
     def _loss(self, hidden_LBH: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         head = self.forward_funcs[-1]

@@ -31,11 +31,12 @@ class SigmaEmbedding(nn.Module):
     def forward(self, sigma_B: Tensor) -> Tensor:
         """sigma_B (nats of total noise, any float type) to c_BC in the weights' type.
 
-        The angles are taken in float32 whatever the weights are.
+        sigma may have axes before that one, as with segments. The angles are taken in float32
+        whatever the weights are.
         """
         index = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=sigma_B.device)
         frequency = MAX_PERIOD ** (-index / NUM_FREQUENCIES)
-        angle = sigma_B.float()[:, None] * frequency
+        angle = sigma_B.float()[..., None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         features = features.to(self.linear1.weight.dtype)
         return F.silu(self.linear2(F.silu(self.linear1(features))))
@@ -76,8 +77,13 @@ class Modulation(nn.Module):
         self.layout = layout
 
     def forward(self, cond_BC: Tensor) -> tuple[Tensor, ...]:
-        """c_BC to `num_vectors` tensors of shape [B, H]."""
+        """c_BC to `num_vectors` tensors of shape [B, H]; of c_SBC those of this rank's segments."""
         vectors = sum_gradient_over_sequence(self.linear(cond_BC), self.layout)
+        if vectors.dim() == 3 and self.layout.sequence_parallel:
+            segments, rank, ranks = len(vectors), self.layout.tensor_rank, self.layout.tensor
+            assert segments % ranks == 0 or ranks % segments == 0, (segments, ranks)
+            first = segments * rank // ranks
+            vectors = vectors[first : first + max(1, segments // ranks)]
         return vectors.chunk(self.num_vectors, dim=-1)
 
 

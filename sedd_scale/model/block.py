@@ -194,12 +194,15 @@ class Block(nn.Module):
         hidden_LBH, cond_BC, context = stream
         vectors = self.modulation(cond_BC)
         hidden_LBH = self._attend(hidden_LBH, vectors[:3], context)
-        sequence_M = rows_M % hidden_LBH.shape[1]
+        length, batch, _ = hidden_LBH.shape
         hidden_1MH = hidden_LBH.flatten(0, 1).index_select(0, rows_M)[None]
-        keys_M, cond_MC, *of_row = (
-            part.index_select(0, sequence_M) for part in (context.keys_B, cond_BC, *vectors[3:])
+        segments = 1 if cond_BC.dim() == 2 else len(cond_BC)
+        segment_M = rows_M // (batch * length // segments)
+        cond_MC, *of_row = (
+            part.flatten(0, -2).index_select(0, segment_M * batch + rows_M % batch)
+            for part in (cond_BC, *vectors[3:])
         )
-        context = context._replace(keys_B=keys_M)
+        context = context._replace(keys_B=context.keys_B.index_select(0, rows_M % batch))
         return self._feed(hidden_1MH, of_row, context), cond_MC, context
 
     def _forward(self, hidden_LBH: Tensor, cond_BC: Tensor, context: Context) -> Stream:

@@ -5,7 +5,8 @@ place where nothing is lost; on a GPU each direction is compiled, into one kerne
 over all rows, a small one. A norm's backward pass has a kernel of its own there (`norm_kernel`).
 
 L positions (this rank's share), B sequences, H width, F inner width of the MLP, h heads, D head
-width.
+width. Vectors of a sequence are [B, H], or [S, B, H] where each of its S segments, equally long,
+has its own; the passes then see rows as [S, L / S, B, H] and vectors as [S, 1, B, H].
 """
 
 import functools
@@ -35,10 +36,24 @@ def modulated_norm(
     one such tensor. The second is for whatever else uses the stream: its
     gradient is added to the norm's in the norm's own backward pass.
     """
-    normed_LBH, hidden_LBH = _ModulatedNorm.apply(
-        hidden_LBH, scale_BH.float(), shift_BH.float(), epsilon, dtype
-    )
-    return normed_LBH, hidden_LBH
+    shape = hidden_LBH.shape
+    vectors = [_over_positions(vector.float()) for vector in (scale_BH, shift_BH)]
+    hidden_LBH = _in_segments(hidden_LBH, scale_BH)
+    normed_LBH, hidden_LBH = _ModulatedNorm.apply(hidden_LBH, *vectors, epsilon, dtype)
+    return normed_LBH.view(shape), hidden_LBH.view(shape)
+
+
+def _in_segments(rows_LBH: Tensor, vector_BH: Tensor) -> Tensor:
+    """The rows as [S, L / S, B, H] where the vectors are [S, B, H]."""
+    return rows_LBH if vector_BH.dim() == 2 else rows_LBH.unflatten(0, (len(vector_BH), -1))
+
+
+def _over_positions(vector_BH: Tensor) -> Tensor:
+    return vector_BH if vector_BH.dim() == 2 else vector_BH.unsqueeze(1)
+
+
+def _sum_over_positions(rows_LBH: Tensor, vector_BH: Tensor) -> Tensor:
+    return rows_LBH.sum(-3).view(vector_BH.shape)
 
 
 @compiled_on_gpu
@@ -76,7 +91,7 @@ def _norm_backward(
     grad_LBH, normed_LBH = grad_LBH.float(), kept_LBH.float()
     if mean_LB1 is not None:
         normed_LBH = (normed_LBH - mean_LB1) * rstd_LB1
-    grad_scale_BH = (grad_LBH * normed_LBH).sum(0)
+    grad_scale_BH = _sum_over_positions(grad_LBH * normed_LBH, scale_BH)
     # The gradient of a norm whose input has mean 0 and deviation 1 is that of any other but for its
     # deviation: so the input itself need not be kept.
     mean, rstd = torch.zeros_like(rstd_LB1), torch.ones_like(rstd_LB1)
@@ -93,7 +108,7 @@ def _norm_backward(
     grad_hidden_LBH = grad_normed_LBH.mul_(rstd_LB1).to(hidden_dtype)
     if stream_grad_LBH is not None:
         grad_hidden_LBH = grad_hidden_LBH.add_(stream_grad_LBH)
-    return grad_hidden_LBH, grad_scale_BH, grad_LBH.sum(0)
+    return grad_hidden_LBH, grad_scale_BH, _sum_over_positions(grad_LBH, scale_BH)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -143,14 +158,15 @@ def gated_residual(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """hidden + gate * dropout(update + bias), in the type of `hidden`; None drops nothing."""
-    gate_BH = gate_BH.to(hidden_LBH.dtype)
-    if dropout is None:
-        result: Tensor = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, 0.0)
-    else:
+    gate_BH, shape = gate_BH.to(hidden_LBH.dtype), hidden_LBH.shape
+    rate, hashes = 0.0, list[Tensor]()
+    if dropout is not None:
         gate_BH = gate_BH / (1 - dropout.rate)
-        rate, *hashes = dropout
-        result = _GatedResidual.apply(hidden_LBH, update_LBH, gate_BH, bias_H, rate, *hashes)
-    return result
+        rate, *of_rows, of_channels = dropout
+        hashes = [*(_in_segments(hash_LB1, gate_BH) for hash_LB1 in of_rows), of_channels]
+    rows = (_in_segments(hidden_LBH, gate_BH), _in_segments(update_LBH, gate_BH))
+    result: Tensor = _GatedResidual.apply(*rows, _over_positions(gate_BH), bias_H, rate, *hashes)
+    return result.view(shape)
 
 
 @compiled_on_gpu
@@ -189,7 +205,7 @@ def _gate_backward(
     dtype = dropped_LBH.dtype
     if not kept_dropped:
         dropped_LBH = _dropped(dropped_LBH, bias_H, rate, *hashes)
-    grad_gate_BH = (grad_LBH * dropped_LBH).sum(0)
+    grad_gate_BH = _sum_over_positions(grad_LBH * dropped_LBH, gate_BH)
     grad_update_LBH = grad_LBH * gate_BH
     if rate:
         grad_update_LBH = torch.where(keep_mask(rate, *hashes), grad_update_LBH, 0.0)
@@ -200,8 +216,8 @@ def _gate_backward(
 def _sum_over_rows(grad_LBF: Tensor) -> Tensor:
     if compiled.on_gpu(grad_LBF):
         # Over positions in the pass that makes the numbers, then over the few sums of sequences.
-        return grad_LBF.sum(0, dtype=torch.float32).sum(0)
-    return grad_LBF.sum((0, 1))
+        grad_LBF = grad_LBF.sum(-3, dtype=torch.float32)
+    return grad_LBF.sum(tuple(range(grad_LBF.dim() - 1)))
 
 
 class _GatedResidual(torch.autograd.Function):

@@ -3,8 +3,10 @@
 It sums over channels for a row's own gradient and over positions for the scale's and the shift's.
 PyTorch's compiler makes two passes of that, each of which reads the tensors.
 
-L positions, B sequences, H width, G groups of positions.
+L positions, B sequences, H width, G groups of positions, S segments of a sequence.
 """
+
+import math
 
 import torch
 import triton
@@ -25,13 +27,14 @@ def norm_backward(
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fused._norm_backward`. Every sum has an order that follows from the shapes alone."""
-    length, batch, width = grad_LBH.shape
+    *segments, length, batch, width = grad_LBH.shape
+    num_segments = math.prod(segments)
     positions = positions_of_a_program(length, batch)
     groups = -(-length // positions)
     shape = shape_of_a_program(width, positions)
     out_LBH = torch.empty(grad_LBH.shape, dtype=hidden_dtype, device=grad_LBH.device)
-    sums_2GBH = grad_LBH.new_empty(2, groups, batch, width, dtype=torch.float32)
-    norm_backward_kernel[(batch, groups)](
+    sums_2SGBH = grad_LBH.new_empty(2, num_segments, groups, batch, width, dtype=torch.float32)
+    norm_backward_kernel[(batch, num_segments * groups)](
         grad_LBH.contiguous(),
         None if stream_grad_LBH is None else stream_grad_LBH.contiguous(),
         kept_LBH.contiguous(),
@@ -39,17 +42,18 @@ def norm_backward(
         rstd_LB1,
         scale_BH.contiguous(),
         out_LBH,
-        sums_2GBH,
+        sums_2SGBH,
         length,
         batch,
+        groups,
         POSITIONS=positions,
         HAS_STREAM=stream_grad_LBH is not None,
         OF_STREAM=mean_LB1 is not None,
         WIDTH=width,
         **shape,
     )
-    scale_sum_BH, shift_sum_BH = sums_2GBH.sum(1)
-    return out_LBH, scale_sum_BH, shift_sum_BH
+    scale_sum, shift_sum = sums_2SGBH.sum(2)
+    return out_LBH, scale_sum.view(scale_BH.shape), shift_sum.view(scale_BH.shape)
 
 
 def positions_of_a_program(length: int, batch: int) -> int:
@@ -78,6 +82,7 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
     sums,
     length,
     batch,
+    groups,
     POSITIONS: tl.constexpr,
     HAS_STREAM: tl.constexpr,
     OF_STREAM: tl.constexpr,
@@ -85,17 +90,20 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per sequence and group of positions, a tile of positions at a time."""
+    """One program per sequence and group of a segment's positions, a tile of them at a time."""
     sequence, group = tl.program_id(0), tl.program_id(1)
+    segment = group // groups
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    factor = tl.load(scale + sequence * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(
+        scale + (segment * batch + sequence) * WIDTH + column, mask=inside, other=0.0
+    ).to(tl.float32)
     scale_sums = tl.zeros([TILE, BLOCK], dtype=tl.float32)
     shift_sums = tl.zeros([TILE, BLOCK], dtype=tl.float32)
     for start in range(0, POSITIONS, TILE):
-        position = group * POSITIONS + start + tl.arange(0, TILE)
+        position = (group - segment * groups) * POSITIONS + start + tl.arange(0, TILE)
         there = position < length
-        row = position.to(tl.int64) * batch + sequence
+        row = (segment * length + position).to(tl.int64) * batch + sequence
         place = row[:, None] * WIDTH + column[None, :]
         counted = there[:, None] & inside[None, :]
         # Once read, a number is not wanted again.

@@ -24,16 +24,20 @@ class NormCase(NamedTuple):
     stream: torch.dtype
     weights: torch.dtype
     has_stream_gradient: bool
+    segments: int = 1
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         """What the forward pass leaves for the backward pass, which is given gradients beside."""
         generator = torch.Generator().manual_seed(self.width)
-        shape = (self.length, self.batch, self.width)
+        shape: tuple[int, ...] = (self.length, self.batch, self.width)
+        vector: tuple[int, ...] = shape[1:]
+        if self.segments > 1:
+            shape, vector = (self.segments, *shape), (self.segments, 1, *vector)
 
         def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        hidden, scale = 3 * of(*shape, dtype=self.stream) + 1, of(self.batch, self.width)
+        hidden, scale = 3 * of(*shape, dtype=self.stream) + 1, of(*vector)
         keeps = self.stream == self.weights
         _, kept, rstd = fused._norm_forward(hidden, scale, scale, 1e-5, self.weights, keeps)
         of_stream = (hidden, kept) if keeps else (kept, None)
@@ -51,7 +55,7 @@ CASES = [
         (torch.bfloat16, torch.bfloat16),
     )
     for given in (True, False)
-]
+] + [NormCase(35, 4, 48, torch.bfloat16, torch.bfloat16, True, segments=3)]
 
 
 if __name__ == "__main__":

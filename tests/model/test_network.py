@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise
+from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.model.attention import packed_context
 from sedd_scale.model.network import ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
@@ -178,6 +179,57 @@ def test_packed_documents_are_as_if_alone(layout: Layout, name: str, scaled: boo
     packed_B = nats(slice(0, 12), ends_BE)
     torch.testing.assert_close(packed_B, nats(slice(0, 5), None) + nats(slice(5, 12), None))
     assert not torch.allclose(packed_B, nats(slice(0, 12), None), rtol=1e-4)
+
+
+def test_each_segment_has_its_own_noise(layout: Layout) -> None:
+    """Two documents in a block, each at its sigma, are as each alone, gradients too."""
+    graph = make_graph("absorb", 50)
+    network = small_network(graph, layout, scaled=True)
+    (noisy_BL, sigma_B, _), *_ = noisy_batch(graph, batch=3, length=12)
+    sigma_SB = torch.stack([sigma_B, sigma_B.flip(0)])
+    ends_BE = torch.tensor([[6, 12]] * 3)
+    weights_LBH = torch.randn(12, 3, 32, generator=torch.Generator().manual_seed(1))
+    found: list[dict[str, Tensor]] = []
+    outputs = []
+    for together in (True, False):
+        network.zero_grad()
+        if together:
+            output_LBH = network.hidden(noisy_BL, sigma_SB, ends_BE)
+        else:
+            parts = zip(noisy_BL.split(6, dim=1), sigma_SB)
+            output_LBH = torch.cat([network.hidden(part, sigma) for part, sigma in parts])
+        (output_LBH * weights_LBH).sum().backward()
+        found.append(
+            {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+        )
+        outputs.append(output_LBH.detach())
+    torch.testing.assert_close(*outputs)
+    for name, gradient in found[0].items():
+        assert relative(gradient, found[1][name]) < GRADIENT, name
+    rows_M = torch.tensor([0, 5, 6, 14, 23, 24, 35])  # of the flattened [B * L]
+    some_MH = network.eval().hidden_of_rows(noisy_BL, sigma_SB, rows_M, ends_BE)
+    torch.testing.assert_close(some_MH, outputs[0].transpose(0, 1).flatten(0, 1)[rows_M])
+
+
+@pytest.mark.parametrize("segments", [0, 2, 3])
+def test_what_travels_between_stages_comes_back(layout: Layout, segments: int) -> None:
+    """Hidden states, and the conditions of sequences or of their segments."""
+    stage = Stage(layout, cond_dim=24)
+    shape = (segments, 2) if segments else (2,)
+    stage.padded([(torch.zeros(2, 6), torch.zeros(shape), torch.zeros(2, 1))])
+    hidden_LBH, cond = torch.randn(6, 2, 32), torch.randn(*shape, 24)
+    packed, _ = stage._pack(hidden_LBH, cond, torch.zeros(2, 1))
+    same_LBH, same, _ = stage._unpack(packed, torch.zeros(2, 1))
+    assert torch.equal(same_LBH, hidden_LBH) and torch.equal(same, cond)
+
+
+class Stage(PipelineStage):
+    """One that no engine runs."""
+
+    def __init__(self, layout: Layout, cond_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.layout, self.cond_dim, self.causal = layout, cond_dim, False
+        self.weight = nn.Parameter(torch.zeros(1))
 
 
 @pytest.mark.parametrize("recompute_every", [0, 1])

@@ -63,7 +63,8 @@ def by_definition(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     scaled = grad * scale.double()
     along = (scaled * normed).mean(-1, keepdim=True)
     of_stream = (scaled - scaled.mean(-1, keepdim=True) - normed * along) * rstd
-    return of_stream + beside.double(), (grad * normed).sum(0), grad.sum(0)
+    sums = ((grad * normed).sum(-3), grad.sum(-3))
+    return of_stream + beside.double(), *(total.view(scale.shape) for total in sums)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -108,7 +109,7 @@ def test_the_kernel_compiles_for_gpus(
     kinds = (("*fp32", "*fp32"), ("*fp32", "*bf16"), ("*bf16", "*bf16"))
     for (stream, weights), given in itertools.product(kinds, (True, False)):
         same = stream == weights
-        types = {"length": "i32", "batch": "i32", "grad": weights, "kept": weights}
+        types = {"length": "i32", "batch": "i32", "groups": "i32", "grad": weights, "kept": weights}
         types |= {"stream_grad": stream, "out": stream}
         constants: dict[str, Any] = {"POSITIONS": 64, "HAS_STREAM": given, "OF_STREAM": same}
         constants |= {"WIDTH": width, **shape}

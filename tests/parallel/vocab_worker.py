@@ -132,6 +132,7 @@ class NetworkCase:
     sequence_parallel: bool = False
     recompute_every: int = 0
     dropout: float = 0.0
+    segments: int = 1
 
     def __str__(self) -> str:
         options = {
@@ -139,6 +140,7 @@ class NetworkCase:
             "sp": self.sequence_parallel,
             "recompute": self.recompute_every,
             "dropout": self.dropout,
+            "segments": self.segments > 1,
         }
         return "-".join([self.name, str(self.num_tokens), *(k for k, on in options.items() if on)])
 
@@ -157,6 +159,8 @@ NETWORK_CASES = [
     NetworkCase("mean", False, 2, sequence_parallel=True),
     NetworkCase("absorb", True, 50, dropout=0.3, recompute_every=2),
     NetworkCase("absorb", True, 50, dropout=0.3, sequence_parallel=True),
+    NetworkCase("absorb", True, 50, dropout=0.3, segments=2),
+    NetworkCase("uniform", False, 50, dropout=0.3, sequence_parallel=True, segments=4),
 ]
 
 
@@ -189,6 +193,9 @@ def run_network(case: NetworkCase, layout: Layout) -> dict[str, Any]:
         parametrisation="mean" if case.name == "mean" else "score",
     )
     inputs, targets, _ = noisy_batch(graph)
+    if case.segments > 1:
+        sigmas = [inputs[1] * factor for factor in torch.linspace(0.5, 2.0, case.segments).tolist()]
+        inputs = (inputs[0], torch.stack(sigmas), inputs[2])
     places = {
         logical.name: (logical.shape, logical.partition_dim, logical.offset)
         for logical in logical_parameters(network, layout)
