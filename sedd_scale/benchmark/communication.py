@@ -149,7 +149,9 @@ def measure_layout(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     config = synthetic_config(
         arguments, "training.precision=fp32", *overrides, world_size=processes
     )
-    layout = initialize_layout(**config.parallel.axes)
+    layout = initialize_layout(
+        **config.parallel.axes, sequence_parallel=config.parallel.sequence_parallel
+    )
     synthetic = SyntheticRun(config, layout)
     engine = synthetic.engine()
     synthetic.train_step(engine, 0)

@@ -64,7 +64,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = synthetic_config(
         arguments, f"training.precision={arguments.precision}", world_size=world_size
     )
-    layout = initialize_layout(**config.parallel.axes)
+    layout = initialize_layout(
+        **config.parallel.axes, sequence_parallel=config.parallel.sequence_parallel
+    )
     synthetic = SyntheticRun(config, layout)
     works = {**_products(config, device), **_attention(config, device), **_passes(config, device)}
     works |= _update(config, device)

@@ -18,8 +18,6 @@ from sedd_scale.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from sedd_scale.config import Config
-
 
 def add_arguments(subparsers: Any) -> None:
     """Register `step` and its options."""
@@ -68,7 +66,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"training.precision={precision}",
         world_size=launched_world_size(),
     )
-    layout = initialize_layout(**config.parallel.axes)
+    layout = initialize_layout(
+        **config.parallel.axes, sequence_parallel=config.parallel.sequence_parallel
+    )
     synthetic = SyntheticRun(config, layout)
     ours = synthetic.program(synthetic.engine())
     size = 8192 if device.type == "cuda" else 2560
@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "width": model.hidden_size,
         "graph": config.graph.name,
         "dropout": model.dropout,
-        "layout": layout_text(config, layout.data),
+        "layout": config.parallel.text(layout.data),
         "batch": training.micro_batch,
         "accumulate": training.global_batch // training.micro_batch // layout.data,
         "length": arguments.block_length,
@@ -167,13 +167,6 @@ def faster_precision(device: "torch.device") -> str:
     products = [matrix_product(device, name, size=1024)[0] for name in names]
     seconds = median_seconds(products, repeats=5)
     return names[seconds.index(min(seconds))]
-
-
-def layout_text(config: "Config", data: int) -> str:
-    """Such as "TP2 SP PP1 DP4 ZeRO 1"."""
-    parallel = config.parallel
-    tensor = f"TP{parallel.tensor}{' SP' if parallel.sequence_parallel else ''}"
-    return f"{tensor} PP{parallel.pipeline} DP{data} ZeRO {parallel.zero_stage}"
 
 
 def peak_megabytes() -> float:

@@ -35,7 +35,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
     else:
         fit = smallest_fit(config, **sizes, usable_bytes=usable)
         most = config.training.global_batch // config.training.micro_batch
-        most *= config.parallel.tensor * config.parallel.pipeline
+        most *= config.parallel.model_size
         planned = fit.plan or plan(config, most, **sizes)
     fits = fit_layouts(config, **sizes, usable_bytes=usable)
     seconds = run_seconds(

@@ -2,6 +2,7 @@
 
 from sedd_scale.config.config import Config, config_from_dict, load_config
 from sedd_scale.config.sections import (
+    MODEL_AXES,
     CheckpointConfig,
     DataConfig,
     GraphConfig,
@@ -15,6 +16,7 @@ from sedd_scale.config.sections import (
 from sedd_scale.config.trunk import TrunkShape
 
 __all__ = [
+    "MODEL_AXES",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -1,11 +1,13 @@
 """The sections of a run's configuration: each key with its sentence, its limits and its choices."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from sedd_scale.config.graph_facts import GRAPHS, GraphFacts
+from sedd_scale.errors import ConfigError
 
 NETWORK, TASK, ORDER, FREE = "network", "task", "order", "free"
 """What a key belongs to: the network, which whoever reads its weights must have alike; what it is
@@ -19,6 +21,7 @@ def _key(
     choices: Sequence[Any] = (),
     shared: str = FREE,
     only_with: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    axis: str = "",
     **limits: float,
 ) -> Any:
     """A dataclass field with its sentence and the facts of its key.
@@ -27,6 +30,7 @@ def _key(
         choices: the values there are; none: all of its type.
         shared: what it belongs to, as `NETWORK` and the others say.
         only_with: other keys with the values that they must have for this one to have an effect.
+        axis: short name of the axis of processes whose size it is, that share one model.
         limits: `at_least`, `at_most`, `above` and `below`, as `config.rules.LIMITS` reads them.
     """
     metadata = {
@@ -34,6 +38,7 @@ def _key(
         "choices": tuple(choices),
         "shared": shared,
         "only_with": only_with,
+        "axis": axis,
         "limits": limits,
     }
     return field(default=default, metadata=metadata)
@@ -179,8 +184,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor: int = _key(1, "Processes that share the tensors of one layer.", at_least=1)
-    pipeline: int = _key(1, "Stages that the list of layers is cut into.", at_least=1)
+    tensor: int = _key(1, "Processes that share the tensors of one layer.", at_least=1, axis="TP")
+    pipeline: int = _key(1, "Stages that the list of layers is cut into.", at_least=1, axis="PP")
     zero_stage: int = _key(
         1,
         "ZeRO stage; 1 spreads optimizer state over data-parallel ranks, 2 gradients, 3 weights.",
@@ -199,10 +204,35 @@ class ParallelConfig:
     )
 
     @property
-    def axes(self) -> dict[str, Any]:
-        """What `initialize_layout` is told of the axes."""
-        names = ("tensor", "pipeline", "sequence_parallel")
-        return {name: getattr(self, name) for name in names}
+    def axes(self) -> dict[str, int]:
+        """Sizes of the axes of processes that share one model, by name."""
+        return {name: getattr(self, name) for name in MODEL_AXES}
+
+    @property
+    def model_size(self) -> int:
+        """Processes that share one model; the others are data-parallel."""
+        return math.prod(self.axes.values())
+
+    def replicas(self, processes: int) -> int:
+        """Data-parallel size; ConfigError for processes that do not fit the axes."""
+        if processes < 1 or processes % self.model_size:
+            product = " x ".join(f"parallel.{name}={size}" for name, size in self.axes.items())
+            raise ConfigError(
+                f"{processes} processes cannot be shared by {product}: start a multiple of "
+                f"{self.model_size} processes or change these keys"
+            )
+        return processes // self.model_size
+
+    def text(self, data: int) -> str:
+        """Such as "TP2 SP PP1 DP4 ZeRO 1"."""
+        axes = [f"{MODEL_AXES[name]}{size}" for name, size in self.axes.items()]
+        if self.sequence_parallel:
+            axes.insert(1, "SP")
+        return f"{' '.join(axes)} DP{data} ZeRO {self.zero_stage}"
+
+
+MODEL_AXES = {key.name: axis for key in fields(ParallelConfig) if (axis := key.metadata["axis"])}
+"""Names of the axes of processes that share one model, and what they are called in short."""
 
 
 @dataclass(frozen=True)

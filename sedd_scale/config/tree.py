@@ -66,14 +66,7 @@ class ConfigTree:
 
     def data_parallel(self, world_size: int) -> int:
         """Number of model replicas among `world_size` processes; ConfigError if none fits."""
-        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
-        if world_size < 1 or world_size % (tensor * pipeline):
-            raise ConfigError(
-                f"{world_size} processes cannot be shared by parallel.tensor={tensor} x "
-                f"parallel.pipeline={pipeline}: start a multiple of {tensor * pipeline} processes "
-                "or change these keys"
-            )
-        return world_size // (tensor * pipeline)
+        return self.parallel.replicas(world_size)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches one rank runs in one step; ConfigError if the batch does not divide."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from sedd_scale.config import ParallelConfig
 from sedd_scale.errors import ConfigError
 from sedd_scale.files.compiler import compiler_fault, compiles_kernels
 
@@ -137,18 +138,14 @@ def initialize_layout(
         ConfigError: the number of processes is not a multiple of tensor x pipeline, or one of
             these is below 1.
     """
-    for name, size in (("tensor", tensor), ("pipeline", pipeline)):
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    for name, size in parallel.axes.items():
         if size < 1:
             raise ConfigError(
                 f"parallel.{name}={size} processes cannot share a model: give at least 1"
             )
     device = local_device()
-    world_size = launched_world_size()
-    if world_size % (tensor * pipeline):
-        raise ConfigError(
-            f"{world_size} processes do not fit parallel.tensor={tensor} x "
-            f"parallel.pipeline={pipeline}; start a multiple of {tensor * pipeline}"
-        )
+    parallel.replicas(launched_world_size())
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_seconds)

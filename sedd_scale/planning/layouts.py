@@ -22,8 +22,7 @@ ASSUMPTIONS = (
 )
 
 # Tensor-parallel groups stay within a node; no more stages than this are tried.
-MAX_TENSOR = 8
-MAX_PIPELINE = 16
+MOST = {"tensor": 8, "pipeline": 16}
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def smallest_fit(
     parallel, training = config.parallel, config.training
     least = 0
     for data in _divisors(training.global_batch // training.micro_batch):
-        gpus = parallel.tensor * parallel.pipeline * data
+        gpus = parallel.model_size * data
         planned = plan(config, gpus, vocab_size=vocab_size, block_length=block_length)
         least = planned.heaviest.peak
         if least <= usable_bytes:
@@ -228,24 +227,26 @@ def legal_layouts(
     recomputations = {(0, "full"), (1, "selective"), (1, "full"), (2, "full")}
     if parallel.recompute_every:
         recomputations.add((parallel.recompute_every, parallel.recompute_mode))
-    for tensor in sorted({*_divisors(MAX_TENSOR), parallel.tensor}):
-        for pipeline in sorted({*_divisors(MAX_PIPELINE), parallel.pipeline}):
-            for zero_stage in (1, 2, 3):
-                for sequence_parallel in (False, True):
-                    for recompute_every, recompute_mode in sorted(recomputations):
-                        parallel = ParallelConfig(
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            zero_stage=zero_stage,
-                            sequence_parallel=sequence_parallel,
-                            recompute_every=recompute_every,
-                            recompute_mode=recompute_mode,
-                        )
-                        try:
-                            dataclasses.replace(config, parallel=parallel).validate()
-                        except ConfigError:
-                            continue
-                        yield parallel
+    sizes = [
+        [(name, size) for size in sorted({*_divisors(MOST[name]), configured})]
+        for name, configured in parallel.axes.items()
+    ]
+    rest = itertools.product((1, 2, 3), (False, True), sorted(recomputations))
+    for axes, (zero_stage, sequence_parallel, (every, mode)) in itertools.product(
+        itertools.product(*sizes), list(rest)
+    ):
+        parallel = ParallelConfig(
+            **dict(axes),
+            zero_stage=zero_stage,
+            sequence_parallel=sequence_parallel,
+            recompute_every=every,
+            recompute_mode=mode,
+        )
+        try:
+            dataclasses.replace(config, parallel=parallel).validate()
+        except ConfigError:
+            continue
+        yield parallel
 
 
 def _resolved(config: Config, vocab_size: int, block_length: int) -> Config:

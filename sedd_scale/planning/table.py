@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sedd_scale.config import Config, ParallelConfig
+from sedd_scale.config import MODEL_AXES, Config, ParallelConfig
 from sedd_scale.planning.layouts import LayoutFit, Plan
 from sedd_scale.planning.step_time import StepTime
 from sedd_scale.quantities import format_count, format_duration
@@ -68,8 +68,7 @@ def print_plan(config: Config, planned: Plan, *, usable: float, seconds: float) 
 
 COLUMNS = (
     "GPUs",
-    "tensor",
-    "pipeline",
+    *MODEL_AXES,
     "data",
     "zero",
     "seq.par",
@@ -90,7 +89,7 @@ def print_layouts(fits: Sequence[LayoutFit], num_rows: int) -> None:
         assert fit.plan is not None
         parallel = fit.parallel
         cells = (
-            *(fit.plan.gpus, parallel.tensor, parallel.pipeline, fit.plan.data),
+            *(fit.plan.gpus, *parallel.axes.values(), fit.plan.data),
             *(parallel.zero_stage, "yes" if parallel.sequence_parallel else "no"),
             recompute_text(parallel),
             f"{fit.plan.heaviest.peak / GB:.1f}",
@@ -112,10 +111,9 @@ def recompute_text(parallel: ParallelConfig) -> str:
 def layout_text(planned: Plan) -> str:
     """The layout in words."""
     parallel = planned.parallel
-    text = (
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {planned.data}, "
-        f"ZeRO {parallel.zero_stage}"
-    )
+    axes = {**parallel.axes, "data": planned.data}
+    text = " x ".join(f"{name} {size}" for name, size in axes.items())
+    text += f", ZeRO {parallel.zero_stage}"
     if parallel.sequence_parallel:
         text += ", sequence parallel"
     if parallel.recompute_every:

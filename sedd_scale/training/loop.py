@@ -209,6 +209,7 @@ def build(config: Config, corpus: Corpus) -> Engine:
     """
     layout = initialize_layout(
         **config.parallel.axes,
+        sequence_parallel=config.parallel.sequence_parallel,
         # The watchdog comes first: it says what it waited for.
         timeout_seconds=config.training.hang_slow + 600,
     )

@@ -49,7 +49,9 @@ def test_a_layout_can_be_left_for_another(layout: Layout) -> None:
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 def test_too_few_processes_are_refused(tensor: int, pipeline: int) -> None:
-    with pytest.raises(ConfigError, match=rf"1 processes do not fit parallel\.tensor={tensor}"):
+    with pytest.raises(
+        ConfigError, match=rf"1 processes cannot be shared by parallel\.tensor={tensor}"
+    ):
         initialize_layout(tensor=tensor, pipeline=pipeline)
 
 
