@@ -89,7 +89,9 @@ def test_more_replicas_need_less_memory_each(zero_stage: int, precision: str) ->
         "small",
         f"parallel.zero_stage={zero_stage}",
         f"training.precision={precision}",
+        "model.residual_dtype=fp32",
         "training.global_batch=1024",
+        "training.micro_batch=32",
     )
     states = [plan(config, gpus, **SIZES).heaviest.states for gpus in (1, 2, 4, 8, 32)]
     for fewer, more in itertools.pairwise(states):
