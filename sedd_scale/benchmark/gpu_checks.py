@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config
+from sedd_scale.model import fused
 from sedd_scale.parallel import score_kernel
 from sedd_scale.parallel.layout import initialize_layout, local_device, shutdown
 from sedd_scale.parallel.score_kernel import Coefficients, LawCoefficients, RowColumns
@@ -25,7 +26,7 @@ STEPS = 50
 
 
 def kernels() -> dict[str, Any]:
-    """Largest differences of the loss's kernels from PyTorch's path, relative to the largest."""
+    """Largest differences of kernels from PyTorch's own passes, relative to the largest number."""
     device = local_device()
     found: dict[str, Any] = {"has_kernels": False}
     for dtype in (torch.float32, torch.bfloat16):
@@ -38,10 +39,33 @@ def kernels() -> dict[str, Any]:
         ours = _chunk(logits_mW, columns, numbers_4m)
         with unittest.mock.patch.object(score_kernel, "has_kernel", lambda table_mW: False):
             plain = _chunk(logits_mW, columns, numbers_4m)
-        for name, part in ours.items():
-            difference = float((part - plain[name]).abs().max() / plain[name].abs().max())
-            found[f"{name} {str(dtype).removeprefix('torch.')}"] = difference
+        _compare(found, ours, plain, dtype)
+        stream_LBH = torch.randn(256, 8, 768, generator=generator).to(device, dtype)
+        ours = _norm(stream_LBH)
+        with unittest.mock.patch.object(fused, "compiles_kernels", lambda: False):
+            plain = _norm(stream_LBH)
+        _compare(found, ours, plain, dtype)
     return found
+
+
+def _compare(
+    found: dict[str, Any], ours: dict[str, Tensor], plain: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    for name, part in ours.items():
+        difference = float((part - plain[name]).abs().max() / plain[name].abs().max())
+        found[f"{name} {str(dtype).removeprefix('torch.')}"] = difference
+
+
+def _norm(stream_LBH: Tensor) -> dict[str, Tensor]:
+    """Gradients through a modulated norm, in float32."""
+    ones = torch.ones(stream_LBH.shape[1:], device=stream_LBH.device)
+    inputs = [part.clone().requires_grad_() for part in (stream_LBH, ones, ones)]
+    outputs = fused.modulated_norm(*inputs, epsilon=1e-5, dtype=stream_LBH.dtype)
+    grads = torch.autograd.grad(outputs, inputs, (stream_LBH.cos(), stream_LBH.sin()))
+    return {
+        name: grad.float()
+        for name, grad in zip(("norm's stream", "norm's scale", "norm's shift"), grads)
+    }
 
 
 def _chunk(logits_mW: Tensor, columns: RowColumns, numbers_4m: Tensor) -> dict[str, Tensor]:

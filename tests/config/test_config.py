@@ -1,9 +1,9 @@
 """The configuration tree: shipped files, composition, overrides, and everything it refuses."""
 
+import dataclasses
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
-import dataclasses
 import pytest
 import yaml
 
