@@ -2,22 +2,17 @@
 
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
+from tests.interpreted import run_interpreted
 from tests.model.norm_kernel_worker import CASES, NormCase
 from tests.model.small_network import relative
-from tests.repository import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -27,26 +22,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[NormCase, Any]:
     """What the kernel found under Triton's interpreter."""
-    import triton
-
-    if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version(
-        "2.4"
-    ):
-        pytest.skip("the interpreter of Triton before 3.7 does not run with numpy 2.4")
-    path = tmp_path_factory.mktemp("interpreted") / "found.pt"
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    worker = Path(__file__).with_name("norm_kernel_worker.py")
-    done = subprocess.run(
-        [sys.executable, worker, path], env=environment, capture_output=True, text=True, timeout=300
+    found = run_interpreted(
+        Path(__file__).with_name("norm_kernel_worker.py"), tmp_path_factory.mktemp("found")
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(CASES, torch.load(path)))
+    return dict(zip(CASES, found))
 
 
 def by_definition(arguments: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

@@ -2,21 +2,17 @@
 
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from sedd_scale.parallel import score_kernel, vocab
 from sedd_scale.parallel.score_kernel import ChunkStatistics, Coefficients, RowColumns
+from tests.interpreted import run_interpreted
 from tests.model.small_network import relative
 from tests.parallel.score_kernel_worker import (
     CHUNKS,
@@ -28,7 +24,6 @@ from tests.parallel.score_kernel_worker import (
     run_chunk,
     run_loss,
 )
-from tests.repository import ROOT
 from tests.tolerance import Bound, float32_bounds
 
 needs_triton = pytest.mark.skipif(
@@ -46,27 +41,10 @@ EXPONENTIAL = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the kernels found under Triton's interpreter."""
-    import triton
-
-    if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version(
-        "2.4"
-    ):
-        pytest.skip("the interpreter of Triton before 3.7 does not run with numpy 2.4")
-    path = tmp_path_factory.mktemp("interpreted") / "found.pt"
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    worker = Path(__file__).with_name("score_kernel_worker.py")
-    done = subprocess.run(
-        [sys.executable, worker, path], env=environment, capture_output=True, text=True, timeout=300
+    found: dict[str, Any] = run_interpreted(
+        Path(__file__).with_name("score_kernel_worker.py"), tmp_path_factory.mktemp("found")
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(path, weights_only=False)
+    return found
 
 
 Picked = tuple[list[float], list[float]]
