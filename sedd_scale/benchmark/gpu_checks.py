@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sedd_scale.benchmark.synthetic import SyntheticRun, synthetic_config
 from sedd_scale.model import fused
+from sedd_scale.model.dropout import dropout
 from sedd_scale.parallel import score_kernel
 from sedd_scale.parallel.layout import initialize_layout, local_device, shutdown
 from sedd_scale.parallel.score_kernel import Coefficients, LawCoefficients, RowColumns
@@ -41,9 +42,9 @@ def kernels() -> dict[str, Any]:
             plain = _chunk(logits_mW, columns, numbers_4m)
         _compare(found, ours, plain, dtype)
         stream_LBH = torch.randn(256, 8, 768, generator=generator).to(device, dtype)
-        ours = _norm(stream_LBH)
+        ours = _passes(stream_LBH)
         with unittest.mock.patch.object(fused, "compiles_kernels", lambda: False):
-            plain = _norm(stream_LBH)
+            plain = _passes(stream_LBH)
         _compare(found, ours, plain, dtype)
     return found
 
@@ -56,16 +57,22 @@ def _compare(
         found[f"{name} {str(dtype).removeprefix('torch.')}"] = difference
 
 
-def _norm(stream_LBH: Tensor) -> dict[str, Tensor]:
-    """Gradients through a modulated norm, in float32."""
-    ones = torch.ones(stream_LBH.shape[1:], device=stream_LBH.device)
-    inputs = [part.clone().requires_grad_() for part in (stream_LBH, ones, ones)]
-    outputs = fused.modulated_norm(*inputs, epsilon=1e-5, dtype=stream_LBH.dtype)
-    grads = torch.autograd.grad(outputs, inputs, (stream_LBH.cos(), stream_LBH.sin()))
-    return {
-        name: grad.float()
-        for name, grad in zip(("norm's stream", "norm's scale", "norm's shift"), grads)
-    }
+def _passes(stream_LBH: Tensor) -> dict[str, Tensor]:
+    """Gradients through a norm, a gate with bias and dropout, and a GELU, in float32."""
+    length, batch, width = stream_LBH.shape
+    device, dtype = stream_LBH.device, stream_LBH.dtype
+    keys_B, places = torch.arange(batch, device=device), {"site": 0, "first_position": 0}
+    drop = dropout(keys_B, length=length, width=width, rate=0.1, **places)
+    ones_BH = torch.ones(batch, width, device=device)
+    names = ("stream", "scale", "shift", "gate", "bias")
+    values = (stream_LBH, ones_BH, ones_BH, ones_BH, ones_BH[0].to(dtype))
+    inputs = [value.clone().requires_grad_() for value in values]
+    stream, scale, shift, gate, bias = inputs
+    normed, kept = fused.modulated_norm(stream, scale, shift, epsilon=1e-5, dtype=dtype)
+    inner = fused.bias_gelu(normed, bias, overwrite=False)
+    output = fused.gated_residual(kept, inner, gate, bias_H=bias, dropout=drop)
+    grads = torch.autograd.grad(output, inputs, stream_LBH.cos())
+    return {f"passes' {name}": grad.float() for name, grad in zip(names, grads, strict=True)}
 
 
 def _chunk(logits_mW: Tensor, columns: RowColumns, numbers_4m: Tensor) -> dict[str, Tensor]:

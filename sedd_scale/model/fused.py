@@ -1,8 +1,8 @@
 """What lies between the matrix products, in as few passes over memory as it takes.
 
 Each operation is written forward and backward, once: on a CPU the passes run as they stand, in
-place where nothing is lost; on a GPU each direction is compiled, into one kernel and, where it sums
-over all rows, a small one. A norm's backward pass has a kernel of its own there (`norm_kernel`).
+place where nothing is lost; on a GPU each is one kernel, which PyTorch's compiler makes of the
+forward passes and `backward_kernels` has of those backward passes that sum over positions.
 
 L positions (this rank's share), B sequences, H width, F inner width of the MLP, h heads, D head
 width. Vectors of a sequence are [B, H], or [S, B, H] where each of its S segments, equally long,
@@ -10,7 +10,8 @@ has its own; the passes then see rows as [S, L / S, B, H] and vectors as [S, 1, 
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from sedd_scale.files.compiler import compiles_kernels
 from sedd_scale.model import compiled
 from sedd_scale.model.compiled import compiled_on_gpu
 from sedd_scale.model.dropout import Dropout, keep_mask
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def modulated_norm(
@@ -41,6 +45,16 @@ def modulated_norm(
     hidden_LBH = _in_segments(hidden_LBH, scale_BH)
     normed_LBH, hidden_LBH = _ModulatedNorm.apply(hidden_LBH, *vectors, epsilon, dtype)
     return normed_LBH.view(shape), hidden_LBH.view(shape)
+
+
+def _kernel_of(function: Callable[P, R], tensor: Tensor) -> Callable[P, R]:
+    """The kernel that does the same, where the tensor is on a GPU with kernels."""
+    if not (tensor.is_cuda and compiles_kernels()):
+        return function
+    from sedd_scale.model import backward_kernels
+
+    kernel: Callable[P, R] = getattr(backward_kernels, function.__name__.removeprefix("_"))
+    return kernel
 
 
 def _in_segments(rows_LBH: Tensor, vector_BH: Tensor) -> Tensor:
@@ -138,11 +152,8 @@ class _ModulatedNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_LBH is None:
             return stream_grad_LBH, None, None, None, None
-        backward = _norm_backward
-        if grad_LBH.is_cuda and compiles_kernels():
-            from sedd_scale.model.norm_kernel import norm_backward as backward
         kept_LBH, mean_LB1, rstd_LB1, scale_BH = ctx.saved_tensors
-        grads = backward(
+        grads = _kernel_of(_norm_backward, grad_LBH)(
             *(grad_LBH, stream_grad_LBH, kept_LBH, mean_LB1, rstd_LB1, scale_BH),
             ctx.hidden_dtype,
         )
@@ -191,7 +202,6 @@ def _dropped(update_LBH: Tensor, bias_H: Tensor | None, rate: float, *hashes: Te
     return torch.where(keep_mask(rate, *hashes), update_LBH, 0.0) if rate else update_LBH
 
 
-@compiled_on_gpu
 def _gate_backward(
     grad_LBH: Tensor,
     dropped_LBH: Tensor,
@@ -209,15 +219,10 @@ def _gate_backward(
     grad_update_LBH = grad_LBH * gate_BH
     if rate:
         grad_update_LBH = torch.where(keep_mask(rate, *hashes), grad_update_LBH, 0.0)
-    grad_bias_H = None if bias_H is None else _sum_over_rows(grad_update_LBH).to(bias_H.dtype)
+    grad_bias_H = None
+    if bias_H is not None:
+        grad_bias_H = grad_update_LBH.flatten(0, -2).sum(0).to(bias_H.dtype)
     return grad_update_LBH.to(dtype), grad_gate_BH, grad_bias_H
-
-
-def _sum_over_rows(grad_LBF: Tensor) -> Tensor:
-    if compiled.on_gpu(grad_LBF):
-        # Over positions in the pass that makes the numbers, then over the few sums of sequences.
-        grad_LBF = grad_LBF.sum(-3, dtype=torch.float32)
-    return grad_LBF.sum(tuple(range(grad_LBF.dim() - 1)))
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -243,7 +248,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_LBH: Tensor) -> tuple[Tensor | None, ...]:
         kept_LBH, gate_BH, bias_H, *hashes = ctx.saved_tensors
-        grads = _gate_backward(
+        grads = _kernel_of(_gate_backward, grad_LBH)(
             grad_LBH, kept_LBH, gate_BH, bias_H, ctx.kept_dropped, ctx.rate, *hashes
         )
         return grad_LBH, *grads, *([None] * (1 + len(hashes)))
@@ -264,10 +269,9 @@ def _gelu_forward(inner_LBF: Tensor, bias_F: Tensor) -> Tensor:
     return F.gelu(inner_LBF + bias_F, approximate="tanh")
 
 
-@compiled_on_gpu
 def _gelu_backward(grad_LBF: Tensor, inner_LBF: Tensor, bias_F: Tensor) -> tuple[Tensor, Tensor]:
     grad_LBF = torch.ops.aten.gelu_backward(grad_LBF, inner_LBF + bias_F, approximate="tanh")
-    return grad_LBF, _sum_over_rows(grad_LBF).to(bias_F.dtype)
+    return grad_LBF, grad_LBF.flatten(0, -2).sum(0).to(bias_F.dtype)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -288,7 +292,7 @@ class _BiasGelu(torch.autograd.Function):
             (sum_LBF,) = ctx.saved_tensors
             grad_LBF = torch.ops.aten.gelu_backward(grad_LBF, sum_LBF, approximate="tanh")
             return grad_LBF, grad_LBF.sum((0, 1)), None
-        return *_gelu_backward(grad_LBF, *ctx.saved_tensors), None
+        return *_kernel_of(_gelu_backward, grad_LBF)(grad_LBF, *ctx.saved_tensors), None
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""What Inductor makes of the compiled passes for an H100: kernels, bytes, sums of one order."""
+"""What Inductor makes of the compiled passes for an H100: one kernel, its bytes, one order."""
 
 import importlib.util
 import json
@@ -17,23 +17,11 @@ from tests.repository import ROOT
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-# Of each pass; a sum over all rows has a small kernel of its own.
-MOST_KERNELS = {
-    "norm forward": 1,
-    "gate forward": 1,
-    "gate backward": 1,
-    "biased gate forward": 1,
-    "biased gate backward": 2,
-    "GELU forward": 1,
-    "GELU backward": 2,
-    "row hashes": 1,
-    "turns": 1,
-}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the worker found: for the option that training uses, and without it."""
+    """What the worker found of each pass, and of a sum over positions as a control."""
     path = tmp_path_factory.mktemp("inductor") / "found.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     worker = Path(__file__).with_name("inductor_worker.py")
@@ -45,28 +33,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return found
 
 
-def test_each_pass_is_a_kernel_or_few(found: dict[str, dict[str, Any]]) -> None:
-    for name, made in found["deterministic"].items():
-        assert 1 <= made["kernels"] <= MOST_KERNELS[name], (name, made)
+def test_each_pass_is_a_kernel(found: dict[str, dict[str, Any]]) -> None:
+    several = {name: made for name, made in found.items() if made["kernels"] != 1}
+    assert not set(several) - {"control", "control by timing"}
 
 
 def test_no_sum_has_a_shape_that_a_device_chooses_by_timing(
     found: dict[str, dict[str, Any]],
 ) -> None:
     """Tensor ranks sum the same numbers, each for itself: with one shape in one order."""
-
-    def shapes(option: str) -> list[int]:
-        of_passes = found[option].values()
-        return [shapes for made in of_passes for shapes in made["shapes of reductions"]]
-
-    assert set(shapes("deterministic")) == {1}
-    assert max(shapes("by timing")) > 1  # so there is something to forbid
+    by_timing = found.pop("control by timing")
+    shapes = [shapes for made in found.values() for shapes in made["shapes of reductions"]]
+    assert set(shapes) == {1}
+    assert max(by_timing["shapes of reductions"]) > 1  # so there is something to forbid
 
 
 def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]) -> None:
     from tests.model.inductor_worker import HEAD, WIDTH
 
-    made = {name: one["bytes"] for name, one in found["deterministic"].items()}
+    made = {name: one["bytes"] for name, one in found.items()}
     weight = 2
     trunk = TrunkShape(WIDTH, WIDTH // HEAD, WIDTH // HEAD, HEAD, 4 * WIDTH)
     passes = block_bytes(trunk, residual=2, weight=weight)
@@ -75,9 +60,7 @@ def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]
     assert 2 * made["norm forward"] == pytest.approx(model["norms forward"], **close)
     gates = made["gate forward"] + made["biased gate forward"]
     assert gates == pytest.approx(model["gates forward"], **close)
-    gates = made["gate backward"] + made["biased gate backward"]
-    assert gates == pytest.approx(model["gates backward"], **close)
     # Of query, key and value together the turns read two thirds.
     turns = made["turns"] - weight
     assert 2 * turns + weight + weight == pytest.approx(model["rotary turns"], **close)
-    assert made["GELU forward"] + made["GELU backward"] == pytest.approx(model["GELU"], **close)
+    assert made["GELU forward"] == pytest.approx(model["GELU"] * 2 / 5, **close)
