@@ -7,6 +7,7 @@ from typing import Any
 
 from sedd_scale.config.data_rules import check_data
 from sedd_scale.config.tree import ConfigTree
+from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import ConfigError
 
 LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -110,11 +111,16 @@ def _check_model(config: ConfigTree) -> None:
         )
     if model.init_from == "":
         raise ConfigError("model.init_from is empty: set it to null or to a checkpoint's path")
-    if model.grow_vocab and model.init_from is None:
-        raise ConfigError(
-            "model.grow_vocab=true has no effect with model.init_from=null: set model.init_from to "
-            "the checkpoint whose vocabulary is to grow, or model.grow_vocab=false"
-        )
+    for key, given, default, what in (
+        ("grow_vocab", model.grow_vocab, "false", "whose vocabulary is to grow"),
+        ("init_options", model.init_options is not None, "null", "that they are about"),
+    ):
+        if given and model.init_from is None:
+            raise ConfigError(
+                f"model.{key}={scalar_text(getattr(model, key))} has no effect with "
+                f"model.init_from=null: set model.init_from to the checkpoint {what}, or "
+                f"model.{key}={default}"
+            )
     if model.init_from is not None and config.training.resume not in ("auto", "never"):
         raise ConfigError(
             f"model.init_from={model.init_from} starts a new run and "

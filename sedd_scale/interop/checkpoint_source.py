@@ -33,7 +33,8 @@ class Description:
         optimizer_step: updates of the optimizer.
         tokens: tokens of text seen.
         tokenizer_directory: the tokenizer that lies with it, if any.
-        assumed: what nothing says and was taken for granted: the flag that would, and the value.
+        assumed: what nothing says and was taken for granted: the field of `Assumptions`, and the
+            value.
         details: what only this format knows and its writer wants back, of plain JSON types.
     """
 

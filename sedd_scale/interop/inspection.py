@@ -51,8 +51,7 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     tokenizer = described.tokenizer_directory
     yield f"tokenizer   {tokenizer if tokenizer is not None else 'none'}"
     if described.assumed:
-        values = ", ".join(f"{flag} {value}" for flag, value in described.assumed.items())
-        yield f"assumed     {values}"
+        yield f"assumed     {Assumptions().spelled(**described.assumed)}"
     groups: dict[tuple[str, Shape, str], list[int]] = {}  # by name (* for the block)
     for name, shape, dtype, num_bytes in source.contents():
         starred = re.sub(r"(\bblocks\.(?:\w+\.)*?)\d+\.", r"\1*.", name, count=1)
