@@ -7,7 +7,6 @@ from typing import Any
 
 from sedd_scale.config.data_rules import check_data
 from sedd_scale.config.tree import ConfigTree
-from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import ConfigError
 
 LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -111,15 +110,15 @@ def _check_model(config: ConfigTree) -> None:
         )
     if model.init_from == "":
         raise ConfigError("model.init_from is empty: set it to null or to a checkpoint's path")
-    for key, given, default, what in (
-        ("grow_vocab", model.grow_vocab, "false", "whose vocabulary is to grow"),
-        ("init_options", model.init_options is not None, "null", "that they are about"),
-    ):
+    about_it = {
+        "grow_vocab=true": model.grow_vocab,
+        f"init_options={model.init_options}": model.init_options is not None,
+    }
+    for what, given in about_it.items():
         if given and model.init_from is None:
             raise ConfigError(
-                f"model.{key}={scalar_text(getattr(model, key))} has no effect with "
-                f"model.init_from=null: set model.init_from to the checkpoint {what}, or "
-                f"model.{key}={default}"
+                f"model.{what} has no effect with model.init_from=null: set model.init_from to "
+                "the checkpoint that it is about, or leave it out"
             )
     if model.init_from is not None and config.training.resume not in ("auto", "never"):
         raise ConfigError(

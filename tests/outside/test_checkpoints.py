@@ -728,6 +728,7 @@ def test_training_takes_the_options_of_what_it_starts_from(
     assert not started("b", other, "graph=uniform,parametrisation=mean", *uniform)
     # What the run has is no claim about the files.
     described = {"model_type": "duo", "model_length": LENGTH}
+    (tmp_path / "hf").mkdir()
     there = described_as(described, prefixed("backbone.", published(duo)), tmp_path / "hf")
     assert "set graph.name=uniform" in started("c", there, "")
     both = started("c", there, "graph=absorb")
