@@ -242,9 +242,11 @@ def eval_command(arguments: argparse.Namespace) -> None:
 
         finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}
         line = json.dumps(finite)
-        if arguments.output is not None:
-            write_atomically(arguments.output, f"{line}\n".encode())
-        print_result(line if arguments.json else f"{format_table(report)}\n{line}")
+        try:
+            if arguments.output is not None:
+                write_atomically(arguments.output, f"{line}\n".encode())
+        finally:
+            print_result(line if arguments.json else f"{format_table(report)}\n{line}")
     from sedd_scale.parallel.layout import shutdown
 
     shutdown()

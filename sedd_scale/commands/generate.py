@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, at_least, count, given_path, make_parser
+from sedd_scale.cli import Command, at_least, count, given_path, make_parser, print_result
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
@@ -267,16 +267,17 @@ def _report(
             world_size=layout.world_size,
         )
     if quality is not None:
-        write_report(path, report)
         rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
         before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
-        print(
-            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
-            f"{made.seconds:.1f} s{rate}"
-        )
         # A shard behind the last batch is written all the same, so that all can be joined.
-        print(format_quality(report) if made.samples else "no batch is left for this shard")
-        print(output)
+        found = format_quality(report) if made.samples else "no batch is left for this shard"
+        try:
+            write_report(path, report)
+        finally:
+            print_result(
+                f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
+                f"{made.seconds:.1f} s{rate}\n{found}\n{output}"
+            )
 
 
 def _requests(

@@ -145,11 +145,13 @@ def report(arguments: argparse.Namespace) -> None:
         except RuntimeError as error:
             raise ConfigError(f"--device {name} is unknown: give cpu, cuda or cuda:1") from error
         found["generative_perplexity"] = judge_file(arguments.samples, arguments.judge, device)
-    if arguments.report is not None:
-        write_report(arguments.report, found)
-    if arguments.track is not None:
-        send_to_trackers(arguments.samples, arguments.track)
-    print_result(format_quality(found))
+    try:
+        if arguments.report is not None:
+            write_report(arguments.report, found)
+        if arguments.track is not None:
+            send_to_trackers(arguments.samples, arguments.track)
+    finally:
+        print_result(format_quality(found))
 
 
 def send_to_trackers(samples: Path, run_dir: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from sedd_scale.cli import outlive_outputs
+from sedd_scale.cli import outlive_outputs, outlive_stdout
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
@@ -241,6 +241,7 @@ def main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     outlive_outputs()
+    outlive_stdout("standard output takes no more; the rest follows here", on_stderr=True)
     try:
         cli_evaluate()
     except SeddScaleError as error:
