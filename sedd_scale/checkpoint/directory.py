@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from sedd_scale.checkpoint import fault_points
 from sedd_scale.checkpoint.manifest import MANIFEST, first_wrong_size, read_manifest, record_of
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.files.atomic import sync_to_disk, write_atomically
-from sedd_scale.version import __version__
+from sedd_scale.version import __version__, versions
 
 FORMAT = "sedd_scale checkpoint"
 FORMAT_VERSION = 2
@@ -324,6 +324,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             f"checkpoint file {path} is damaged: no {', '.join(sorted(missing))}"
         )
     return meta
+
+
+def meta_text(meta: Mapping[str, Any], *, optimizer_step: int, shapes: Any) -> str:
+    """What meta.json says of a run's state: `META_KEYS` and more, beside how it was written."""
+    assert set(meta) >= META_KEYS, META_KEYS - set(meta)
+    own = {"format": FORMAT, "format_version": FORMAT_VERSION, "versions": versions()}
+    return json.dumps({**own, **meta, "optimizer_step": optimizer_step, "shapes": shapes}, indent=1)
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sedd_scale.arrays import Shape
 from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.checkpoint.directory import (
     find_checkpoint,
@@ -103,10 +104,10 @@ def load_checkpoint(
     with together(CheckpointError):
         meta = read_meta(path)
         check(Path(path), meta)
-        metadata = _read_metadata(Path(path))
+        metadata = read_metadata(Path(path))
     shapes = all_shapes(fragments)
     with together(CheckpointError):
-        _check_shapes(path, shapes, metadata, STATE_KEYS)
+        check_state(path, shapes, metadata, STATE_KEYS)
     fragments.ensure_state()
     with _read_errors(path):
         dcp.load(
@@ -147,11 +148,11 @@ def load_weights(
     path = find_checkpoint(path)
     verify_files(path, hashes=verify)
     meta = read_meta(path)
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     parameters = list(parameters)
     shapes = {logical.name: logical.shape for logical in parameters}
     # A stage of a pipeline holds some of the names only.
-    _check_shapes(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
+    check_state(path, shapes, metadata, (weights,), allow_more=layout.pipeline > 1)
     tensors = {}
     for logical in parameters:
         parameter = logical.parameter
@@ -190,7 +191,7 @@ def verify_files(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1)
         raise DamagedCheckpointError(wrong)
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
     """The checkpoint's index of tensors and files."""
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
@@ -203,40 +204,69 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _check_shapes(
+def check_state(
     path: str | Path,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Shape],
     metadata: Metadata,
     keys: Sequence[str],
     *,
     allow_more: bool = False,
 ) -> None:
-    """Raise CheckpointError where the checkpoint's tensors are not the model's."""
-    found = {
-        name: tuple(tensor.size)
-        for name, tensor in metadata.state_dict_metadata.items()
-        if isinstance(tensor, TensorStorageMetadata)
-    }
-    lines = []
-    for name, shape in shapes.items():
-        saved = [found.get(f"{name}/{key}") for key in keys]
-        wrong = [size for size in saved if size is not None and size != tuple(shape)]
-        if wrong:
-            lines.append(f"{name} is {list(shape)} in the model and {list(wrong[0])} in it")
-        elif None in saved:
-            lines.append(f"{name} {list(shape)} is missing from it")
-    if not allow_more:
-        extra = {name.rsplit("/", 1)[0]: shape for name, shape in found.items()}
-        lines += [
-            f"{name} {list(shape)} is not in the model"
-            for name, shape in extra.items()
-            if name not in shapes
-        ]
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise CheckpointError(
-            f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
-        )
+    """Raise CheckpointError where a checkpoint's tensors NAME/KEY are not the model's.
+
+    Args:
+        shapes: of the model's parameters.
+        allow_more: others may be there too.
+    """
+    sizes: dict[str, dict[str, Shape]] = {}
+    for entry, tensor in metadata.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            name, _, key = entry.rpartition("/")
+            sizes.setdefault(name, {})[key] = tuple(tensor.size)
+    found: dict[str, Shape] = {}
+    for name, of_keys in sizes.items():
+        wrong = [size for size in of_keys.values() if size != tuple(shapes.get(name, ()))]
+        if name in shapes and of_keys.keys() >= {*keys}:
+            found[name] = wrong[0] if wrong else shapes[name]
+        elif name not in shapes and not allow_more:
+            found[name] = wrong[0]
+    check_tensors(path, shapes, found, fault="is of another model")
+
+
+def check_tensors(
+    path: str | Path,
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    *,
+    fault: str = "does not hold the model it describes",
+) -> None:
+    """Refuse a set of tensors that is not exactly the model's.
+
+    Args:
+        fault: what an error says of `path`.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, unknown or of another shape, with the
+            shapes they should have.
+    """
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{what} {_few(names)}"
+        for what, names in (("missing", missing), ("unknown", extra), ("misshapen:", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} {fault}: {'; '.join(problems)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @contextlib.contextmanager

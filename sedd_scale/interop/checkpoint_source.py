@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
-from sedd_scale.errors import CheckpointError
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
 WEIGHTS = ("ema", "master")
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -132,30 +131,3 @@ def model_shapes(config: Config) -> dict[str, Shape]:
     assert config.model.vocab_size is not None
     layers = layer_shapes(config, config.model.vocab_size)
     return {parameter.name: parameter.shape for layer in layers for parameter in layer}
-
-
-def check_tensors(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Refuse a set of tensors that is not exactly the model's.
-
-    Raises:
-        CheckpointError: names the tensors that are missing, unknown or of another shape, with the
-            shapes they should have.
-    """
-    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected]
-    wrong = [
-        f"{name} is {list(found[name])} and should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    problems = [
-        f"{what} {_few(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("misshapen:", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{path} does not hold the model it describes: {'; '.join(problems)}")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import Shape
 from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
 from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.arrays import Shape
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.checkpoint_source import Shape
 from sedd_scale.interop.foreign_config import NOTHING, Said
 from sedd_scale.interop.sedd_names import INV_FREQ
 

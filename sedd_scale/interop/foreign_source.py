@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
+from sedd_scale.checkpoint.reading import check_tensors
 from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
-    Shape,
-    check_tensors,
     tokenizer_in,
 )
 from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sedd_scale.arrays import Shape
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.formats import open_checkpoint
 
 _KEPT = dict(master="weights", ema="averages", exp_avg="first moments", exp_avg_sq="second moments")

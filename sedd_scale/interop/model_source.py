@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, Shape
+from sedd_scale.arrays import Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Description
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 
