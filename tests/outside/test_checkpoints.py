@@ -754,6 +754,17 @@ def test_one_network_of_several_by_its_names(
     assert_same(opened(file, network=name, objective="masked_cross_entropy"), mdlm)
 
 
+def test_a_width_that_the_tensors_do_not_have_is_said_of_them(
+    sedd: ScoreModel, tmp_path: Path
+) -> None:
+    save_pretrained(sedd, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config["model"]["hidden_size"] *= 2
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"misshapen: vocab_embed.embedding is \[258, 16\]"):
+        opened(tmp_path / "hf")
+
+
 def test_arrays_of_numpy_are_named(mdlm: ScoreModel, tmp_path: Path) -> None:
     path = tmp_path / "arrays.ckpt"
     arrays = {name: tensor.numpy() for name, tensor in published(mdlm).items()}
