@@ -232,7 +232,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         need_stdout("--output FILE.json")
     else:
-        from sedd_scale.generation.output_shards import refuse_existing_output
+        from sedd_scale.files.atomic import refuse_existing_output
 
         refuse_existing_output(arguments.output)
     report = evaluate(arguments)

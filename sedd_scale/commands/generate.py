@@ -168,10 +168,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def generate_command(arguments: argparse.Namespace) -> None:
     """Draw the samples; the first process writes the report and prints it."""
+    from sedd_scale.files.atomic import refuse_existing_output
     from sedd_scale.generation.batch import requests_of_shard
     from sedd_scale.generation.generate import generate
     from sedd_scale.generation.judge import check_judge
-    from sedd_scale.generation.output_shards import refuse_existing_output
     from sedd_scale.generation.prompts_file import read_prompt_lines
     from sedd_scale.generation.samples_file import report_path
     from sedd_scale.generation.trace_page import write_trace_page
@@ -185,9 +185,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
     settings = SamplerSettings(**{**options, "sampler": arguments.sampler or "analytic"})
     is_first = os.environ.get("RANK", "0") == "0"
     refuse_existing_output(arguments.output)
-    refuse_existing_output(report_path(arguments.output), "the report")
+    refuse_existing_output(report_path(arguments.output), "the report ")
     if arguments.trace is not None:
-        refuse_existing_output(arguments.trace, "--trace")
+        refuse_existing_output(arguments.trace, "--trace ")
         for other in (arguments.output, report_path(arguments.output)):
             if arguments.trace.resolve() == other.resolve():
                 raise ConfigError(f"--trace {arguments.trace} is written already: give another")

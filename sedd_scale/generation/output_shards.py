@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.atomic import sync_to_disk
-from sedd_scale.files.compressed import plain_name
+from sedd_scale.files.atomic import refuse_existing_output, sync_to_disk
 from sedd_scale.files.folder_lock import WITHOUT_LOCKS
 from sedd_scale.files.identity import claim
 from sedd_scale.files.open_files import OpenFiles
@@ -31,18 +30,6 @@ _HEAD = re.compile(rb'\{"index": (\d+), ')
 _OPEN_FILES = 128
 
 Record = dict[str, Any]
-
-
-def refuse_existing_output(path: Path, name: str = "--output") -> None:
-    """Raise DataError where an output would be written over, or cannot be written at all."""
-    if path.exists() or path.is_symlink():
-        raise DataError(f"{name} {path} exists already: remove it or give another name")
-    if packed := plain_name(path.name)[1]:
-        raise DataError(f"{name} {path} is not compressed when written: leave {packed} out")
-    if not path.parent.is_dir():
-        raise DataError(f"{name} {path}: there is no directory {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise DataError(f"{name} {path}: directory {path.parent} is not writable; give another")
 
 
 class ShardDirectory:

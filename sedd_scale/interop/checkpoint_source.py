@@ -6,6 +6,7 @@ Names, shapes and row order are ours, whatever the file's are.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ class CheckpointSource(ABC):
     def _read(self, name: str, key: str) -> Tensor:
         """The tensor `key` of a parameter, which the file has, in our row order."""
 
-    @abstractmethod
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
+        return [(name, shape, "float32", 4 * prod(shape)) for name, shape in self.shapes.items()]
 
 
 class WeightsOnly(CheckpointSource):
@@ -114,10 +115,6 @@ class WeightsOnly(CheckpointSource):
 
     def _read(self, name: str, key: str) -> Tensor:
         return self._source.read(name, self._weights)
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Those of the other source."""
-        return self._source.contents()
 
 
 def tokenizer_in(directory: Path) -> Path | None:

@@ -336,11 +336,10 @@ def _sharded(index: Path) -> dict[str, Entry]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of files of weights ({error})") from None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is not an index of files of weights: it has no weight_map")
+    index = {str(name): str(file) for name, file in weight_map.items()}
     outside = [name for name in index.values() if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{path} names {outside[0]}, which is not a file beside it")

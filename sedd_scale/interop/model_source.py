@@ -4,7 +4,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sedd_scale.arrays import Shape
 from sedd_scale.interop.checkpoint_source import CheckpointSource, Description
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
@@ -30,10 +29,3 @@ class ModelSource(CheckpointSource):
 
     def _read(self, name: str, key: str) -> Tensor:
         return self._parameters[name].parameter.detach().cpu()
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Name, shape, type and bytes of each parameter."""
-        return [
-            (name, p.shape, str(p.parameter.dtype).removeprefix("torch."), p.parameter.nbytes)
-            for name, p in self._parameters.items()
-        ]
