@@ -9,6 +9,7 @@ at all.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import refuse_existing_output, sync_to_disk
 from sedd_scale.files.folder_lock import WITHOUT_LOCKS
 from sedd_scale.files.identity import claim
-from sedd_scale.files.open_files import OpenFiles
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
@@ -142,7 +142,7 @@ class ShardDirectory:
                     if file_of[line.sample] < 0:
                         file_of[line.sample] = number
                         offset_of[line.sample], size_of[line.sample] = line.offset, line.size
-        streams = OpenFiles(lambda number: files[number].open("rb"), most=_OPEN_FILES)
+        opened = functools.lru_cache(_OPEN_FILES)(lambda number: files[number].open("rb"))
         merged = self.path / f"merged.{os.getpid()}.tmp"
         try:
             with open(merged, "wb") as target:
@@ -152,7 +152,7 @@ class ShardDirectory:
                             f"{self.path} lacks sample {index}: start the same command again to "
                             "draw it"
                         )
-                    source = streams[file_of[index]]
+                    source = opened(file_of[index])
                     source.seek(offset_of[index])
                     record = _parse(source.read(size_of[index]), files[file_of[index]])
                     del record["index"]

@@ -122,11 +122,7 @@ def assumed(known: Mapping[str, Said], config: Config, has_heads: bool) -> dict[
         key = KEYS[name]
         if known.get(key, NOTHING).words or (name == "num_heads" and has_heads):
             continue
-        if key == "mask_id":
-            value: Any = config.model.vocab_size
-        else:
-            section, _, field = key.partition(".")
-            value = getattr(getattr(config, section), field)
+        value = config.model.vocab_size if key == "mask_id" else config.value(key)
         if config.graph.name == ("uniform" if key == "mask_id" else "absorb") and key in OF_ONE:
             continue
         found[name] = text_of(value)

@@ -5,27 +5,24 @@ tensors whole, one after the other.
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from sedd_scale.arrays import Shape
-from sedd_scale.checkpoint.boxes import BoxSavePlanner
+from sedd_scale.checkpoint.boxes import BoxSavePlanner, LogicalTensor
 from sedd_scale.checkpoint.directory import (
     begin_checkpoint,
     find_checkpoint,
@@ -108,7 +105,7 @@ class NativeSource(CheckpointSource):
         return rows
 
 
-class _LazyTensor:
+class _LazyTensor(LogicalTensor):
     """A whole logical tensor that is read when torch.distributed.checkpoint writes it.
 
     Args:
@@ -117,31 +114,14 @@ class _LazyTensor:
     """
 
     def __init__(self, source: CheckpointSource, name: str, key: str, buffer: Tensor) -> None:
-        self._source, self._name, self._key = source, name, key
-        self._size, self._buffer = torch.Size(source.shapes[name]), buffer
+        super().__init__(source.shapes[name])
+        self._read = functools.partial(source.read, name, key)
+        begin = torch.Size([0] * len(self._size))
+        self._parts[begin] = buffer.narrow(0, 0, self._size.numel()).view(self._size)
 
-    def size(self) -> torch.Size:
-        """The tensor's shape."""
-        return self._size
-
-    def part(self, _: MetadataIndex) -> Tensor:
+    def part(self, index: MetadataIndex) -> Tensor:
         """The tensor."""
-        whole = self._buffer.narrow(0, 0, self._size.numel()).view(self._size)
-        return whole.copy_(self._source.read(self._name, self._key))
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        offset = torch.Size([0] * len(self._size))
-        return [
-            WriteItem(
-                index=MetadataIndex(name, offset),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offset, self._size),
-                    properties=TensorProperties(dtype=torch.float32),
-                    size=self._size,
-                ),
-            )
-        ]
+        return super().part(index).copy_(self._read())
 
 
 def write_native_run(source: CheckpointSource, directory: Path) -> None:
