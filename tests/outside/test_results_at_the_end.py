@@ -296,3 +296,24 @@ def test_a_result_whose_file_cannot_be_written_is_printed(
         printed = capsys.readouterr()
         assert "found.json: File too large" in printed.err
         assert "nats/token" in printed.out or "distinct" in printed.out
+
+
+@needs_full
+def test_what_standard_output_does_not_take_may_follow_on_standard_error() -> None:
+    program = (
+        "from sedd_scale.cli import outlive_outputs, outlive_stdout\n"
+        "outlive_outputs(); outlive_stdout('the rest follows here', on_stderr=True)\n"
+        "print('a table'); print('its second line')"
+    )
+    with FULL.open("wb") as full:
+        finished = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert finished.returncode == 0
+    told = "the rest follows here (No space left on device)"
+    assert finished.stderr.splitlines() == [told, "a table", "its second line"]
