@@ -120,8 +120,16 @@ def remove_leftovers(folder: Path) -> None:
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether a checkpoint was ever completed here, so that a resume must find one."""
     folder = Path(run_dir) / "checkpoints"
-    replaced = any(folder.glob("step-*.old")) if folder.is_dir() else False
-    return (folder / "latest").exists() or replaced or bool(saved_steps(folder))
+    return (folder / "latest").exists() or bool(_finished(folder))
+
+
+def _finished(folder: Path) -> dict[int, Path]:
+    """Finished checkpoints by step; what a crash left between two renames is read as step-N.old."""
+    there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
+    for old in folder.glob("step-*.old"):
+        if match := _STEP_NAME.fullmatch(old.stem):
+            there.setdefault(int(match[1]), old)
+    return there
 
 
 def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
@@ -129,13 +137,10 @@ def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
 
     The first is what `latest` names; then come older ones, newest first: newer ones belong to an
     abandoned continuation, or to a crash before `latest` named them. Where `latest` names nothing,
-    every finished checkpoint counts. What a crash left between two renames is read as step-N.old.
+    every finished checkpoint counts.
     """
     folder = _folder_of(Path(run_dir))
-    there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
-    for old in folder.glob("step-*.old"):
-        if match := _STEP_NAME.fullmatch(old.stem):
-            there.setdefault(int(match[1]), old)
+    there = _finished(folder)
     # What `latest` names may be removed by hand, or damaged: it tells nothing of the others then.
     named, complaint = _read_latest(folder, there)
     newest = max(there, default=0) if named is None else named
@@ -280,7 +285,7 @@ def is_ours(path: Path) -> bool:
     if _is_checkpoint(path):
         return True
     folder = _folder_of(path)
-    if saved_steps(folder) or any(folder.glob("step-*.old")):
+    if _finished(folder):
         return True
     # DeepSpeed has such a file too, which names a folder of its own.
     named = _named_by(folder / "latest")

@@ -56,8 +56,7 @@ def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -
         CheckpointError: names the key and its value.
     """
     for key, value, reason in _EXPRESSIBLE:
-        section, name = key.split(".")
-        found = getattr(getattr(described.config, section), name)
+        found = described.config.value(key)
         if found != value and (fixed_mlp_ratio or key != "model.mlp_ratio"):
             raise CheckpointError(
                 f"{key}={scalar_text(found)} cannot be written in the published format, whose "
