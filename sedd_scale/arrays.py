@@ -1,4 +1,4 @@
-"""Names for the types of NumPy arrays."""
+"""Names for the types of NumPy arrays, and of shapes."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,3 +7,6 @@ BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+
+# Of a tensor.
+Shape = tuple[int, ...]

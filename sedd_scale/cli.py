@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from sedd_scale.errors import ConfigError, SeddScaleError
 from sedd_scale.files.task_environment import adopt_slurm_task
@@ -197,29 +197,52 @@ def _leave_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else STDOUT)
 
 
-class _Messages(io.FileIO):
-    """Standard error; what it does not take is let go, for no message is worth the work."""
+class _Outlived(io.FileIO):
+    """An output that ends no work: what it does not take is let go, or told on standard error."""
+
+    notice = ""
+    on_stderr = False
 
     def write(self, content: Any) -> int:
         try:
             return super().write(content) or 0
-        except OSError:
+        except OSError as error:
+            if self.notice:
+                print(f"{self.notice} ({error.strerror})", file=sys.stderr)
+                self.notice = ""
+            if self.on_stderr:
+                sys.stderr.write(bytes(content).decode(errors="replace"))
             return len(content)
+
+
+def _outlived(stream: TextIO | None, number: int, **options: Any) -> tuple[_Outlived, TextIO]:
+    """Standard output or error, or nothing where it is closed, as `_Outlived`."""
+    to = os.open(os.devnull, os.O_WRONLY) if stream is None else number
+    raw = _Outlived(to, "w", closefd=stream is None)
+    buffer: Any = raw
+    return raw, io.TextIOWrapper(buffer, getattr(stream, "encoding", "utf-8"), **options)
+
+
+def outlive_stdout(notice: str, *, on_stderr: bool = False) -> None:
+    """Let a full disk or a closed pipe behind standard output end no work that begins now.
+
+    Args:
+        notice: said on standard error when it takes no more.
+        on_stderr: what it does not take follows there; else it is let go.
+    """
+    if sys.stdout is sys.__stdout__:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raw, sys.stdout = _outlived(sys.stdout, STDOUT, errors="replace", line_buffering=True)
+        raw.notice, raw.on_stderr = notice, on_stderr
 
 
 def outlive_outputs() -> None:
     """Let no character, and nothing on standard error, end the work."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    closed = sys.stderr is None
-    if closed or sys.stderr is sys.__stderr__:
-        to = os.open(os.devnull, os.O_WRONLY) if closed else STDERR
-        sys.stderr = io.TextIOWrapper(
-            _Messages(to, "w", closefd=closed),
-            getattr(sys.stderr, "encoding", "utf-8"),
-            errors="backslashreplace",
-            write_through=True,
-        )
+    if sys.stderr is sys.__stderr__:
+        _, sys.stderr = _outlived(sys.stderr, STDERR, errors="backslashreplace", write_through=True)
     # Libraries read their own files by the locale's encoding.
     if locale.nl_langinfo(locale.CODESET) == "ANSI_X3.4-1968":
         with contextlib.suppress(locale.Error):

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from sedd_scale.checkpoint import fault_points
 from sedd_scale.checkpoint.manifest import MANIFEST, first_wrong_size, read_manifest, record_of
 from sedd_scale.errors import CheckpointError, DamagedCheckpointError
 from sedd_scale.files.atomic import sync_to_disk, write_atomically
-from sedd_scale.version import __version__
+from sedd_scale.version import __version__, versions
 
 FORMAT = "sedd_scale checkpoint"
 FORMAT_VERSION = 2
@@ -120,8 +120,16 @@ def remove_leftovers(folder: Path) -> None:
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether a checkpoint was ever completed here, so that a resume must find one."""
     folder = Path(run_dir) / "checkpoints"
-    replaced = any(folder.glob("step-*.old")) if folder.is_dir() else False
-    return (folder / "latest").exists() or replaced or bool(saved_steps(folder))
+    return (folder / "latest").exists() or bool(_finished(folder))
+
+
+def _finished(folder: Path) -> dict[int, Path]:
+    """Finished checkpoints by step; what a crash left between two renames is read as step-N.old."""
+    there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
+    for old in folder.glob("step-*.old"):
+        if match := _STEP_NAME.fullmatch(old.stem):
+            there.setdefault(int(match[1]), old)
+    return there
 
 
 def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
@@ -129,13 +137,10 @@ def resume_candidates(run_dir: str | Path) -> tuple[list[Path], str | None]:
 
     The first is what `latest` names; then come older ones, newest first: newer ones belong to an
     abandoned continuation, or to a crash before `latest` named them. Where `latest` names nothing,
-    every finished checkpoint counts. What a crash left between two renames is read as step-N.old.
+    every finished checkpoint counts.
     """
     folder = _folder_of(Path(run_dir))
-    there = {step: folder / f"step-{step}" for step in saved_steps(folder)}
-    for old in folder.glob("step-*.old"):
-        if match := _STEP_NAME.fullmatch(old.stem):
-            there.setdefault(int(match[1]), old)
+    there = _finished(folder)
     # What `latest` names may be removed by hand, or damaged: it tells nothing of the others then.
     named, complaint = _read_latest(folder, there)
     newest = max(there, default=0) if named is None else named
@@ -280,7 +285,7 @@ def is_ours(path: Path) -> bool:
     if _is_checkpoint(path):
         return True
     folder = _folder_of(path)
-    if saved_steps(folder) or any(folder.glob("step-*.old")):
+    if _finished(folder):
         return True
     # DeepSpeed has such a file too, which names a folder of its own.
     named = _named_by(folder / "latest")
@@ -324,6 +329,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
             f"checkpoint file {path} is damaged: no {', '.join(sorted(missing))}"
         )
     return meta
+
+
+def meta_text(meta: Mapping[str, Any], *, optimizer_step: int, shapes: Any) -> str:
+    """What meta.json says of a run's state: `META_KEYS` and more, beside how it was written."""
+    assert set(meta) >= META_KEYS, META_KEYS - set(meta)
+    own = {"format": FORMAT, "format_version": FORMAT_VERSION, "versions": versions()}
+    return json.dumps({**own, **meta, "optimizer_step": optimizer_step, "shapes": shapes}, indent=1)
 
 
 def saved_steps(folder: Path) -> list[int]:

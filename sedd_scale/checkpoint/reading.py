@@ -8,7 +8,7 @@ directory is described in `checkpoint.directory`, saving in the background in `c
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from sedd_scale.arrays import Shape
 from sedd_scale.checkpoint.boxes import BoxLoadPlanner, LogicalTensor, valid_numel
 from sedd_scale.checkpoint.directory import (
     find_checkpoint,
@@ -102,10 +103,10 @@ def load_checkpoint(
     with together(CheckpointError):
         meta = read_meta(path)
         check(Path(path), meta)
-        metadata = _read_metadata(Path(path))
+        metadata = read_metadata(Path(path))
     shapes = all_shapes(fragments)
     with together(CheckpointError):
-        _check_shapes(path, shapes, metadata)
+        check_state(path, shapes, metadata)
     fragments.ensure_state()
     with _read_errors(path):
         dcp.load(
@@ -146,11 +147,11 @@ def load_weights(
     path = find_checkpoint(path)
     verify_files(path, hashes=verify)
     meta = read_meta(path)
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     parameters = list(parameters)
     shapes = {f"{logical.name}/{weights}": logical.shape for logical in parameters}
     # A stage of a pipeline holds some of the names only.
-    _check_shapes(path, shapes, metadata, allow_more=layout.pipeline > 1)
+    check_state(path, shapes, metadata, allow_more=layout.pipeline > 1)
     tensors = {}
     for logical in parameters:
         parameter = logical.parameter
@@ -189,7 +190,7 @@ def verify_files(path: Path, *, hashes: bool, rank: int = 0, num_ranks: int = 1)
         raise DamagedCheckpointError(wrong)
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
     """The checkpoint's index of tensors and files."""
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
@@ -202,38 +203,70 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _check_shapes(
+def check_state(
     path: str | Path,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Shape],
     metadata: Metadata,
     *,
     allow_more: bool = False,
 ) -> None:
-    """Raise CheckpointError where the checkpoint's tensors are not the model's NAME/KEY."""
-    found = {
-        name: tuple(tensor.size)
-        for name, tensor in metadata.state_dict_metadata.items()
+    """Raise CheckpointError where a checkpoint's tensors NAME/KEY are not the model's.
+
+    Args:
+        shapes: of the model's tensors NAME/KEY.
+        allow_more: others may be there too.
+    """
+    sizes = {
+        entry: tuple(tensor.size)
+        for entry, tensor in metadata.state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
-    wrong: dict[str, str] = {}  # of a parameter, of which one key says enough
-    for tensor, shape in shapes.items():
-        name, saved = tensor.rpartition("/")[0], found.get(tensor)
-        if saved is None:
-            wrong.setdefault(name, f"{name} {list(shape)} is missing from it")
-        elif saved != tuple(shape):
-            wrong[name] = f"{name} is {list(shape)} in the model and {list(saved)} in it"
-    if not allow_more:
-        held = {tensor.rpartition("/")[0] for tensor in shapes}
-        for tensor, saved in found.items():
-            name = tensor.rpartition("/")[0]
-            if name not in held:
-                wrong[name] = f"{name} {list(saved)} is not in the model"
-    lines = list(wrong.values())
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise CheckpointError(
-            f"checkpoint {path} is of another model: {'; '.join(lines[:3])}{more}"
-        )
+    expected = {entry.rpartition("/")[0]: shape for entry, shape in shapes.items()}
+    lacking = {entry.rpartition("/")[0] for entry in shapes.keys() - sizes.keys()}
+    found: dict[str, Shape] = {}
+    for entry, size in sizes.items():
+        name = entry.rpartition("/")[0]
+        if name in lacking or (name not in expected and allow_more):
+            continue
+        if name not in found or size != tuple(expected.get(name, size)):
+            found[name] = size
+    check_tensors(path, expected, found, fault="is of another model")
+
+
+def check_tensors(
+    path: str | Path,
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    *,
+    fault: str = "does not hold the model it describes",
+) -> None:
+    """Refuse a set of tensors that is not exactly the model's.
+
+    Args:
+        fault: what an error says of `path`.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, unknown or of another shape, with the
+            shapes they should have.
+    """
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        f"{what} {_few(names)}"
+        for what, names in (("missing", missing), ("unknown", extra), ("misshapen:", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} {fault}: {'; '.join(problems)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @contextlib.contextmanager

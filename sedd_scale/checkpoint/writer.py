@@ -13,7 +13,6 @@ main threads at step boundaries.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -27,13 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from sedd_scale.checkpoint.directory import (
-    FORMAT,
-    FORMAT_VERSION,
-    META_KEYS,
-    remove_leftovers,
-    restore_replaced,
-)
+from sedd_scale.checkpoint.directory import meta_text, remove_leftovers, restore_replaced
 from sedd_scale.checkpoint.saving import (
     FAILED,
     RUNNING,
@@ -46,7 +39,6 @@ from sedd_scale.checkpoint.state import HostCopy, all_shapes, fragment_tensors, 
 from sedd_scale.config.sections import CheckpointConfig
 from sedd_scale.errors import CheckpointError, LostRankError
 from sedd_scale.parallel.agreement import from_first, gathered, together
-from sedd_scale.version import versions
 
 if TYPE_CHECKING:
     from sedd_scale.engine.fragments import ZeroFragments
@@ -150,7 +142,6 @@ class CheckpointWriter:
         Raises:
             CheckpointError: as `poll`.
         """
-        assert set(meta) >= META_KEYS, META_KEYS - set(meta)
         step, begun = int(meta["step"]), time.perf_counter()
         if self._save is not None:
             self._say(
@@ -168,14 +159,6 @@ class CheckpointWriter:
         if self._plan is None:
             self._plan = make_plan(tensors, self._layout, self._group)
         self._num_saves += 1
-        text = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **meta,
-            "optimizer_step": self._fragments.get_step(),
-            "versions": versions(),
-            "shapes": self._shapes,
-        }
         job = SaveJob(
             folder=self._folder,
             step=step,
@@ -184,7 +167,9 @@ class CheckpointWriter:
             num_ranks=self._layout.world_size,
             plan=self._plan,
             tensors=tensors,
-            meta_text=json.dumps(text, indent=1),
+            meta_text=meta_text(
+                meta, optimizer_step=self._fragments.get_step(), shapes=self._shapes
+            ),
             tokenizer_directory=self._tokenizer_directory,
             config=self._config,
         )

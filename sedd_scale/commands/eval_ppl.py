@@ -232,7 +232,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         need_stdout("--output FILE.json")
     else:
-        from sedd_scale.generation.output_shards import refuse_existing_output
+        from sedd_scale.files.atomic import refuse_existing_output
 
         refuse_existing_output(arguments.output)
     report = evaluate(arguments)
@@ -242,9 +242,11 @@ def eval_command(arguments: argparse.Namespace) -> None:
 
         finite = report if math.isfinite(report["perplexity"]) else {**report, "perplexity": None}
         line = json.dumps(finite)
-        if arguments.output is not None:
-            write_atomically(arguments.output, f"{line}\n".encode())
-        print_result(line if arguments.json else f"{format_table(report)}\n{line}")
+        try:
+            if arguments.output is not None:
+                write_atomically(arguments.output, f"{line}\n".encode())
+        finally:
+            print_result(line if arguments.json else f"{format_table(report)}\n{line}")
     from sedd_scale.parallel.layout import shutdown
 
     shutdown()

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from sedd_scale.cli import Command, at_least, count, given_path, make_parser
+from sedd_scale.cli import Command, at_least, count, given_path, make_parser, print_result
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
@@ -168,10 +168,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 def generate_command(arguments: argparse.Namespace) -> None:
     """Draw the samples; the first process writes the report and prints it."""
+    from sedd_scale.files.atomic import refuse_existing_output
     from sedd_scale.generation.batch import requests_of_shard
     from sedd_scale.generation.generate import generate
     from sedd_scale.generation.judge import check_judge
-    from sedd_scale.generation.output_shards import refuse_existing_output
     from sedd_scale.generation.prompts_file import read_prompt_lines
     from sedd_scale.generation.samples_file import report_path
     from sedd_scale.generation.trace_page import write_trace_page
@@ -185,9 +185,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
     settings = SamplerSettings(**{**options, "sampler": arguments.sampler or "analytic"})
     is_first = os.environ.get("RANK", "0") == "0"
     refuse_existing_output(arguments.output)
-    refuse_existing_output(report_path(arguments.output), "the report")
+    refuse_existing_output(report_path(arguments.output), "the report ")
     if arguments.trace is not None:
-        refuse_existing_output(arguments.trace, "--trace")
+        refuse_existing_output(arguments.trace, "--trace ")
         for other in (arguments.output, report_path(arguments.output)):
             if arguments.trace.resolve() == other.resolve():
                 raise ConfigError(f"--trace {arguments.trace} is written already: give another")
@@ -267,16 +267,17 @@ def _report(
             world_size=layout.world_size,
         )
     if quality is not None:
-        write_report(path, report)
         rate = f" ({made.tokens / made.seconds:,.0f} tokens/s)" if made.tokens else ""
         before = f", {made.samples_before:,} of them earlier" if made.samples_before else ""
-        print(
-            f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
-            f"{made.seconds:.1f} s{rate}"
-        )
         # A shard behind the last batch is written all the same, so that all can be joined.
-        print(format_quality(report) if made.samples else "no batch is left for this shard")
-        print(output)
+        found = format_quality(report) if made.samples else "no batch is left for this shard"
+        try:
+            write_report(path, report)
+        finally:
+            print_result(
+                f"{made.samples:,} samples{before}; {made.tokens:,} tokens drawn in "
+                f"{made.seconds:.1f} s{rate}\n{found}\n{output}"
+            )
 
 
 def _requests(

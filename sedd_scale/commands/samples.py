@@ -112,25 +112,25 @@ def show_trace(arguments: argparse.Namespace) -> None:
 
 def write_page(arguments: argparse.Namespace) -> None:
     """Write the page of all traced samples."""
-    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.files.atomic import refuse_existing_output
     from sedd_scale.generation.samples_file import traced_samples
     from sedd_scale.generation.trace_page import write_trace_page
 
-    refuse_existing_output(arguments.trace, "--trace")
+    refuse_existing_output(arguments.trace, "--trace ")
     write_trace_page(arguments.trace, traced_samples(arguments.samples))
     print(arguments.trace)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Print the report, and write it where asked."""
-    from sedd_scale.generation.output_shards import refuse_existing_output
+    from sedd_scale.files.atomic import refuse_existing_output
     from sedd_scale.generation.quality import format_quality
     from sedd_scale.generation.samples_file import judge_file, quality_of_file, write_report
 
     if arguments.report is None:
         need_stdout("--report FILE.json")
     else:
-        refuse_existing_output(arguments.report, "--report")
+        refuse_existing_output(arguments.report, "--report ")
     if arguments.judge is not None:
         from sedd_scale.generation.judge import check_judge
 
@@ -145,11 +145,13 @@ def report(arguments: argparse.Namespace) -> None:
         except RuntimeError as error:
             raise ConfigError(f"--device {name} is unknown: give cpu, cuda or cuda:1") from error
         found["generative_perplexity"] = judge_file(arguments.samples, arguments.judge, device)
-    if arguments.report is not None:
-        write_report(arguments.report, found)
-    if arguments.track is not None:
-        send_to_trackers(arguments.samples, arguments.track)
-    print_result(format_quality(found))
+    try:
+        if arguments.report is not None:
+            write_report(arguments.report, found)
+        if arguments.track is not None:
+            send_to_trackers(arguments.samples, arguments.track)
+    finally:
+        print_result(format_quality(found))
 
 
 def send_to_trackers(samples: Path, run_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sedd_scale.cli import Command, given_path, make_parser
+from sedd_scale.cli import Command, given_path, make_parser, outlive_stdout
 from sedd_scale.training.signals import (
     EXIT_LOST_RANK,
     EXIT_STOPPED,
@@ -32,6 +32,7 @@ def train_command(arguments: argparse.Namespace) -> int:
                 print(line, flush=True)
             shutdown()
             return 0
+        outlive_stdout("standard output takes no more; training goes on, see metrics.jsonl")
         finished = train(config, arguments.run_dir, stop)
         stop.disarm()
         shutdown()

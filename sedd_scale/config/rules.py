@@ -110,11 +110,16 @@ def _check_model(config: ConfigTree) -> None:
         )
     if model.init_from == "":
         raise ConfigError("model.init_from is empty: set it to null or to a checkpoint's path")
-    if model.grow_vocab and model.init_from is None:
-        raise ConfigError(
-            "model.grow_vocab=true has no effect with model.init_from=null: set model.init_from to "
-            "the checkpoint whose vocabulary is to grow, or model.grow_vocab=false"
-        )
+    about_it = {
+        "grow_vocab=true": model.grow_vocab,
+        f"init_options={model.init_options}": model.init_options is not None,
+    }
+    for what, given in about_it.items():
+        if given and model.init_from is None:
+            raise ConfigError(
+                f"model.{what} has no effect with model.init_from=null: set model.init_from to "
+                "the checkpoint that it is about, or leave it out"
+            )
     if model.init_from is not None and config.training.resume not in ("auto", "never"):
         raise ConfigError(
             f"model.init_from={model.init_from} starts a new run and "

@@ -101,6 +101,10 @@ class ModelConfig:
     init_from: str | None = _key(
         None, "Checkpoint of any readable format whose averaged weights a new run starts from."
     )
+    init_options: str | None = _key(
+        None,
+        "What init_from's files do not say, by the options of eval_ppl: mask_id=4,graph=absorb.",
+    )
     grow_vocab: bool = _key(
         False, "Let a dataset with more tokens than init_from append them to its vocabulary."
     )

@@ -4,6 +4,7 @@ A dataset is a directory, here or behind a URL: `SPLIT-000000.tar`, ... (see tar
 `tokenizer/`, and `index.json`, written last.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,6 @@ from sedd_scale.data.remote_sources import Source, is_remote, open_source
 from sedd_scale.data.tar_blocks import DATA_OFFSET, RecordFormat, token_dtype
 from sedd_scale.errors import DataError
 from sedd_scale.files.atomic import write_atomically
-from sedd_scale.files.open_files import OpenFiles
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, TOKENIZER_FILE, Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
@@ -286,7 +286,8 @@ class BlockReader:
         self._format = RecordFormat(self.block_length, np.dtype(dataset.index["dtype"]))
         self._ends = np.cumsum(self.blocks_of_shard)
         self._begins = self._ends - self.blocks_of_shard
-        self._files = OpenFiles(self._opened, most=MAX_OPEN_SHARDS)
+        # What is dropped is closed once no thread reads from it.
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._opened)
         if check_sizes and not dataset.is_remote:
             for shard in self.shards:
                 dataset.check_size(shard)
@@ -316,7 +317,7 @@ class BlockReader:
         for row, (block, shard) in enumerate(zip(wanted.tolist(), shard_of_block.tolist())):
             offset = places[row] * stride
             record = buffer[row * stride : (row + 1) * stride]
-            stream = self._files[shard]
+            stream = self._open(shard)
             try:
                 have = os.preadv(stream.fileno(), [record], offset)
                 fault = "ends" if have < len(record) else self._format.fault(record, block)

@@ -17,7 +17,6 @@ the uniform graph, whose samplers have no likeliest token, it is never claimed.
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,14 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from sedd_scale.cli import outlive_outputs
+from sedd_scale.cli import outlive_outputs, outlive_stdout
 from sedd_scale.errors import ConfigError, DataError, SeddScaleError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
 from sedd_scale.generation.completions import settings_for
-from sedd_scale.interop.assumptions import without_options
-from sedd_scale.interop.model_arguments import fit_tokenizer, open_tokenizer
-from sedd_scale.interop.pretrained import load_pretrained
-from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.interop.assumptions import given_by_name
+from sedd_scale.interop.model_arguments import add_model_arguments, open_model
 from sedd_scale.sampling.infill import infill_from_tokens
 
 MODEL_NAME = "sedd_scale"
@@ -46,15 +43,13 @@ class SeddScaleLM(LM):
     """A checkpoint as the harness asks it.
 
     Args:
-        checkpoint: as of `sedd-scale eval_ppl`.
-        weights: "ema" or "master".
-        tokenizer: path, for a checkpoint that carries none.
+        checkpoint, model: as the options of `sedd-scale eval_ppl` that name a model, such as
+            `tokenizer_path=PATH` and `mask_id=4` for --mask-id 4.
         draws: times a request is looked at.
         seed: of all draws.
         batch_size: sequences at a time.
         max_length: tokens of context and continuation together; the model's block by default.
         steps, sampler: of generated text; the samplers' own defaults.
-        tensor: processes that share the model; the others share the requests.
         device: "cpu" keeps the weights there; else they go to the process's GPU, if it has one
             (the harness says "cuda:0" where nothing was said).
         max_batch_size: not more than this many.
@@ -64,17 +59,15 @@ class SeddScaleLM(LM):
         self,
         checkpoint: str,
         *,
-        weights: str = "ema",
-        tokenizer: str | None = None,
         draws: int = 16,
         seed: int = 0,
         batch_size: int | str = 16,
         max_length: int | None = None,
         steps: int | None = None,
         sampler: str | None = None,
-        tensor: int = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
+        **model: Any,
     ) -> None:
         super().__init__()
         try:
@@ -82,18 +75,14 @@ class SeddScaleLM(LM):
         except ValueError:
             raise ConfigError(f"batch_size={batch_size}: give a number such as 16") from None
         self.batch_size = size if max_batch_size is None else min(size, int(max_batch_size))
-        with without_options():
-            self.model = load_pretrained(
-                Path(checkpoint),
-                weights=weights,
-                device=device if device == "cpu" else None,
-                layout=initialize_layout(tensor=tensor),
-            )
-        if tokenizer is not None:
-            self.model.tokenizer = open_tokenizer(Path(tokenizer))
-        fit_tokenizer(self.model)
+        named = given_by_name(
+            add_model_arguments, {"checkpoint": checkpoint, **model}, "the model's arguments"
+        )
+        self.model = open_model(named, device=device if device == "cpu" else None, spelling="")
         if self.model.tokenizer is None:
-            raise DataError(f"checkpoint={checkpoint} carries no tokenizer: give tokenizer=PATH")
+            raise DataError(
+                f"checkpoint={checkpoint} carries no tokenizer: give tokenizer_path=PATH"
+            )
         self.max_length = max_length or self.model.block_length or 1024
         self.draws, self.seed = draws, seed
         options = {"steps": steps, "sampler": sampler}
@@ -252,6 +241,7 @@ def main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     outlive_outputs()
+    outlive_stdout("standard output takes no more; the rest follows here", on_stderr=True)
     try:
         cli_evaluate()
     except SeddScaleError as error:

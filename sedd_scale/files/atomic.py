@@ -1,8 +1,30 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and never in the place of another."""
 
 import contextlib
 import os
 from pathlib import Path
+
+from sedd_scale.errors import DataError, SeddScaleError
+from sedd_scale.files.compressed import plain_name
+
+
+def refuse_existing_output(
+    path: Path, name: str = "--output ", error: type[SeddScaleError] = DataError
+) -> None:
+    """Raise `error` where an output would be written over, or cannot be written at all.
+
+    Args:
+        name: what stands before the path in the error.
+    """
+    parent = path.parent
+    if path.exists() or path.is_symlink():
+        raise error(f"{name}{path} exists already: remove it or give another name")
+    if packed := plain_name(path.name)[1]:
+        raise error(f"{name}{path} is not compressed when written: leave {packed} out")
+    if not parent.is_dir():
+        raise error(f"{name}{path}: there is no directory {parent}; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise error(f"{name}{path}: directory {parent} is not writable; give another")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.generation.batch import (
     Request,
     batch_cost,
@@ -21,7 +22,6 @@ from sedd_scale.generation.batch import (
 from sedd_scale.generation.output_shards import (
     Record,
     ShardDirectory,
-    refuse_existing_output,
 )
 from sedd_scale.generation.progress import Done, ProgressLine
 from sedd_scale.generation.quality import QualityReport

@@ -9,6 +9,7 @@ at all.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,11 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_scale.errors import DataError
-from sedd_scale.files.atomic import sync_to_disk
-from sedd_scale.files.compressed import plain_name
+from sedd_scale.files.atomic import refuse_existing_output, sync_to_disk
 from sedd_scale.files.folder_lock import WITHOUT_LOCKS
 from sedd_scale.files.identity import claim
-from sedd_scale.files.open_files import OpenFiles
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
@@ -31,18 +30,6 @@ _HEAD = re.compile(rb'\{"index": (\d+), ')
 _OPEN_FILES = 128
 
 Record = dict[str, Any]
-
-
-def refuse_existing_output(path: Path, name: str = "--output") -> None:
-    """Raise DataError where an output would be written over, or cannot be written at all."""
-    if path.exists() or path.is_symlink():
-        raise DataError(f"{name} {path} exists already: remove it or give another name")
-    if packed := plain_name(path.name)[1]:
-        raise DataError(f"{name} {path} is not compressed when written: leave {packed} out")
-    if not path.parent.is_dir():
-        raise DataError(f"{name} {path}: there is no directory {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise DataError(f"{name} {path}: directory {path.parent} is not writable; give another")
 
 
 class ShardDirectory:
@@ -155,7 +142,7 @@ class ShardDirectory:
                     if file_of[line.sample] < 0:
                         file_of[line.sample] = number
                         offset_of[line.sample], size_of[line.sample] = line.offset, line.size
-        streams = OpenFiles(lambda number: files[number].open("rb"), most=_OPEN_FILES)
+        opened = functools.lru_cache(_OPEN_FILES)(lambda number: files[number].open("rb"))
         merged = self.path / f"merged.{os.getpid()}.tmp"
         try:
             with open(merged, "wb") as target:
@@ -165,7 +152,7 @@ class ShardDirectory:
                             f"{self.path} lacks sample {index}: start the same command again to "
                             "draw it"
                         )
-                    source = streams[file_of[index]]
+                    source = opened(file_of[index])
                     source.seek(offset_of[index])
                     record = _parse(source.read(size_of[index]), files[file_of[index]])
                     del record["index"]

@@ -4,12 +4,12 @@ Sizes follow from the shapes of tensors. The graph, the noise and the block leng
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
-from sedd_scale.errors import CheckpointError
+from sedd_scale.errors import ConfigError
 
 
 def _boolean(text: str) -> bool:
@@ -33,7 +33,13 @@ def _said(help: str, key: str, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """One field a thing that shapes cannot tell; None: what the files say, or else assumed."""
+    """One field a thing that shapes cannot tell; None: what the files say, or else assumed.
+
+    Attributes:
+        spelling: None: they are given as flags, `--mask-id 4`; else what stands before
+            `mask_id=4`.
+        otherwise: fields' values for what neither the files nor the user say.
+    """
 
     objective: str | None = _said(
         "what it was trained for (assumed for mdlm: masked_cross_entropy)",
@@ -83,22 +89,30 @@ class Assumptions:
         "of several networks in a file, what the names of this one begin with", "", str
     )
 
+    spelling: str | None = None
+    otherwise: Mapping[str, Any] = field(default_factory=dict)
+
     def given(self) -> list[str]:
         """Names of the fields that were set."""
-        return [item.name for item in fields(self) if getattr(self, item.name) is not None]
+        return [name for name in KEYS if getattr(self, name) is not None]
+
+    def spelled(self, **values: Any) -> str:
+        """How the user gives fields these values; None: the name alone."""
+        words = []
+        for name, value in values.items():
+            word = "--" + _FLAGS.get(name, name)
+            word = word.replace("_", "-") if self.spelling is None else word[2:]
+            equals = " " if self.spelling is None else "="
+            words.append(word if value is None else f"{word}{equals}{text_of(value)}")
+        return " ".join(words) if self.spelling is None else self.spelling + ",".join(words)
 
 
 # Our key of each field; "network" has none.
-KEYS = {item.name: item.metadata["key"] for item in fields(Assumptions)}
+KEYS = {item.name: item.metadata["key"] for item in fields(Assumptions) if item.metadata}
 # A command may have a flag of its own of that name.
 _DEST = "said_{}"
 # Where the flag is not the name.
-_FLAGS = {"eps": "noise-eps"}
-
-
-def flag_of(name: str) -> str:
-    """The flag of a field."""
-    return "--" + _FLAGS.get(name, name.replace("_", "-"))
+_FLAGS = {"eps": "noise_eps"}
 
 
 def text_of(value: Any) -> str:
@@ -112,29 +126,47 @@ def add_assumptions(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ..
         "what a checkpoint of another program does not say (sizes follow from its tensors)"
     )
     for item in fields(Assumptions):
-        if item.name not in leave_out:
+        if item.metadata and item.name not in leave_out:
             help, options = item.metadata["help"], item.metadata["options"]
-            group.add_argument(
-                flag_of(item.name), dest=_DEST.format(item.name), help=help, **options
-            )
+            flag = Assumptions().spelled(**{item.name: None})
+            group.add_argument(flag, dest=_DEST.format(item.name), help=help, **options)
 
 
-@contextlib.contextmanager
-def without_options() -> Iterator[None]:
-    """Where these flags do not exist, errors that name one say what takes it."""
-    try:
-        yield
-    except CheckpointError as error:
-        if " --" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{error}; these are options of `sedd-scale convert_ckpt --to native`: give what it "
-            "writes"
-        ) from None
+def assumptions_of(
+    arguments: argparse.Namespace, *, spelling: str | None = None, **otherwise: Any
+) -> Assumptions:
+    """What the flags of `add_assumptions` say; `spelling` and `otherwise` as of `Assumptions`."""
+    found = {name: getattr(arguments, _DEST.format(name), None) for name in KEYS}
+    return Assumptions(**found, spelling=spelling, otherwise=otherwise)
 
 
-def assumptions_of(arguments: argparse.Namespace) -> Assumptions | None:
-    """What the flags of `add_assumptions` say; None where none was given."""
-    names = [item.name for item in fields(Assumptions)]
-    found = {name: getattr(arguments, _DEST.format(name), None) for name in names}
-    return Assumptions(**found) if any(value is not None for value in found.values()) else None
+class _ByName(argparse.ArgumentParser):
+    """Takes options whose names have no dashes, and raises what it finds wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        named = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), message)
+        raise ConfigError(f"{self.prog}: {named}")
+
+
+def given_by_name(
+    add: Callable[[argparse.ArgumentParser], None], values: Mapping[str, Any], what: str
+) -> argparse.Namespace:
+    """A command's options given as name=value, where there is no command line.
+
+    Args:
+        add: adds the options.
+        values: by their flags' names, `mask_id` for --mask-id; None: not given.
+        what: what errors call the place they are given in.
+
+    Raises:
+        ConfigError: an option is unknown, missing, or has a value that it does not take.
+    """
+    parser = _ByName(prog=what, allow_abbrev=False, add_help=False)
+    add(parser)
+    return parser.parse_args(
+        [
+            f"--{name.replace('_', '-')}={text_of(value)}"
+            for name, value in values.items()
+            if value is not None
+        ]
+    )

@@ -6,20 +6,20 @@ Names, shapes and row order are ours, whatever the file's are.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
-from sedd_scale.errors import CheckpointError
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
 # The tensors that a run keeps of each parameter, as its checkpoints name them.
 WEIGHTS = ("ema", "master")
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Description:
         optimizer_step: updates of the optimizer.
         tokens: tokens of text seen.
         tokenizer_directory: the tokenizer that lies with it, if any.
-        assumed: what nothing says and was taken for granted: the flag that would, and the value.
+        assumed: what nothing says and was taken for granted: the field of `Assumptions`, and the
+            value.
         details: what only this format knows and its writer wants back, of plain JSON types.
     """
 
@@ -97,9 +98,9 @@ class CheckpointSource(ABC):
     def _read(self, name: str, key: str) -> Tensor:
         """The tensor `key` of a parameter, which the file has, in our row order."""
 
-    @abstractmethod
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
+        return [(name, shape, "float32", 4 * prod(shape)) for name, shape in self.shapes.items()]
 
 
 class WeightsOnly(CheckpointSource):
@@ -115,10 +116,6 @@ class WeightsOnly(CheckpointSource):
     def _read(self, name: str, key: str) -> Tensor:
         return self._source.read(name, self._weights)
 
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Those of the other source."""
-        return self._source.contents()
-
 
 def tokenizer_in(directory: Path) -> Path | None:
     """The tokenizer that a checkpoint's directory carries, if any."""
@@ -131,30 +128,3 @@ def model_shapes(config: Config) -> dict[str, Shape]:
     assert config.model.vocab_size is not None
     layers = layer_shapes(config, config.model.vocab_size)
     return {parameter.name: parameter.shape for layer in layers for parameter in layer}
-
-
-def check_tensors(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Refuse a set of tensors that is not exactly the model's.
-
-    Raises:
-        CheckpointError: names the tensors that are missing, unknown or of another shape, with the
-            shapes they should have.
-    """
-    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in expected]
-    wrong = [
-        f"{name} is {list(found[name])} and should be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    problems = [
-        f"{what} {_few(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("misshapen:", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{path} does not hold the model it describes: {'; '.join(problems)}")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
+from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
@@ -59,10 +60,7 @@ def convert(
             f"read only; --to takes {', '.join(TARGETS)}"
         )
     source, target = Path(source), Path(target)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: remove it or give another destination")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target}: there is no directory {target.parent}; make it first")
+    refuse_existing_output(target, "", CheckpointError)
     temporary = target.with_name(target.name + ".tmp")
     if temporary.exists():
         raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sedd_scale.config import Config
 from sedd_scale.diffusion.objectives import D3PMAbsorb, MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.assumptions import KEYS, Assumptions, flag_of, text_of
+from sedd_scale.interop.assumptions import KEYS, Assumptions, text_of
 from sedd_scale.interop.foreign_files import CONFIG_FILE, read_json
 from sedd_scale.interop.pickled_files import plain
 
@@ -30,6 +30,10 @@ _D3PM = {**_MDLM, "training.objective": D3PMAbsorb.name}
 # Programs, by a word in their model_type, architectures or algo.name; and parametrisations.
 _KINDS = {"mdlm": _MDLM, "udlm": _DUO, "duo": _DUO, "sedd": _SCORE, "d3pm": _D3PM}
 _PARAMETERIZATIONS = {"subs": _MDLM, "mean": _DUO, "sedd": _SCORE, "score": _SCORE, "d3pm": _D3PM}
+# What the user says of the same.
+_AS_MDLM, _AS_SEDD = ({"objective": kind.name} for kind in (MaskedCrossEntropy, ScoreEntropy))
+_ABSORB = {"graph": "absorb"}
+_AS_DUO = {"graph": "uniform", "parametrisation": "mean"}
 # Ours, theirs, and the type of the value.
 _VALUES: tuple[tuple[str, tuple[str, ...], type], ...] = (
     ("model.hidden_size", ("model.hidden_size", "hidden_dim"), int),
@@ -58,10 +62,11 @@ OF_ONE = ("model.parametrisation", "mask_id")
 
 
 class Said(NamedTuple):
-    """A value of one of our keys, and the words of the file that say it."""
+    """A value of one of our keys, the words of the file that say it, and if it was the user."""
 
     value: Any
     words: str
+    by_user: bool = False
 
 
 NOTHING = Said(None, "")
@@ -97,35 +102,36 @@ def known_of(path: Path, tree: Mapping[str, Any], assumptions: Assumptions) -> d
                     "correct or remove one of them"
                 )
     for name in assumptions.given():
-        key, value, flag = KEYS[name], getattr(assumptions, name), flag_of(name)
+        key, value = KEYS[name], getattr(assumptions, name)
         if key in found and found[key].value != value:
             raise CheckpointError(
-                f"{path}: {found[key].words}, not {text_of(value)}: use that, and leave {flag} out"
+                f"{path}: {found[key].words}, not {text_of(value)}: use that, and leave "
+                f"{assumptions.spelled(**{name: None})} out"
             )
         if key:
-            found[key] = Said(value, flag)
+            found[key] = Said(value, assumptions.spelled(**{name: value}), by_user=True)
+    for name, value in assumptions.otherwise.items():
+        found.setdefault(KEYS[name], Said(value, f"{KEYS[name]}={text_of(value)}"))
     return found
 
 
 def assumed(known: Mapping[str, Said], config: Config, has_heads: bool) -> dict[str, str]:
-    """Flag and value of what neither the files nor the user say."""
+    """Field and value of what neither the files nor the user say."""
     found = {}
     for name in ASSUMED:
         key = KEYS[name]
         if known.get(key, NOTHING).words or (name == "num_heads" and has_heads):
             continue
-        if key == "mask_id":
-            value: Any = config.model.vocab_size
-        else:
-            section, _, field = key.partition(".")
-            value = getattr(getattr(config, section), field)
+        value = config.model.vocab_size if key == "mask_id" else config.value(key)
         if config.graph.name == ("uniform" if key == "mask_id" else "absorb") and key in OF_ONE:
             continue
-        found[flag_of(name)] = text_of(value)
+        found[name] = text_of(value)
     return found
 
 
-def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None:
+def mask_of(
+    path: Path, known: Mapping[str, Said], config: Config, assumptions: Assumptions
+) -> int | None:
     """The mask's id where it is not the last.
 
     Raises:
@@ -137,19 +143,20 @@ def mask_of(path: Path, known: Mapping[str, Said], config: Config) -> int | None
     assert config.model.vocab_size is not None
     last = config.model.vocab_size
     if not config.graph.facts.has_mask:
-        if said.words.startswith("--"):
-            raise CheckpointError(f"{path}: --mask-id belongs to --graph absorb: leave it out")
+        if said.by_user:
+            mask, graph = (assumptions.spelled(**of) for of in ({"mask_id": None}, _ABSORB))
+            raise CheckpointError(f"{path}: {mask} belongs to {graph}: leave it out")
         return None
     if given is None and last + 1 in _OWN_MASKS:
         what, where = _OWN_MASKS[last + 1]
+        theirs, ours = (assumptions.spelled(mask_id=mask) for mask in (where, last))
         raise CheckpointError(
             f"{path} has {last + 1} states, as many as {what}, whose mask is {where}: give "
-            f"--mask-id {where}, or --mask-id {last} if it is the last"
+            f"{theirs}, or {ours} if it is the last"
         )
     if given is not None and not 0 <= given <= last:
         raise CheckpointError(
-            f"{path}: {said.words if said.words[:2] != '--' else f'--mask-id {given}'}, which is "
-            f"none of its {last + 1} states: correct it"
+            f"{path}: {said.words}, which is none of its {last + 1} states: correct it"
         )
     return None if given == last else given
 
@@ -219,10 +226,10 @@ def _said(file: Path, raw: Mapping[str, Any], assumptions: Assumptions) -> dict[
             tokens = Said(raw["tokens"], f"{file.name} says tokens={raw['tokens']}")
             found["model.vocab_size"] = found["mask_id"] = tokens
     if program is None and words and assumptions.objective is None:
+        mdlm, sedd, duo = (assumptions.spelled(**of) for of in (_AS_MDLM, _AS_SEDD, _AS_DUO))
         raise CheckpointError(
-            f"{file} says {words}, which is not known here: say what it is, as --objective "
-            f"{MaskedCrossEntropy.name} (MDLM), or --objective {ScoreEntropy.name} (SEDD), or "
-            "--graph uniform --parametrisation mean with the latter (Duo)"
+            f"{file} says {words}, which is not known here: say what it is, as {mdlm} (MDLM), or "
+            f"{sedd} (SEDD), or {duo} with the latter (Duo)"
         )
     if program is _DUO:  # scaled scores are of absorb alone, though all configurations have the key
         found.pop("model.scale_by_sigma", None)
@@ -298,7 +305,8 @@ def _chosen(
             return {f"{ours}.name": Said(known, f"{file.name} says {theirs}={value}")}
         if getattr(assumptions, ours) is None:
             raise CheckpointError(
-                f"{file} says {theirs}={value}, which is not known here: give --{ours}"
+                f"{file} says {theirs}={value}, which is not known here: give "
+                f"{assumptions.spelled(**{ours: None})}"
             )
     return {}
 

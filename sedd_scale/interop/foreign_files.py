@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.checkpoint_source import Shape
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
 from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 
@@ -140,11 +141,11 @@ def is_safetensors(file: Path) -> bool:
     return head[8:9] == b"{" or (file.suffix == ".safetensors" and not zipfile.is_zipfile(file))
 
 
-def open_weights(file: Path, choice: str | None = None) -> Weights:
+def open_weights(file: Path, assumptions: Assumptions) -> Weights:
     """The network of a file, or of the shards that an index names; nothing is read yet.
 
     Args:
-        choice: the prefix of the one that is meant, where a file holds several.
+        assumptions: of which `network` says which is meant, where a file holds several.
 
     Raises:
         CheckpointError: a file is missing or damaged, holds no network, or several.
@@ -163,6 +164,7 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
     for place, entries in groups.items():
         for network in _networks(file, entries):
             networks[place + network.prefix] = network
+    choice = assumptions.network
     if choice is not None:
         chosen = {
             place: network
@@ -184,7 +186,8 @@ def open_weights(file: Path, choice: str | None = None) -> Weights:
     others = [place for place in networks if place not in averages]
     if len(averages) > 1 or len(others) > 1:
         raise CheckpointError(
-            f"{file} holds several networks ({_listed(networks)}): say which with --network"
+            f"{file} holds several networks ({_listed(networks)}): say which with "
+            f"{assumptions.spelled(network=None)}"
         )
     network = networks[(others or averages)[0]]
     for entry in network.tensors.values():
@@ -333,11 +336,10 @@ def _sharded(index: Path) -> dict[str, Entry]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        index = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of files of weights ({error})") from None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is not an index of files of weights: it has no weight_map")
+    index = {str(name): str(file) for name, file in weight_map.items()}
     outside = [name for name in index.values() if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{path} names {outside[0]}, which is not a file beside it")

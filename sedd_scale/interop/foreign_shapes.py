@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sedd_scale.arrays import Shape
 from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.checkpoint_source import Shape
 from sedd_scale.interop.foreign_config import NOTHING, Said
 from sedd_scale.interop.sedd_names import INV_FREQ
 
@@ -66,7 +66,8 @@ def config_of_shapes(path: Path, shapes: Mapping[str, Shape], known: Mapping[str
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if INV_FREQ in shapes and config.trunk.head_dim != head_dim:
+    is_width = config.model.hidden_size == width  # of another, the tensors are misshapen
+    if INV_FREQ in shapes and is_width and config.trunk.head_dim != head_dim:
         raise CheckpointError(
             f"{path}: {INV_FREQ} [{head_dim // 2}] belongs to heads of width {head_dim}, but "
             f"{config.model.num_heads} heads share {width}: give {width // head_dim} heads"

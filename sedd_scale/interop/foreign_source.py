@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
+from sedd_scale.checkpoint.reading import check_tensors
 from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
-    Shape,
-    check_tensors,
     tokenizer_in,
 )
 from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
@@ -49,7 +49,7 @@ class ForeignSource(CheckpointSource):
         self.path, self.format = path, format
         assumptions = assumptions or Assumptions()
         file = weights_file(path)
-        self._weights = weights = open_weights(file, assumptions.network)
+        self._weights = weights = open_weights(file, assumptions)
         prefix, shapes = weights.network.prefix, weights.network.shapes
         known = self._known(file, weights, assumptions)
         config = config_of_shapes(path, shapes, known)
@@ -78,7 +78,7 @@ class ForeignSource(CheckpointSource):
             }
         is_one = self._tensors["ema"] is master
         self.holds = frozenset({"ema"} if is_one else {"ema", "master"})
-        self.mask_id = mask_of(path, known, config)
+        self.mask_id = mask_of(path, known, config, assumptions)
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
@@ -90,7 +90,7 @@ class ForeignSource(CheckpointSource):
 
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
         said = known_of(file, weights.tree, assumptions)
-        return meaning(file, weights.network.prefix, said)
+        return meaning(file, weights.network.prefix, said, assumptions)
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors[key][self._theirs[name]].read()
@@ -107,7 +107,9 @@ class ForeignSource(CheckpointSource):
         ]
 
 
-def meaning(file: Path, prefix: str, said: Mapping[str, Said]) -> dict[str, Said]:
+def meaning(
+    file: Path, prefix: str, said: Mapping[str, Said], assumptions: Assumptions
+) -> dict[str, Said]:
     """What is said, and what follows from it of the outputs' meaning.
 
     Raises:
@@ -117,19 +119,21 @@ def meaning(file: Path, prefix: str, said: Mapping[str, Said]) -> dict[str, Said
     is_uniform = known.get("graph.name", NOTHING).value == "uniform"
     objective = known.get("training.objective", NOTHING)
     if is_uniform and "model.parametrisation" not in known:
-        if objective.words.startswith("--") or not prefix:
+        if objective.by_user or not prefix:
             raise CheckpointError(
-                f"{file} does not say what its outputs are: give --parametrisation mean (logits of "
-                "the clean token, as Duo's and UDLM's) or --parametrisation score (log-scores, as "
-                "SEDD's)"
+                f"{file} does not say what its outputs are: give "
+                f"{assumptions.spelled(parametrisation='mean')} (logits of the clean token, as "
+                f"Duo's and UDLM's) or {assumptions.spelled(parametrisation='score')} (log-scores, "
+                "as SEDD's)"
             )
         known["model.parametrisation"] = Said("mean", "")
     if not is_uniform and objective is NOTHING:
         if not prefix:
             raise CheckpointError(
                 f"{file} does not say what its outputs are: put the config.json of a published "
-                f"SEDD model beside it, or give --objective {ScoreEntropy.name} (log-scores, as "
-                f"SEDD's) or --objective {MaskedCrossEntropy.name} (logits, as MDLM's)"
+                f"SEDD model beside it, or give {assumptions.spelled(objective=ScoreEntropy.name)} "
+                "(log-scores, as SEDD's) or "
+                f"{assumptions.spelled(objective=MaskedCrossEntropy.name)} (logits, as MDLM's)"
             )
         objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
     # MDLM trains without unless told otherwise; its configuration says so, if it is there.

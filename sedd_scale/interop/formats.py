@@ -46,11 +46,11 @@ def open_checkpoint(
     found = detect_format(path)
     if format is not None and format != found:
         raise CheckpointError(f"{path} has format {found}, not {format}: use --from {found}")
-    given = [] if assumptions is None else assumptions.given()
-    if given and found in SELF_DESCRIBED:
+    assumptions = assumptions or Assumptions()
+    if found in SELF_DESCRIBED and (given := assumptions.given()):
         raise CheckpointError(
-            f"{path} ({found}) says itself what its {given[0].replace('_', ' ')} is: leave that "
-            "option out"
+            f"{path} ({found}) says itself what its {given[0].replace('_', ' ')} is: leave "
+            f"{assumptions.spelled(**{given[0]: None})} out"
         )
     if found == "native":
         return NativeSource(path, verify=verify)
@@ -61,7 +61,7 @@ def open_checkpoint(
     else:
         source = ForeignSource(path, found, assumptions)
     if source.described.assumed:
-        values = ", ".join(f"{flag} {value}" for flag, value in source.described.assumed.items())
+        values = assumptions.spelled(**source.described.assumed)
         warn_once(f"note: {path} does not say all of itself; assumed is {values}")
     return source
 

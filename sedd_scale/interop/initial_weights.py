@@ -23,9 +23,9 @@ from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.interop.assumptions import Assumptions, text_of, without_options
+from sedd_scale.interop.assumptions import add_assumptions, assumptions_of, given_by_name, text_of
 from sedd_scale.interop.checkpoint_source import CheckpointSource, model_shapes
-from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format, open_checkpoint
+from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
 from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
@@ -148,12 +148,23 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
             "in the published format, a checkpoint.pth, or a checkpoint of MDLM or Duo"
         )
     is_first = os.environ.get("RANK", "0") == "0"
-    with without_options():
-        source = open_checkpoint(
-            path,
-            assumptions=_assumptions(detect_format(path), config),
-            verify=config.checkpoint.verify and is_first,
-        )
+    key = "model.init_options"
+    options = config.model.init_options or ""
+    pairs = dict(pair.split("=", 1) for pair in options.split(",") if "=" in pair)
+    if options.count(",") + 1 != len(pairs) and options:
+        raise ConfigError(f"{key}={options} is not of the form name=value,name=value")
+    # What neither the files nor the user say is as the run has it; of MDLM's outputs, which are
+    # scaled log-scores whatever the run would have them, the scale is known.
+    otherwise = {"graph": config.graph.name, "num_heads": config.model.num_heads}
+    if detect_format(path) == "sedd-train":
+        otherwise["scale_by_sigma"] = config.resolved_scale_by_sigma
+    source = open_checkpoint(
+        path,
+        assumptions=assumptions_of(
+            given_by_name(add_assumptions, pairs, key), spelling=f"{key}=", **otherwise
+        ),
+        verify=config.checkpoint.verify and is_first,
+    )
     weights = InitialWeights(source, config)
     _check_tokenizer(source, config, corpus)
     return weights
@@ -200,18 +211,6 @@ def _shapes_apart(config: Config, found: Config) -> str:
             has, wanted = (list(s[name]) if name in s else "missing" for s in (there, here))
             return f" ({name} is {has} there and {wanted} here)"
     return ""
-
-
-def _assumptions(format: str, config: Config) -> Assumptions | None:
-    """What the format leaves open, as the run has it."""
-    if format in SELF_DESCRIBED:
-        return None
-    return Assumptions(
-        graph=config.graph.name,
-        num_heads=config.model.num_heads,
-        # MDLM's outputs are read as scaled log-scores, whatever the run would have them.
-        scale_by_sigma=config.resolved_scale_by_sigma if format == "sedd-train" else None,
-    )
 
 
 def _check_tokenizer(source: CheckpointSource, config: Config, corpus: Corpus) -> None:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sedd_scale.arrays import Shape
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.formats import open_checkpoint
 
 _KEPT = dict(master="weights", ema="averages", exp_avg="first moments", exp_avg_sq="second moments")
@@ -51,8 +52,7 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
     tokenizer = described.tokenizer_directory
     yield f"tokenizer   {tokenizer if tokenizer is not None else 'none'}"
     if described.assumed:
-        values = ", ".join(f"{flag} {value}" for flag, value in described.assumed.items())
-        yield f"assumed     {values}"
+        yield f"assumed     {Assumptions().spelled(**described.assumed)}"
     groups: dict[tuple[str, Shape, str], list[int]] = {}  # by name (* for the block)
     for name, shape, dtype, num_bytes in source.contents():
         starred = re.sub(r"(\bblocks\.(?:\w+\.)*?)\d+\.", r"\1*.", name, count=1)

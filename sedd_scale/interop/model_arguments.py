@@ -64,10 +64,16 @@ def add_model_arguments(
     add_assumptions(parser, leave_out=leave_out)
 
 
-def open_model(arguments: argparse.Namespace) -> "ScoreModel":
+def open_model(
+    arguments: argparse.Namespace, *, device: str | None = None, spelling: str | None = None
+) -> "ScoreModel":
     """The model that the flags name, in the layout they ask for, with its tokenizer if any.
 
     `arguments.precision` becomes the one that was taken.
+
+    Args:
+        device: as of `load_pretrained`.
+        spelling: as of `Assumptions`.
 
     Raises:
         ConfigError, CheckpointError, DataError: of the processes, the checkpoint, the tokenizer.
@@ -86,15 +92,16 @@ def open_model(arguments: argparse.Namespace) -> "ScoreModel":
         weights=arguments.weights,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision],
         layout=layout,
-        assumptions=assumptions_of(arguments),
+        device=device,
+        assumptions=assumptions_of(arguments, spelling=spelling),
     )
     if tokenizer is not None:
         own = model.tokenizer
         if own is not None and own.fingerprint != tokenizer.fingerprint:
             raise DataError(
-                f"--tokenizer-path {arguments.tokenizer} ({tokenizer.kind}, "
-                f"{tokenizer.fingerprint[:12]}) is not the tokenizer of {arguments.checkpoint} "
-                f"({own.kind}, {own.fingerprint[:12]}): leave --tokenizer-path out"
+                f"{arguments.tokenizer} ({tokenizer.kind}, {tokenizer.fingerprint[:12]}) is not "
+                f"the tokenizer of {arguments.checkpoint} ({own.kind}, {own.fingerprint[:12]}): "
+                "leave it out"
             )
         model.tokenizer = tokenizer
     fit_tokenizer(model)

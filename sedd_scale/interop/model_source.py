@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, Shape
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Description
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 
@@ -31,10 +31,3 @@ class ModelSource(CheckpointSource):
         shard = self._parameters[name].shard
         assert shard is not None
         return shard.cpu()
-
-    def contents(self) -> list[tuple[str, Shape, str, int]]:
-        """Name, shape, type and bytes of each parameter."""
-        return [
-            (name, p.shape, str(p.parameter.dtype).removeprefix("torch."), p.parameter.nbytes)
-            for name, p in self._parameters.items()
-        ]

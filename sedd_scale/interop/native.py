@@ -5,53 +5,45 @@ tensors whole, one after the other.
 """
 
 import contextlib
-import json
+import functools
 import math
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from sedd_scale.checkpoint.boxes import BoxSavePlanner
+from sedd_scale.arrays import Shape
+from sedd_scale.checkpoint.boxes import BoxSavePlanner, LogicalTensor
 from sedd_scale.checkpoint.directory import (
-    FORMAT,
-    FORMAT_VERSION,
     begin_checkpoint,
     find_checkpoint,
+    meta_text,
     publish_checkpoint,
     read_meta,
 )
 from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
-from sedd_scale.checkpoint.reading import verify_files
+from sedd_scale.checkpoint.reading import check_state, read_metadata, verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
-    Shape,
-    check_tensors,
     model_shapes,
     tokenizer_in,
 )
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
-from sedd_scale.version import __version__
 
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"
@@ -87,20 +79,14 @@ class NativeSource(CheckpointSource):
             details=meta.get(DETAILS_KEY) or {},
         )
         self._reader = dcp.FileSystemReader(self.path)
-        with _reading(self.path):
-            self._metadata: Metadata = self._reader.read_metadata()
+        self._metadata = read_metadata(self.path)
         verify_files(self.path, hashes=verify)
-        found = {
-            name: tuple(tensor.size)
-            for name, tensor in self._metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata)
-        }
-        expected = {
+        shapes = {
             f"{name}/{key}": shape
             for name, shape in model_shapes(config).items()
             for key in STATE_KEYS
         }
-        check_tensors(self.path, expected, found)
+        check_state(self.path, shapes, self._metadata)
 
     def _read(self, name: str, key: str) -> Tensor:
         # What dcp.load does for a state dict of this one tensor, its index being read already.
@@ -124,7 +110,7 @@ class NativeSource(CheckpointSource):
         return rows
 
 
-class _LazyTensor:
+class _LazyTensor(LogicalTensor):
     """A whole logical tensor that is read when torch.distributed.checkpoint writes it.
 
     Args:
@@ -133,31 +119,14 @@ class _LazyTensor:
     """
 
     def __init__(self, source: CheckpointSource, name: str, key: str, buffer: Tensor) -> None:
-        self._source, self._name, self._key = source, name, key
-        self._size, self._buffer = torch.Size(source.shapes[name]), buffer
+        super().__init__(source.shapes[name])
+        self._read = functools.partial(source.read, name, key)
+        begin = torch.Size([0] * len(self._size))
+        self._parts[begin] = buffer.narrow(0, 0, self._size.numel()).view(self._size)
 
-    def size(self) -> torch.Size:
-        """The tensor's shape."""
-        return self._size
-
-    def part(self, _: MetadataIndex) -> Tensor:
+    def part(self, index: MetadataIndex) -> Tensor:
         """The tensor."""
-        whole = self._buffer.narrow(0, 0, self._size.numel()).view(self._size)
-        return whole.copy_(self._source.read(self._name, self._key))
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        offset = torch.Size([0] * len(self._size))
-        return [
-            WriteItem(
-                index=MetadataIndex(name, offset),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offset, self._size),
-                    properties=TensorProperties(dtype=torch.float32),
-                    size=self._size,
-                ),
-            )
-        ]
+        return super().part(index).copy_(self._read())
 
 
 def write_native_run(source: CheckpointSource, directory: Path) -> None:
@@ -176,8 +145,6 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
     about = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "step": step,
         "samples_seen": 0,
         "tokens": described.tokens,
@@ -186,12 +153,10 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
         "tokenizer_fingerprint": _tokenizer_fingerprint(described),
         "num_tokens": described.num_tokens,
         "block_length": described.block_length,
-        "optimizer_step": described.optimizer_step,
-        "versions": {"sedd_scale": __version__, "torch": torch.__version__},
-        "shapes": source.shapes,
         DETAILS_KEY: dict(described.details),
     }
-    (temporary / "meta.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    text = meta_text(about, optimizer_step=described.optimizer_step, shapes=source.shapes)
+    (temporary / "meta.json").write_text(text, encoding="utf-8")
     write_manifest(temporary, records)
     publish_checkpoint(temporary, keep=0)
     (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from sedd_scale.errors import CheckpointError
+from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import tokenizer_in
 from sedd_scale.interop.formats import detect_format, open_checkpoint
@@ -64,10 +65,7 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         CheckpointError: the directory exists, or the format cannot express the model.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise CheckpointError(f"{directory} exists already: remove it or give another directory")
-    if not directory.parent.is_dir():
-        raise CheckpointError(f"there is no directory {directory.parent}: make it first")
+    refuse_existing_output(directory, "", CheckpointError)
     if format not in ("native", "sedd-hf"):
         raise CheckpointError(f"format {format!r} is unknown: give native or sedd-hf")
     with tempfile.TemporaryDirectory() as files:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
+from sedd_scale.checkpoint.reading import check_tensors
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Shape, check_tensors
+from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.foreign_config import SEDD, Said, known_of
 from sedd_scale.interop.foreign_files import Weights, entry_of, weights_file
 from sedd_scale.interop.foreign_source import ForeignSource, shadow_parameters

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.checkpoint_source import Description, Shape, model_shapes
+from sedd_scale.interop.checkpoint_source import Description, model_shapes
 from sedd_scale.interop.foreign_files import CONFIG_FILE
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
 from sedd_scale.interop.sedd_names import (
@@ -55,8 +56,7 @@ def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -
         CheckpointError: names the key and its value.
     """
     for key, value, reason in _EXPRESSIBLE:
-        section, name = key.split(".")
-        found = getattr(getattr(described.config, section), name)
+        found = described.config.value(key)
         if found != value and (fixed_mlp_ratio or key != "model.mlp_ratio"):
             raise CheckpointError(
                 f"{key}={scalar_text(found)} cannot be written in the published format, whose "

@@ -52,9 +52,7 @@ def verify(
     scores: list[Tensor] = []
     identity: list[dict[str, object]] = []
     for path in (Path(first), Path(second)):
-        own = None
-        if assumptions is not None and assumptions.given():
-            own = None if detect_format(path) in SELF_DESCRIBED else assumptions
+        own = None if detect_format(path) in SELF_DESCRIBED else assumptions
         model = load_pretrained(path, device="cpu", weights=weights, assumptions=own)
         identity.append(_identity(model))
         if len(identity) == 2:

@@ -1,7 +1,8 @@
 """The rows of the members of a tar or a zip, in their order.
 
 A member is read as a file of its name is. What other systems put beside files is left out, and so
-is what is neither text nor JSON, such as the pictures of a webdataset; both are counted. Members
+is what is neither text nor JSON, such as the pictures of a webdataset; both are counted. An archive
+within one is read where it is named by `--members`. Members
 whose names are equal up to the first dot are a sample, as in webdataset: beside its text, JSON is
 left out, unless it has a text of its own.
 """
@@ -95,7 +96,11 @@ def _rows(
             if field is not None:
                 yield Row(place, 0, partial(LeftOut, reason))
             continue
-        rows = plain_rows(decompressed(opened(), place)[0], place, kind or "text", field)
+        content, _ = decompressed(opened(), place)
+        if kind in ARCHIVES:
+            yield from archive_rows(content, place, kind, field, None)
+            continue
+        rows = plain_rows(content, place, kind or "text", field)
         if members is not None or field is None or kind not in ("text", "json"):
             yield from rows
         elif kind == "json":

@@ -256,7 +256,7 @@ def _format(stream: io.BufferedReader, where: str) -> str:
         if head.startswith(magic):
             return format
     named = format_by_name(Path(where).name)
-    if named is None and _LIKE_JSON.match(head.removeprefix(codecs.BOM_UTF8)):
+    if named in (None, "text") and _LIKE_JSON.match(head.removeprefix(codecs.BOM_UTF8)):
         raise DataError(
             f"{where} may be text or JSON: say which with --format text, jsonl (an object per "
             "line) or json (an array)"

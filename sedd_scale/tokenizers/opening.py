@@ -16,23 +16,21 @@ from sedd_scale.tokenizers.base import (
 from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
 from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
-_FILES = {
-    "sentencepiece": (SentencePieceTokenizer.MODEL_FILE,),
-    "gpt2": (GPT2Tokenizer.VOCABULARY_FILE, GPT2Tokenizer.MERGES_FILE),
-    "bytes": (),
-    "text8": (),
+# The class of each kind, and the files that it is made of.
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "sentencepiece": (SentencePieceTokenizer, (SentencePieceTokenizer.MODEL_FILE,)),
+    "gpt2": (GPT2Tokenizer, (GPT2Tokenizer.VOCABULARY_FILE, GPT2Tokenizer.MERGES_FILE)),
+    "bytes": (BytesTokenizer, ()),
+    "text8": (Text8Tokenizer, ()),
 }
-KINDS = tuple(_FILES)
+KINDS = tuple(_KINDS)
 
 
 def tokenizer_of_files(kind: str, files: dict[str, bytes], folder: str = "") -> Tokenizer:
     """The tokenizer that `Tokenizer.files` describes; `kind` is one of `KINDS`."""
-    given = [files[name] for name in _FILES[kind]]
-    if not given:
-        return BytesTokenizer() if kind == "bytes" else Text8Tokenizer()
-    name = os.path.join(folder, _FILES[kind][0])
-    made: Any = SentencePieceTokenizer if kind == "sentencepiece" else GPT2Tokenizer
-    tokenizer: Tokenizer = made(*given, name=name)
+    made, names = _KINDS[kind]
+    named = {"name": os.path.join(folder, names[0])} if names else {}
+    tokenizer: Tokenizer = made(*(files[name] for name in names), **named)
     return tokenizer
 
 
@@ -58,7 +56,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             f"{path} describes no tokenizer that this program reads ({', '.join(KINDS)}, version "
             f"{FORMAT_VERSION}): prepare the data again"
         )
-    files = {name: read_tokenizer_file(source / name) for name in _FILES[kind]}
+    files = {name: read_tokenizer_file(source / name) for name in _KINDS[kind][1]}
     tokenizer = tokenizer_of_files(kind, files, str(source))
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise DataError(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.generation.output_shards import Record, ShardDirectory, refuse_existing_output
+from sedd_scale.files.atomic import refuse_existing_output
+from sedd_scale.generation.output_shards import Record, ShardDirectory
 
 # Eight samples in batches whose order is not that of the samples.
 BATCHES = [[0, 3], [1, 2, 7], [4], [5, 6]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sedd_scale import load_pretrained, save_pretrained
 from sedd_scale.__main__ import main
-from sedd_scale.errors import CheckpointError
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_source import ModelSource
@@ -27,6 +27,7 @@ from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from tests.datasets import dataset_of_words
 from tests.evaluation.enumeration import tiny_model
+from tests.repository import ROOT
 
 LENGTH, TOKENS = 8, 257
 MDLM = {"objective": "masked_cross_entropy", "time_conditioning": False}
@@ -397,7 +398,7 @@ def test_a_score_entropy_network_in_another_framework_can_be_said(
     assert_same(opened(native), sedd)
     # Without, what is assumed is told.
     assert opened(file).objective.name == "masked_cross_entropy"
-    assert "assumed is --objective masked_cross_entropy, --graph absorb" in capsys.readouterr().err
+    assert "assumed is --objective masked_cross_entropy --graph absorb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
@@ -654,12 +655,94 @@ def test_one_file_wins_over_an_index_left_beside_it(mdlm: ScoreModel, tmp_path: 
     assert_same(opened(tmp_path), mdlm)
 
 
-def test_lm_eval_names_what_takes_the_options(mdlm: ScoreModel, tmp_path: Path) -> None:
+def test_lm_eval_takes_the_options_by_name(
+    mdlm: ScoreModel, sedd: ScoreModel, tmp_path: Path
+) -> None:
     harness = pytest.importorskip("sedd_scale.evaluation.harness")
-    state = prefixed("backbone.", published(mdlm))
-    path = described_as({"model_type": "ours"}, state, tmp_path)
-    with pytest.raises(CheckpointError, match=r"--objective .*convert_ckpt --to native.*: give"):
-        harness.SeddScaleLM(str(path), device="cpu")
+    BytesTokenizer().save(tmp_path / "tokenizer")
+    state = prefixed("backbone.", published(mdlm)) | prefixed("teacher.", published(sedd))
+    path = written(tmp_path / "two.ckpt", {"state_dict": state})
+
+    def model(**options: object) -> ScoreModel:
+        found = harness.SeddScaleLM(str(path), device="cpu", batch_size=2, **options).model
+        assert isinstance(found, ScoreModel)
+        return found
+
+    with pytest.raises(CheckpointError, match=r"say which with network$"):
+        model()
+    for name, objective, expected in (
+        ("backbone", "masked_cross_entropy", mdlm),
+        ("teacher", "score_entropy", sedd),
+    ):
+        with pytest.raises(DataError, match="give tokenizer_path=PATH"):
+            model(network=name, objective=objective)
+        said = {"network": name, "objective": objective, "block_length": LENGTH}
+        found = model(**said, tokenizer_path=tmp_path / "tokenizer", time_conditioning=None)
+        assert_same(found, expected)
+    for wrong, match in (
+        ({"objective": "sedd"}, "argument objective: invalid choice: 'sedd'"),
+        ({"mask_id": 4.5}, "argument mask_id: invalid int value: '4.5'"),
+        ({"weights": "last"}, "argument weights: invalid choice"),
+        ({"draw": 3}, "unrecognized arguments: draw=3"),
+    ):
+        with pytest.raises(ConfigError, match=f"the model's arguments: {match}"):
+            model(**wrong)
+
+
+def test_training_takes_the_options_of_what_it_starts_from(
+    mdlm: ScoreModel, duo: ScoreModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataset_of_words(tmp_path / "data", 40, block_length=LENGTH, valid_fraction=0)
+    tiny = ("model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "model.cond_dim=8")
+    loop = ("training.global_batch=4", "training.micro_batch=4", "training.steps=1")
+    still = ("training.valid_every=0", "optimizer.lr=1e-30")  # moves no number of float32
+    words = ("train", str(ROOT / "configs/runs/tiny.yaml"), f"data.path={data}")
+
+    def started(name: str, source: Path, options: str, *overrides: str) -> str:
+        capsys.readouterr()
+        given = [f"model.init_from={source}", *([f"model.init_options={options}"] * bool(options))]
+        run = ["--run-dir", str(tmp_path / name), *tiny, *loop, *still, *given, *overrides]
+        code = main([*words, *run])
+        error = "".join(line for line in capsys.readouterr().err.splitlines() if "error" in line)
+        assert code == (2 if error else 0), error
+        return error
+
+    # A mask among the tokens, and a network whose names do not say what it is.
+    state = published(mdlm)
+    for name in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"):
+        state[name] = torch.cat([state[name][:4], state[name][-1:], state[name][4:-1]])
+    masked = written(tmp_path / "masked.pt", state)
+    own = ("training.objective=masked_cross_entropy", "model.time_conditioning=false")
+    asked = started("a", masked, "", *own)
+    assert "give model.init_options=objective=score_entropy (log-scores" in asked
+    assert "or model.init_options=objective=masked_cross_entropy (logits" in asked
+    said = f"objective=masked_cross_entropy,mask_id=4,block_length={LENGTH}"
+    assert not started("a", masked, said, *own)
+    assert_same(load_pretrained(tmp_path / "a"), mdlm)
+    # What the run is for is not what its source was for.
+    other = written(tmp_path / "duo.pt", prefixed("backbone.", published(duo)))
+    assert "set graph.name=uniform" in started("b", other, "graph=uniform")
+    uniform = ("graph.name=uniform", "model.parametrisation=mean")
+    asked = started("b", other, "graph=uniform,objective=score_entropy", *uniform)
+    assert "give model.init_options=parametrisation=mean (logits" in asked
+    assert not started("b", other, "graph=uniform,parametrisation=mean", *uniform)
+    # What the run has is no claim about the files.
+    described = {"model_type": "duo", "model_length": LENGTH}
+    (tmp_path / "hf").mkdir()
+    there = described_as(described, prefixed("backbone.", published(duo)), tmp_path / "hf")
+    assert "set graph.name=uniform" in started("c", there, "")
+    both = started("c", there, "graph=absorb")
+    assert "(graph.name=uniform), not absorb: use that, and leave model.init_options=graph" in both
+    for options, match in (
+        ("objective", "model.init_options=objective is not of the form name=value,name=value"),
+        ("objective=a,", "model.init_options=objective=a, is not of the form"),
+        ("mask-id=x", "model.init_options: argument mask_id: invalid int value: 'x'"),
+        ("mask=4", "model.init_options: unrecognized arguments: mask=4"),
+    ):
+        assert match in started("d", masked, options)
+    assert "leave model.init_options=mask_id out" in started("d", tmp_path / "a", "mask_id=4")
+    assert main([*words, "--run-dir", str(tmp_path / "d"), "model.init_options=mask_id=4"]) == 2
+    assert "model.init_options=mask_id=4 has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["teacher", "teacher.", "state_dict.teacher."])
@@ -669,6 +752,17 @@ def test_one_network_of_several_by_its_names(
     state = {**prefixed("backbone.", published(sedd)), **prefixed("teacher.", published(mdlm))}
     file = written(tmp_path / "x.ckpt", {"state_dict": state})
     assert_same(opened(file, network=name, objective="masked_cross_entropy"), mdlm)
+
+
+def test_a_width_that_the_tensors_do_not_have_is_said_of_them(
+    sedd: ScoreModel, tmp_path: Path
+) -> None:
+    save_pretrained(sedd, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config["model"]["hidden_size"] *= 2
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"misshapen: vocab_embed.embedding is \[258, 16\]"):
+        opened(tmp_path / "hf")
 
 
 def test_arrays_of_numpy_are_named(mdlm: ScoreModel, tmp_path: Path) -> None:

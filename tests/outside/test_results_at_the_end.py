@@ -255,3 +255,65 @@ def test_an_output_that_no_reader_would_open_is_refused(
     words = drawn if command == "generate" else evaluate(work)
     assert main([*words, "--output", str(tmp_path / "o.jsonl.gz")]) == 2
     assert "o.jsonl.gz is not compressed when written: leave .gz out" in capsys.readouterr().err
+
+
+@needs_full
+@pytest.mark.parametrize("ends", ["> /dev/full", ">&-", "| true"])
+def test_training_outlives_its_console(work: Path, tmp_path: Path, ends: str) -> None:
+    few = ["training.steps=3", "logging.every=1", "training.valid_every=0"]
+    tiny = ["model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "model.cond_dim=8"]
+    batch = ["training.global_batch=2", "training.micro_batch=2", f"data.path={work / 'data'}"]
+    words = ["train", "configs/runs/tiny.yaml", "--run-dir", str(tmp_path / "run")]
+    line = shlex.join([sys.executable, "-m", "sedd_scale", *words, *few, *tiny, *batch])
+    finished = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{line} {ends}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stderr.count("standard output takes no more; training goes on")
+    assert said == (ends != ">&-")
+    assert (tmp_path / "run/checkpoints/step-3").is_dir()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_result_whose_file_cannot_be_written_is_printed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    report = str(tmp_path / "found.json")
+    for words in (
+        evaluate(work, "--output", report),
+        ["samples", str(work / "samples.jsonl"), "--report", report],
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            assert main(words) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        printed = capsys.readouterr()
+        assert "found.json: File too large" in printed.err
+        assert "nats/token" in printed.out or "distinct" in printed.out
+
+
+@needs_full
+def test_what_standard_output_does_not_take_may_follow_on_standard_error() -> None:
+    program = (
+        "from sedd_scale.cli import outlive_outputs, outlive_stdout\n"
+        "outlive_outputs(); outlive_stdout('the rest follows here', on_stderr=True)\n"
+        "print('a table'); print('its second line')"
+    )
+    with FULL.open("wb") as full:
+        finished = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert finished.returncode == 0
+    told = "the rest follows here (No space left on device)"
+    assert finished.stderr.splitlines() == [told, "a table", "its second line"]

@@ -297,6 +297,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         tar_of(("0.txt", ROWS[0]), ("1.txt", ROWS[1])).replace(b"1.txt", b"2.txt"),
         "cut short or not a tar file",
     ),
+    "JSON lines called .txt": ("a.txt", lines(), "may be text or JSON: say which with --format"),
     "tar with garbage behind": ("a.tar", texts_tar() + b"garbage" * 99, "cut short or not a tar"),
     "tar of pictures": ("a.tar", tar_of(("0.jpg", b"\xff")), r"holds no member.* --members SUFFIX"),
     "two texts in each sample": (
@@ -486,6 +487,21 @@ def test_members_says_which_of_an_archive(
     (tmp_path / "a").write_bytes(made(*members))
     expected = dict(zip((".txt", ".json", ".py"), TEXTS))[suffix]
     assert texts_of(tmp_path / "a", members=suffix) == [expected]
+
+
+@pytest.mark.parametrize("inner", [tar_of, zip_of])
+@pytest.mark.parametrize("outer", [tar_of, zip_of])
+def test_an_archive_within_one_is_read_where_it_is_named(
+    tmp_path: Path, outer: Callable[..., bytes], inner: Callable[..., bytes]
+) -> None:
+    packed = [(f"{k}.pack.gz", gzip.compress(inner((f"{k}.txt", ROWS[k])))) for k in range(2)]
+    named = [(name.replace("pack", inner.__name__[:3]), content) for name, content in packed]
+    (tmp_path / "a").write_bytes(outer(*named, ("2.txt", ROWS[2])))
+    assert texts_of(tmp_path / "a") == TEXTS[2:]
+    assert texts_of(tmp_path / "a", members=f".{inner.__name__[:3]}.gz") == TEXTS[:2]
+    (tmp_path / "a").write_bytes(outer((named[0][0], gzip.compress(ROWS[0] * 999))))
+    with pytest.raises(DataError, match=r"0\.(tar|zip)\.gz is cut short or not a (tar|zip) file"):
+        texts_of(tmp_path / "a", members=".gz")
 
 
 @pytest.mark.parametrize("words", [["--members", ".txt"], ["--field", "body"]])

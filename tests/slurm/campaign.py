@@ -131,7 +131,7 @@ def process_of(job: Job, rank: int) -> int:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if marks <= set(words) and b"train.py" in command and b"SLURM_STEP_ID" in b"".join(words):
+        if marks <= set(words) and b"\0train\0" in command and b"SLURM_STEP_ID" in b"".join(words):
             return int(process.name)
     raise AssertionError(f"no process of rank {rank}")
 
