@@ -177,7 +177,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.generation.trace_page import write_trace_page
     from sedd_scale.interop.fingerprint import checkpoint_digest
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
+    from sedd_scale.sampling.left_to_right import check_sampler
     from sedd_scale.sampling.settings import SamplerSettings
 
     check_arguments(arguments)
@@ -200,7 +200,7 @@ def generate_command(arguments: argparse.Namespace) -> None:
         check_judge(arguments.judge)
 
     model = open_model(arguments)
-    if arguments.sampler is None and is_autoregressive(model):
+    if arguments.sampler is None and model.causal:
         settings = replace(settings, sampler=LEFT_TO_RIGHT)
     settings.check_graph(model.graph.name)
     check_sampler(model, settings.sampler)

@@ -138,7 +138,7 @@ class SeddScaleLM(LM):
         if self.model.graph.mask_id is not None:
             sampled = options.get("do_sample", False)
             settings["temperature"] = float(options.get("temperature") or 0.0) if sampled else 0.0
-            if settings["temperature"] == 0.0 and not self.model.objective.causal:
+            if settings["temperature"] == 0.0 and not self.model.causal:
                 settings.setdefault("sampler", "confidence")
         return self._request(given, wanted, self.seed, settings)
 
@@ -216,7 +216,7 @@ class SeddScaleLM(LM):
         for number, (given, target) in enumerate(spans):
             if target:  # what has no token has the likelihood 1
                 by_length.setdefault(len(given) + len(target), []).append(number)
-        causal = self.model.objective.causal
+        causal = self.model.causal
         for _, numbers in sorted(by_length.items()):
             result = evaluate_bound(
                 self.model,
@@ -238,7 +238,7 @@ class SeddScaleLM(LM):
         if self.model.graph.mask_id is None:
             return [not target for _, target in spans]
         options: dict[str, Any] = {"temperature": 0.0}
-        if not self.model.objective.causal:
+        if not self.model.causal:
             options["sampler"] = "confidence"
         requests = [
             self._request(given, len(target), 0, options) for given, target in spans if target

@@ -15,7 +15,6 @@ from sedd_scale.sampling.infill import (
     padded,
     unconditional,
 )
-from sedd_scale.sampling.left_to_right import is_autoregressive
 from sedd_scale.sampling.settings import SamplerSettings, settings_from_dict
 
 DEFAULT_BATCH_SIZE = 16
@@ -158,7 +157,7 @@ def _completions(
 
 def settings_for(model: ScoreModel, options: Mapping[str, Any]) -> SamplerSettings:
     """Settings of named options, whose sampler is by default the first that the model has."""
-    if is_autoregressive(model):
+    if model.causal:
         options = {"sampler": LEFT_TO_RIGHT, **options}
     return settings_from_dict(options)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.head_outputs import HeadOutputs
 from sedd_scale.sampling.keyed_draws import KeyedDraws
-from sedd_scale.sampling.logits import LogitModel
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 

@@ -3,8 +3,7 @@
 The network runs only for sequences whose input is new, the head's product is made only for the
 rows asked for, a chunk at a time: [B, L, V] never exists.
 
-B sequences, L positions, V states, W numbers kept of a position: the head's input, or all of its
-outputs where the model is a table.
+B sequences, L positions, V states, N tokens, W numbers kept of a position (see `LogitModel`).
 """
 
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.chunks import rows_per_chunk
-from sedd_scale.sampling.logits import LogitModel
 
 CPU_CHUNK_BYTES = 48 * 2**20
 
@@ -76,9 +74,7 @@ class HeadOutputs:
         self.rows += len(rows_M)
         for start in range(0, len(rows_M), size):
             chunk = slice(start, start + size)
-            logits_mV = self._kept_RW.index_select(0, rows_M[chunk])
-            if isinstance(self.model, ScoreModel):
-                logits_mV = self.model.network.head.logits(logits_mV)
+            logits_mV = self.model.logits_of(self._kept_RW.index_select(0, rows_M[chunk]))
             yield chunk, logits_mV[:, : self.model.graph.num_tokens]
 
     def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
@@ -100,7 +96,7 @@ class HeadOutputs:
         place_b = torch.cumsum(run_B, dim=0) - 1
         within_n = place_b[sequence_M[run_M]] * length + rows_n % length
         ends_bE = None if self.ends_BE is None else self.ends_BE[which_b]
-        rows_nW = self._outputs(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
+        rows_nW = self.model.rows(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
         if self._kept_RW is None:
             self._kept_RW = rows_nW.new_empty(batch * length, rows_nW.shape[1])
         self._is_kept_R.view(batch, length)[which_b] = False
@@ -108,14 +104,6 @@ class HeadOutputs:
         self._kept_RW[rows_n] = rows_nW
         self._tokens_BL[which_b] = state_BL[which_b]
         self._sigma_B[which_b] = sigma_B[which_b]
-
-    def _outputs(
-        self, tokens_bL: Tensor, sigma_b: Tensor, rows_n: Tensor, ends_bE: Tensor | None
-    ) -> Tensor:
-        model = self.model
-        if isinstance(model, ScoreModel):
-            return model.network.hidden_of_rows(tokens_bL, sigma_b, rows_n, ends_bE)
-        return model.logits(tokens_bL, sigma_b, rows_n, ends_bE)
 
 
 def row_log_sum(logits_MN: Tensor) -> Tensor:

@@ -11,22 +11,16 @@ import torch
 from sedd_scale.arrays import BoolArray
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.batch_state import BatchState
-from sedd_scale.sampling.logits import LogitModel
-
-
-def is_autoregressive(model: LogitModel) -> bool:
-    """Whether samples of the model are drawn from left to right."""
-    return isinstance(model, ScoreModel) and model.objective.causal
 
 
 def check_sampler(model: LogitModel, sampler: str) -> None:
     """Raise ConfigError for a sampler of the other kind of model."""
-    if is_autoregressive(model) != (sampler == LEFT_TO_RIGHT):
+    if model.causal != (sampler == LEFT_TO_RIGHT):
         kind, fix = "a diffusion model", "analytic"
-        if is_autoregressive(model):
+        if model.causal:
             kind, fix = "an autoregressive model", LEFT_TO_RIGHT
         raise ConfigError(f"sampler {sampler} does not go with {kind}: choose {fix}")
 
@@ -45,20 +39,20 @@ def check_prefix(fixed_L: BoolArray) -> None:
 def run_left_to_right(batch: BatchState) -> None:
     """Fill free positions from left to right, in place."""
     model = batch.model
-    assert isinstance(model, ScoreModel)
     num, length = batch.state_BL.shape
     free_BL = batch.free_R.view(num, length)
     places = free_BL.any(dim=0).nonzero().flatten().tolist()
     uniform_BL = batch.draws.uniform("token", 0).view(num, length)
     sigma_B = torch.zeros(num, device=model.device)
     fed = 0
-    with model.network.caching(length):
+    with model.caching(length):
         for place in range(places[0], places[-1] + 1):
             shown_BL = shifted(batch.state_BL[:, : place + 1], model.graph)
-            hidden_nBH = model.network.hidden(shown_BL[:, fed:], sigma_B)
-            fed = place + 1
             row_b = free_BL[:, place].nonzero().flatten()
-            logits_bV = model.network.head.logits(hidden_nBH[-1].index_select(0, row_b))
+            new = place + 1 - fed
+            rows_bW = model.rows(shown_BL[:, fed:], sigma_B, row_b * new + new - 1)
+            fed = place + 1
+            logits_bV = model.logits_of(rows_bW)
             drawn_b = batch.law.draw(
                 logits_bV[:, : model.graph.num_tokens], uniform_BL[row_b, place]
             )

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import DataError
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.absorb_steps import run_absorb
 from sedd_scale.sampling.batch_state import BatchState, StepObserver
 from sedd_scale.sampling.head_outputs import HeadOutputs
 from sedd_scale.sampling.keyed_draws import KeyedDraws
 from sedd_scale.sampling.left_to_right import check_prefix, check_sampler, run_left_to_right
-from sedd_scale.sampling.logits import LogitModel
 from sedd_scale.sampling.settings import CALL_SAMPLERS, SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from sedd_scale.sampling.uniform_steps import run_uniform
