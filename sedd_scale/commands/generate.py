@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.cli import Command, at_least, count, given_path, make_parser
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
+from sedd_scale.sampling import AUTOREGRESSIVE, DRAW_DTYPES, SAMPLERS, TIME_GRIDS, samplers_of
 
 if TYPE_CHECKING:
     from sedd_scale.generation.batch import Request
@@ -74,10 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how samples are drawn").add_argument
+    (only,) = samplers_of(AUTOREGRESSIVE)
     add(
         "--sampler",
-        choices=(*SAMPLERS, LEFT_TO_RIGHT),
-        help=f"sampler (analytic; for an autoregressive model {LEFT_TO_RIGHT}, the only one)",
+        choices=tuple(SAMPLERS),
+        help=f"sampler (analytic; for an autoregressive model {only}, the only one)",
     )
     add(
         "--steps",
@@ -177,7 +178,6 @@ def generate_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.generation.trace_page import write_trace_page
     from sedd_scale.interop.fingerprint import checkpoint_digest
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.sampling.left_to_right import check_sampler
     from sedd_scale.sampling.settings import SamplerSettings
 
     check_arguments(arguments)
@@ -200,10 +200,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
         check_judge(arguments.judge)
 
     model = open_model(arguments)
-    if arguments.sampler is None and model.causal:
-        settings = replace(settings, sampler=LEFT_TO_RIGHT)
-    settings.check_graph(model.graph.name)
-    check_sampler(model, settings.sampler)
+    if arguments.sampler is None:
+        settings = replace(settings, sampler=samplers_of(model.kind)[0])
+    settings.check_kind(model.kind)
     requests = _requests(arguments, model, settings, lines, skipped)
     if arguments.shard is not None:
         requests = requests_of_shard(requests, arguments.batch_size, *arguments.shard)
@@ -307,7 +306,7 @@ def _requests(
         tokenizer=model.tokenizer,
         num_tokens=model.graph.num_tokens,
         length=length,
-        graph=model.graph.name,
+        kind=model.kind,
         marker=arguments.blank,
         settings=settings,
         on_bad=skipped.append if arguments.on_bad_prompt == "skip" else None,

@@ -7,7 +7,7 @@ from typing import Any
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.generation.batch import draw_tokens, equal_requests
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.sampling import samplers_of
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     Given,
@@ -157,9 +157,7 @@ def _completions(
 
 def settings_for(model: ScoreModel, options: Mapping[str, Any]) -> SamplerSettings:
     """Settings of named options, whose sampler is by default the first that the model has."""
-    if model.causal:
-        options = {"sampler": LEFT_TO_RIGHT, **options}
-    return settings_from_dict(options)
+    return settings_from_dict({"sampler": samplers_of(model.kind)[0], **options})
 
 
 def _length(model: ScoreModel, length: int | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph
-from sedd_scale.diffusion.objectives import Objective
+from sedd_scale.diffusion.objectives import Autoregressive, Objective
 from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.diffusion.schedules import Schedule
 from sedd_scale.parallel.layout import Layout
@@ -53,6 +53,11 @@ class LogitModel(ABC):
     def causal(self) -> bool:
         """Whether a position sees only those before it, so that samples grow from left to right."""
         return False
+
+    @property
+    def kind(self) -> str:
+        """How its samples come about: "autoregressive", or else by the name of its graph."""
+        return Autoregressive.name if self.causal else self.graph.name
 
     @abstractmethod
     def rows(

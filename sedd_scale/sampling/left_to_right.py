@@ -10,19 +10,8 @@ import torch
 
 from sedd_scale.arrays import BoolArray
 from sedd_scale.diffusion.objectives import shifted
-from sedd_scale.errors import ConfigError, DataError
-from sedd_scale.model.logit_model import LogitModel
-from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.errors import DataError
 from sedd_scale.sampling.batch_state import BatchState
-
-
-def check_sampler(model: LogitModel, sampler: str) -> None:
-    """Raise ConfigError for a sampler of the other kind of model."""
-    if model.causal != (sampler == LEFT_TO_RIGHT):
-        kind, fix = "a diffusion model", "analytic"
-        if model.causal:
-            kind, fix = "an autoregressive model", LEFT_TO_RIGHT
-        raise ConfigError(f"sampler {sampler} does not go with {kind}: choose {fix}")
 
 
 def check_prefix(fixed_L: BoolArray) -> None:

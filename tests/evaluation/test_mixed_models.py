@@ -12,9 +12,9 @@ from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling import LEFT_TO_RIGHT, SAMPLERS
+from sedd_scale.sampling import samplers_of
 from sedd_scale.sampling.samplers import draw
-from sedd_scale.sampling.settings import UNIFORM_SAMPLERS, SamplerSettings
+from sedd_scale.sampling.settings import SamplerSettings
 from tests.diffusion.reference import log_score_score_entropy, noise_columns
 from tests.evaluation.enumeration import (
     all_states,
@@ -98,7 +98,7 @@ def pair(graph: str, **options: object) -> tuple[ScoreModel, ScoreModel]:
 
 @pytest.mark.parametrize(
     "graph, sampler",
-    [("absorb", name) for name in SAMPLERS] + [("uniform", name) for name in UNIFORM_SAMPLERS],
+    [(graph, name) for graph in ("absorb", "uniform") for name in samplers_of(graph)],
 )
 def test_every_sampler_draws_what_the_tables_give(graph: str, sampler: str) -> None:
     networks = pair(graph, num_tokens=7, block_length=6)
@@ -114,7 +114,7 @@ def test_left_to_right_has_a_cache_of_each() -> None:
     mixed = Mixed(*pair("absorb", objective="autoregressive", num_tokens=6, block_length=9))
     given_BL = torch.arange(27).view(3, 9) % 6
     fixed_BL = torch.arange(9) < torch.tensor([[0], [2], [5]])
-    settings = SamplerSettings(LEFT_TO_RIGHT)
+    settings = SamplerSettings("left-to-right")
     whole_BL = without_cache(mixed, given_BL, fixed_BL, settings)
     assert torch.equal(draw(mixed, given_BL, fixed_BL, settings, seed=4), whole_BL)
 
