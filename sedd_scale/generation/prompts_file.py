@@ -18,10 +18,10 @@ from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     KINDS,
     Given,
+    check_prefix,
     given_of,
     kind_of,
 )
-from sedd_scale.sampling.left_to_right import check_prefix
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.base import Tokenizer
 

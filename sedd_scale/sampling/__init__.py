@@ -45,9 +45,9 @@ _STEPS = {
     "uniform": Run("uniform_steps.run_uniform", _GRID),
 }
 _ANCESTRAL = {"absorb": Run("absorb_steps.run_absorb", (*_GRID, *_TOKEN, "remask"))}
-_HITTING = {"absorb": Run("unmasking_order.run_first_hitting", ("steps", *_TOKEN))}
-_ORDERED = {"absorb": Run("unmasking_order.run_ordered", (*_GRID, *_TOKEN))}
-_PREFIX = {AUTOREGRESSIVE: Run("left_to_right.run_left_to_right", _TOKEN)}
+_HITTING = {"absorb": Run("unmasking.run_first_hitting", ("steps", *_TOKEN))}
+_ORDERED = {"absorb": Run("unmasking.run_ordered", (*_GRID, *_TOKEN))}
+_PREFIX = {AUTOREGRESSIVE: Run("unmasking.run_left_to_right", _TOKEN)}
 SAMPLERS = {
     "analytic": Sampler(_STEPS, steps=128),
     "euler": Sampler(_STEPS, steps=128),

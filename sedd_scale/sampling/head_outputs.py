@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.chunks import rows_per_chunk
 
@@ -97,13 +98,34 @@ class HeadOutputs:
         within_n = place_b[sequence_M[run_M]] * length + rows_n % length
         ends_bE = None if self.ends_BE is None else self.ends_BE[which_b]
         rows_nW = self.model.rows(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
-        if self._kept_RW is None:
-            self._kept_RW = rows_nW.new_empty(batch * length, rows_nW.shape[1])
         self._is_kept_R.view(batch, length)[which_b] = False
         self._is_kept_R[rows_n] = True
-        self._kept_RW[rows_n] = rows_nW
+        self._keep(rows_n, rows_nW)
         self._tokens_BL[which_b] = state_BL[which_b]
         self._sigma_B[which_b] = sigma_B[which_b]
+
+    def _keep(self, rows_M: Tensor, rows_MW: Tensor) -> None:
+        if self._kept_RW is None:
+            self._kept_RW = rows_MW.new_empty(len(self._is_kept_R), rows_MW.shape[1])
+        self._kept_RW[rows_M] = rows_MW
+
+
+class CausalOutputs(HeadOutputs):
+    """Of a causal model within its `caching`: every position goes through the network once.
+
+    The rows of a call are at one position, behind those of the call before.
+    """
+
+    _fed = 0
+
+    def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
+        batch, length = state_BL.shape
+        fed, self._fed = self._fed, int(rows_M[0]) % length + 1
+        self.calls += 1
+        self.sequences += batch
+        shown_BL = shifted(state_BL[:, : self._fed], self.model.graph)
+        within_M = (rows_M // length + 1) * (self._fed - fed) - 1
+        self._keep(rows_M, self.model.rows(shown_BL[:, fed:], sigma_B, within_M))
 
 
 def row_log_sum(logits_MN: Tensor) -> Tensor:

@@ -150,6 +150,17 @@ def infill_from_tokens(
     return infill
 
 
+def check_prefix(fixed_L: BoolArray) -> None:
+    """Raise DataError where a position is given, true, after one that is not."""
+    first = int(np.argmin(np.append(fixed_L, False)))
+    if fixed_L[first:].any():
+        given = first + int(np.argmax(fixed_L[first:]))
+        raise DataError(
+            f"position {given} is given after position {first}, which is free: an autoregressive "
+            "model draws from left to right; give a prefix alone"
+        )
+
+
 def padded(infill: Given, length: int, eos_id: int) -> Given:
     """The infill with EOS as given tokens behind it, up to `length`.
 

@@ -19,9 +19,9 @@ from sedd_scale.errors import DataError
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling import AUTOREGRESSIVE, SAMPLERS
 from sedd_scale.sampling.batch_state import BatchState, StepObserver
-from sedd_scale.sampling.head_outputs import HeadOutputs
+from sedd_scale.sampling.head_outputs import CausalOutputs, HeadOutputs
+from sedd_scale.sampling.infill import check_prefix
 from sedd_scale.sampling.keyed_draws import KeyedDraws
-from sedd_scale.sampling.left_to_right import check_prefix
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 
@@ -136,13 +136,14 @@ def start_batch(
         state_BL = given_BL.masked_fill(free_BL, model.graph.mask_id)
     else:
         state_BL = torch.where(free_BL, draws.prior(model.graph.num_tokens), given_BL)
+    outputs = CausalOutputs if model.causal else HeadOutputs
     return BatchState(
         model=model,
         settings=settings,
         state_BL=state_BL,
         free_R=free_BL.flatten(),
         draws=draws,
-        outputs=HeadOutputs(model, state_BL.shape, ends_BE=ends_BE),
+        outputs=outputs(model, state_BL.shape, ends_BE=ends_BE),
         law=law,
         observer=on_step,
     )
