@@ -5,6 +5,7 @@ A blank of k tokens is written `[blank:k]`. A blank without a number, `[blank]` 
 sample is as long as its text and numbered blanks.
 """
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ KINDS = (("text",), ("prefix", "suffix"), ("tokens", "positions"))
 
 
 class Given(NamedTuple):
-    """What is given of one sequence.
+    """What is given of one sequence: all that its sample is conditioned on.
 
     Attributes:
         tokens_L: int64 ids; 0 where nothing is given.
@@ -29,6 +30,21 @@ class Given(NamedTuple):
 
     tokens_L: IntArray
     fixed_L: BoolArray
+
+    @property
+    def num_free(self) -> int:
+        """Positions to be drawn."""
+        return len(self.fixed_L) - int(self.fixed_L.sum())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything in it."""
+        content = self.tokens_L.astype("<i8").tobytes() + self.fixed_L.tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a sample's record says of it: the given positions as ranges [start, end)."""
+        edges = np.flatnonzero(np.diff(self.fixed_L.astype(np.int8), prepend=0, append=0))
+        return {"given": edges.reshape(-1, 2).tolist()}
 
 
 def unconditional(length: int) -> Given:
