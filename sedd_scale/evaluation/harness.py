@@ -32,11 +32,12 @@ from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
 from sedd_scale.generation.completions import settings_for
 from sedd_scale.interop.assumptions import without_options
-from sedd_scale.interop.model_arguments import fit_tokenizer, open_tokenizer
+from sedd_scale.interop.model_arguments import fit_tokenizer
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.sampling import AUTOREGRESSIVE
 from sedd_scale.sampling.infill import infill_from_tokens
+from sedd_scale.tokenizers.opening import open_tokenizer
 
 MODEL_NAME = "sedd_scale"
 _MOST_GENERATED = 256

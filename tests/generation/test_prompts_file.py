@@ -12,7 +12,7 @@ from sedd_scale.generation.prompts_file import Prompt, prompts_of_lines, read_pr
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
+from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
 BYTES = BytesTokenizer()
 
@@ -150,7 +150,7 @@ def test_text_without_a_token_is_refused(tmp_path: Path) -> None:
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    tokenizer = open_sentencepiece((tmp_path / "model").rename(tmp_path / "tiny.model"))
+    tokenizer = SentencePieceTokenizer.open((tmp_path / "model").rename(tmp_path / "tiny.model"))
     path = write(tmp_path / "p.jsonl", {"text": "the ____"}, {"text": "the \u017c ____"})
     with pytest.raises(DataError, match=r"p\.jsonl:2: the text holds 'ż'"):
         read(path, tokenizer=tokenizer, length=40)
