@@ -71,7 +71,7 @@ def test_as_a_process(source: Path, tmp_path: Path) -> None:
         (
             "good",
             ["--tokenizer", "gpt2", "--tokenizer-path", "x"],
-            "x does not exist: give the directory of vocab",
+            "x does not exist",
         ),
         ("good", ["--tokenizer", "sentencepiece", "--tokenizer-path", "x"], "x does not exist"),
         ("good", ["--tokenizer-path", "x"], "leave --tokenizer-path out"),
