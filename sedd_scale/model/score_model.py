@@ -29,7 +29,6 @@ class ScoreModel(nn.Module, LogitModel):
         schedule: the noise schedule sigma(t).
         objective: what it was trained for.
         law: what a row of outputs means.
-        mean: whether they are logits of the clean token's law, of which scores follow.
         tokenizer: the tokenizer of its training data, or None where the format carries none.
         block_length: L of its training.
     """

@@ -23,8 +23,6 @@ class HeadOutputs:
 
     Attributes:
         calls: how often the network ran.
-        sequences: how many sequences went through it in all.
-        rows: head products made, in rows.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class HeadOutputs:
     ) -> None:
         self.model = model
         self.ends_BE = ends_BE
-        self.calls = self.sequences = self.rows = 0
+        self.calls = 0
         self.chunk_rows = rows_per_chunk(
             model.device, row_bytes=4 * model.graph.num_states, cpu_bytes=chunk_bytes
         )
@@ -72,7 +70,6 @@ class HeadOutputs:
         assert self._kept_RW is not None
         num_chunks = -(-len(rows_M) // self.chunk_rows)
         size = -(-len(rows_M) // num_chunks)  # even chunks: a small rest is a slow product
-        self.rows += len(rows_M)
         for start in range(0, len(rows_M), size):
             chunk = slice(start, start + size)
             logits_mV = self.model.logits_of(self._kept_RW.index_select(0, rows_M[chunk]))
@@ -91,7 +88,6 @@ class HeadOutputs:
         if not len(which_b):
             return
         self.calls += 1
-        self.sequences += len(which_b)
         run_M = run_B[sequence_M]
         rows_n = rows_M[run_M]
         place_b = torch.cumsum(run_B, dim=0) - 1
@@ -119,10 +115,9 @@ class CausalOutputs(HeadOutputs):
     _fed = 0
 
     def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
-        batch, length = state_BL.shape
+        length = state_BL.shape[1]
         fed, self._fed = self._fed, int(rows_M[0]) % length + 1
         self.calls += 1
-        self.sequences += batch
         shown_BL = shifted(state_BL[:, : self._fed], self.model.graph)
         within_M = (rows_M // length + 1) * (self._fed - fed) - 1
         self._keep(rows_M, self.model.rows(shown_BL[:, fed:], sigma_B, within_M))

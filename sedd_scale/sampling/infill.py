@@ -177,23 +177,6 @@ def check_prefix(fixed_L: BoolArray) -> None:
         )
 
 
-def padded(infill: Given, length: int, eos_id: int) -> Given:
-    """The infill with EOS as given tokens behind it, up to `length`.
-
-    Raises:
-        DataError: it is longer than that.
-    """
-    missing = length - len(infill.tokens_L)
-    if missing < 0:
-        raise DataError(
-            f"a sample of {len(infill.tokens_L)} tokens cannot be padded to {length}: shorten it"
-        )
-    return Given(
-        np.concatenate([infill.tokens_L, np.full(missing, eos_id, dtype=np.int64)]),
-        np.concatenate([infill.fixed_L, np.ones(missing, dtype=np.bool_)]),
-    )
-
-
 def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Given:
     """Given ids, blanks of known size and blanks that share the rest, side by side."""
     counted = sum(

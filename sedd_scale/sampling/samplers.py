@@ -11,6 +11,7 @@ B samples, L positions, M rows that may change, m rows of a chunk, V states, N t
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,8 @@ def draw(
     fixed_BL: Tensor,
     settings: SamplerSettings,
     *,
-    seed: int | Sequence[int] = 0,
-    sample_ids_B: Sequence[int] | None = None,
     lengths_B: Sequence[int] | None = None,
-    on_step: StepObserver | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draw tokens at the positions that are not fixed: int64 [B, L] on the CPU.
 
@@ -44,11 +43,9 @@ def draw(
         tokens_BL: tokens of the fixed positions; other entries are ignored.
         fixed_BL: bool; these positions keep their token and condition the others.
         settings: the sampler and all that goes with it.
-        seed: one for all samples, or one per sample.
-        sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
         lengths_B: positions of each sample; those after them only fill the batch up: no attention
             reaches them, nothing is drawn there and their entries come back as given.
-        on_step: called with (step, times [B], tokens [B, L]) after each step that changed tokens.
+        options: the others of `start_batch`.
 
     Raises:
         ConfigError: a sampler or an option that the model does not have.
@@ -56,16 +53,7 @@ def draw(
             autoregressive model, something given after a free position.
         CheckpointError: the network's outputs are not finite.
     """
-    batch = start_batch(
-        model,
-        tokens_BL,
-        fixed_BL,
-        settings,
-        seed=seed,
-        sample_ids_B=sample_ids_B,
-        lengths_B=lengths_B,
-        on_step=on_step,
-    )
+    batch = start_batch(model, tokens_BL, fixed_BL, settings, lengths_B=lengths_B, **options)
     run_batch(batch)
     drawn_BL = batch.state_BL.cpu()
     if lengths_B is None:
@@ -94,7 +82,13 @@ def start_batch(
     lengths_B: Sequence[int] | None = None,
     on_step: StepObserver | None = None,
 ) -> BatchState:
-    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`."""
+    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`.
+
+    Args:
+        seed: one for all samples, or one per sample.
+        sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
+        on_step: called with (step, times [B], tokens [B, L]) after each step that changed tokens.
+    """
     settings.check_kind(model.kind)
     if tokens_BL.dim() != 2 or tokens_BL.shape != fixed_BL.shape:
         raise DataError(
@@ -124,13 +118,7 @@ def start_batch(
             check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
     model.graph.check_tokens(given_BL[~free_BL])
     law = TokenLaw(settings)
-    draws = KeyedDraws(
-        seeds,
-        ids,
-        length=length,
-        device=model.device,
-        dtype=law.dtype,
-    )
+    draws = KeyedDraws(seeds, ids, length=length, device=model.device, dtype=law.dtype)
     free_BL, given_BL = free_BL.to(model.device), given_BL.to(model.device)
     if model.graph.mask_id is not None:
         state_BL = given_BL.masked_fill(free_BL, model.graph.mask_id)
