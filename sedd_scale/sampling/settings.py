@@ -2,45 +2,87 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from sedd_scale.cli import count
 from sedd_scale.errors import ConfigError
-from sedd_scale.sampling import DRAW_DTYPES, MODEL_KINDS, SAMPLERS, TIME_GRIDS, Run, samplers_of
+from sedd_scale.sampling import (
+    AUTOREGRESSIVE,
+    DRAW_DTYPES,
+    MODEL_KINDS,
+    SAMPLERS,
+    TIME_GRIDS,
+    Run,
+    samplers_of,
+)
 
 T_END = 1e-5
 
 
+def _option(default: Any, help: str, **options: Any) -> Any:
+    """A field: its default, and its flag's sentence and arguments."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+_ONE_A_CALL = ", ".join(name for name in samplers_of("absorb") if SAMPLERS[name].steps is None)
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a sample is drawn, apart from its seed and its given tokens.
+    """How a sample is drawn, apart from its seed and its given tokens: a field for each option."""
 
-    Attributes:
-        sampler: one of `SAMPLERS`.
-        steps: steps from time 1 to `t_end`, each one network call at most (the last, denoising step
-            is one more). For samplers that have no number by default the network calls themselves,
-            over which a sample's free positions are spread. None: the sampler's own number, or one
-            call per position.
-        time_grid: "uniform" in time, "cosine" (slow at the start, when little is known) or
-            "schedule" (equal steps of the move probability); of samplers with one call per
-            position only together with `steps`.
-        temperature: logits of the token's law are divided by it; 0 takes the likeliest token.
-        top_p: keep the fewest likeliest tokens whose probability reaches it; 1 keeps all.
-        top_k: keep that many likeliest tokens; None keeps all.
-        remask: how often a token is taken back over the whole run, on average (ancestral only).
-        draw_dtype: arithmetic of the draws; "float32" cuts the tail of the law off.
-        t_end: time at which the last, denoising step begins.
-    """
-
-    sampler: str = "analytic"
-    steps: int | None = None
-    time_grid: str = "uniform"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    remask: float = 0.0
-    draw_dtype: str = "float64"
-    t_end: float = T_END
+    sampler: str = _option(
+        "analytic",
+        f"sampler (analytic; for an autoregressive model {samplers_of(AUTOREGRESSIVE)[0]}, the "
+        "only one)",
+        choices=tuple(SAMPLERS),
+    )
+    steps: int | None = _option(
+        None,
+        "sampling steps, each one network call at most, and a denoising step after them (128); of "
+        f"{_ONE_A_CALL} network calls (one for each position)",
+        type=count,
+        metavar="K",
+    )
+    time_grid: str = _option(
+        "uniform",
+        "spacing of the steps: uniform in time, cosine (slow at first, when little is known) or "
+        "schedule (equal steps of the move probability) (%(default)s)",
+        choices=TIME_GRIDS,
+    )
+    temperature: float = _option(
+        1.0,
+        "logits are divided by it; 0: the likeliest token (%(default)s)",
+        type=float,
+        metavar="T",
+    )
+    top_p: float = _option(
+        1.0,
+        "keep the likeliest tokens up to this probability (%(default)s)",
+        type=float,
+        metavar="P",
+    )
+    top_k: int | None = _option(
+        None, "number of likeliest tokens to keep (all)", type=count, metavar="K"
+    )
+    remask: float = _option(
+        0.0,
+        "average number of times a token is masked again, with --sampler ancestral (%(default)s)",
+        type=float,
+        metavar="R",
+    )
+    draw_dtype: str = _option(
+        "float64",
+        "arithmetic of the draws; float32 lowers the temperature a little (%(default)s)",
+        choices=DRAW_DTYPES,
+    )
+    t_end: float = _option(
+        T_END,
+        "time at which the last, denoising step begins (%(default)s)",
+        type=float,
+        metavar="T",
+    )
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -50,16 +92,16 @@ class SamplerSettings:
         ):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is unknown: choose {_listed(known)}")
-        for name, count in (("steps", self.steps), ("top_k", self.top_k)):
-            if count is not None and (type(count) is not int or count < 1):
-                raise ConfigError(f"{name}={count} is not a count: give an integer of at least 1")
-        for name, number, low, high, open_low in (
+        for name, number in (("steps", self.steps), ("top_k", self.top_k)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ConfigError(f"{name}={number} is not a count: give an integer of at least 1")
+        for name, real, low, high, open_low in (
             ("temperature", self.temperature, 0.0, math.inf, False),
             ("top_p", self.top_p, 0.0, 1.0, True),
             ("remask", self.remask, 0.0, math.inf, False),
             ("t_end", self.t_end, 0.0, 1.0, True),
         ):
-            _check_number(name, number, low, high, open_low)
+            _check_number(name, real, low, high, open_low)
         if self.t_end >= 1.0:
             raise ConfigError(f"t_end={self.t_end} leaves no step: give a small time such as 1e-5")
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k is not None):
