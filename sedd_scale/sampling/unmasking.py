@@ -6,9 +6,10 @@ positions those it is surest of go first, as many as a count says. left-to-right
 position of every sample. The token itself follows its law in all of them.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,28 +31,39 @@ class Turn(NamedTuple):
         rows_M: positions of the flattened [B * L]; none: the call is not made.
         time_B: what the network is shown, one for all or for each sample.
         after_B: the time that is reached, likewise.
+        uniform_R: the numbers [B * L] of its draws; None: those of its number.
     """
 
     number: int
     rows_M: Tensor
     time_B: Tensor
     after_B: Tensor | float
+    uniform_R: Tensor | None = None
 
 
-def _fill(
-    batch: BatchState, turns: Iterator[Turn], uniform: Callable[[int], Tensor] | None = None
-) -> None:
-    """Take all turns, in place; `uniform` gives the numbers [B * L] of a turn's draws."""
-    uniform = uniform or functools.partial(batch.draws.uniform, "token")
-    for number, rows_M, time_B, after_B in turns:
-        if len(rows_M):
-            sigma_B = batch.sigma_B(batch.model.schedule.sigma(time_B))
-            batch.put(rows_M, batch.draw_tokens(sigma_B, rows_M, uniform(number)))
-            batch.report(number, after_B)
+Turns = Generator[Turn, None, None]
 
 
-def run_left_to_right(batch: BatchState) -> None:
-    """Fill free positions from left to right, in place.
+def _in_turns(turns: Callable[[BatchState], Turns]) -> Callable[[BatchState], None]:
+    """Makes a sampler of a generator of turns: it fills what each asks for, in place."""
+
+    @functools.wraps(turns)
+    def run(batch: BatchState) -> None:
+        with contextlib.closing(turns(batch)) as asked:  # a cache ends with an error too
+            for number, rows_M, time_B, after_B, uniform_R in asked:
+                if len(rows_M):
+                    if uniform_R is None:
+                        uniform_R = batch.draws.uniform("token", number)
+                    sigma_B = batch.sigma_B(batch.model.schedule.sigma(time_B))
+                    batch.put(rows_M, batch.draw_tokens(sigma_B, rows_M, uniform_R))
+                    batch.report(number, after_B)
+
+    return run
+
+
+@_in_turns
+def run_left_to_right(batch: BatchState) -> Turns:
+    """The next position of every sample.
 
     What is given of a sample comes first and goes through the network at once, each further
     position alone: its keys and values are kept, so that L tokens cost L positions of the network.
@@ -59,19 +71,16 @@ def run_left_to_right(batch: BatchState) -> None:
     length = batch.state_BL.shape[1]
     free_BL = batch.free_R.view(batch.state_BL.shape)
     time = torch.zeros((), dtype=torch.float64)
-
-    def turns() -> Iterator[Turn]:
-        for place in free_BL.any(dim=0).nonzero().flatten().tolist():
-            rows_M = free_BL[:, place].nonzero().flatten() * length + place
-            yield Turn(place, rows_M, time, 1.0 - (place + 1) / length)
-
     uniform_R = batch.draws.uniform("token", 0)
     with batch.model.caching(length):
-        _fill(batch, turns(), lambda _: uniform_R)
+        for place in free_BL.any(dim=0).nonzero().flatten().tolist():
+            rows_M = free_BL[:, place].nonzero().flatten() * length + place
+            yield Turn(place, rows_M, time, 1.0 - (place + 1) / length, uniform_R)
 
 
-def run_first_hitting(batch: BatchState) -> None:
-    """Fill positions in the order of the times at which they leave the mask, in place.
+@_in_turns
+def run_first_hitting(batch: BatchState) -> Turns:
+    """Positions in the order of the times at which they leave the mask.
 
     A position's time has move probability m(1) U with U uniform: in order, n masks are left until
     m falls by a factor U^(1/n). Source: arXiv 2409.02908, section 4. The network sees the time of
@@ -88,21 +97,17 @@ def run_first_hitting(batch: BatchState) -> None:
     calls_B = free_B if steps is None else free_B.clamp(max=steps)
     first_row_B = torch.arange(num, device=free_BL.device) * length
     place_L = torch.arange(length, device=free_BL.device)
-
-    def turns() -> Iterator[Turn]:
-        for call in range(int(calls_B.max())):
-            # Events of the call: equal groups, of a sample with fewer calls none.
-            begin_B = call * free_B // calls_B.clamp(min=1)
-            end_B = (call + 1) * free_B // calls_B.clamp(min=1)
-            end_B = torch.where(call < calls_B, end_B, begin_B)
-            chosen_BL = (place_L >= begin_B[:, None]) & (place_L < end_B[:, None])
-            rows_M = (order_BL + first_row_B[:, None])[chosen_BL]
-            first_B1 = order_BL.gather(1, begin_B.clamp(max=length - 1)[:, None])
-            move_B = move_BL.gather(1, first_B1).squeeze(1).clamp(min=0.0)
-            time_B = schedule.time_of_move_probability(move_B)
-            yield Turn(call, rows_M, time_B, time_B)
-
-    _fill(batch, turns())
+    for call in range(int(calls_B.max())):
+        # Events of the call: equal groups, of a sample with fewer calls none.
+        begin_B = call * free_B // calls_B.clamp(min=1)
+        end_B = (call + 1) * free_B // calls_B.clamp(min=1)
+        end_B = torch.where(call < calls_B, end_B, begin_B)
+        chosen_BL = (place_L >= begin_B[:, None]) & (place_L < end_B[:, None])
+        rows_M = (order_BL + first_row_B[:, None])[chosen_BL]
+        first_B1 = order_BL.gather(1, begin_B.clamp(max=length - 1)[:, None])
+        move_B = move_BL.gather(1, first_B1).squeeze(1).clamp(min=0.0)
+        time_B = schedule.time_of_move_probability(move_B)
+        yield Turn(call, rows_M, time_B, time_B)
 
 
 Count = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -139,8 +144,9 @@ def _as_scheduled(batch: BatchState, steps: int) -> tuple[Count, Callable[[int, 
     return count, lambda call, left_B: torch.full_like(left_B, ends[call], dtype=torch.float64)
 
 
-def run_ordered(batch: BatchState) -> None:
-    """Fill first where the network is surest, in place.
+@_in_turns
+def run_ordered(batch: BatchState) -> Turns:
+    """First where the network is surest.
 
     What is compared, greatest first (near ties: left to right), is of the network's own softmax(z):
     confidence its largest probability (as in arXiv 2202.04200 and 2502.09992, where it is that of
@@ -149,19 +155,15 @@ def run_ordered(batch: BatchState) -> None:
     """
     steps = batch.settings.steps
     count, time = _one_a_call(batch) if steps is None else _as_scheduled(batch, steps)
-
-    def turns() -> Iterator[Turn]:
-        for call in itertools.count():
-            left_B = batch.masked_R().view(batch.state_BL.shape).sum(dim=1)
-            if not bool(left_B.any()):
-                return
-            time_B = time(call, left_B)
-            sure_BL = functools.partial(_sureness_of_masks, batch, time_B)
-            count_B = count(call, left_B, sure_BL)
-            rows_M = _first_of_each(sure_BL(count_B > 0), count_B).flatten().nonzero().squeeze(1)
-            yield Turn(call, rows_M, time_B, time(call + 1, left_B - count_B))
-
-    _fill(batch, turns())
+    for call in itertools.count():
+        left_B = batch.masked_R().view(batch.state_BL.shape).sum(dim=1)
+        if not bool(left_B.any()):
+            return
+        time_B = time(call, left_B)
+        sure_BL = functools.partial(_sureness_of_masks, batch, time_B)
+        count_B = count(call, left_B, sure_BL)
+        rows_M = _first_of_each(sure_BL(count_B > 0), count_B).flatten().nonzero().squeeze(1)
+        yield Turn(call, rows_M, time_B, time(call + 1, left_B - count_B))
 
 
 def sureness(logits_MN: Tensor, ordering: str) -> Tensor:
