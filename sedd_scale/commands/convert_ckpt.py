@@ -6,18 +6,13 @@ from typing import Any
 
 from sedd_scale.cli import Command, given_path, make_parser
 from sedd_scale.errors import ConfigError
+from sedd_scale.interop import FORMATS, TARGETS
 from sedd_scale.interop.assumptions import add_assumptions, assumptions_of
 
-FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
-TARGETS = ("native", "sedd-hf", "sedd-train")
-FORMATS_HELP = """formats:
-  native      a run directory of sedd-scale train, or one of its checkpoints/step-N
-  sedd-hf     a directory in the published SEDD format: config.json with model.safetensors,
-              shards and model.safetensors.index.json, or pytorch_model.bin
-  sedd-train  checkpoint.pth of the authors' training program
-  mdlm        MDLM, Duo and other weights under SEDD's names: a Lightning .ckpt, a .safetensors,
-              .pth, .pt or .bin file, shards and their index, or a directory (read only)
-"""
+_INDENT = "\n" + " " * 14
+FORMATS_HELP = "formats:\n" + "".join(
+    f"  {name:<12}{row.about.replace(chr(10), _INDENT)}\n" for name, row in FORMATS.items()
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         notes=FORMATS_HELP,
     )
     add = parser.add_argument
-    add("--from", dest="source_format", choices=FORMATS, required=True, help="format of SRC")
+    add("--from", dest="source_format", choices=tuple(FORMATS), required=True, help="format of SRC")
     add("--to", dest="target_format", choices=TARGETS, required=True, help="format of DST")
     add(
         "--weights",
@@ -121,20 +116,16 @@ def convert_command(arguments: argparse.Namespace) -> None:
     """Convert and print where to."""
     from sedd_scale.interop.convert import convert
 
-    options: dict[str, Any] = {}
-    for flag, value, target in (
-        ("--shard-gb", arguments.shard_gb, "sedd-hf"),
-        ("--noise-parameters", arguments.noise_parameters, "sedd-train"),
-        ("--results", arguments.results, "sedd-hf"),
-    ):
+    for name in ("shard_gb", "noise_parameters", "results"):
+        value, flag = getattr(arguments, name), "--" + name.replace("_", "-")
         if value is None:
             continue
-        if arguments.target_format != target:
+        if name not in (FORMATS[arguments.target_format].options or ()):
+            (target,) = (key for key, row in FORMATS.items() if name in (row.options or ()))
             raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
-        if flag == "--results":
-            options["results"] = value
-        elif not 0 <= value < math.inf or (value == 0 and flag == "--shard-gb"):
+        if name != "results" and (not 0 <= value < math.inf or (value == 0 and name == "shard_gb")):
             raise ConfigError(f"{flag} {value} has to be a number above zero: change it")
+    options: dict[str, Any] = {"results": arguments.results or ()}
     if arguments.shard_gb is not None:
         options["shard_bytes"] = int(arguments.shard_gb * 1e9)
     convert(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from sedd_scale.cli import Command, at_least, count, given_path, make_parser, print_result
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
-from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
+from sedd_scale.sampling import samplers_of
+from sedd_scale.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
     from sedd_scale.generation.batch import Request
     from sedd_scale.generation.generate import Generated
     from sedd_scale.generation.prompts_file import PromptLine
     from sedd_scale.model.score_model import ScoreModel
-    from sedd_scale.sampling.settings import SamplerSettings
 
 DEFAULT_TRACED = 4
 
@@ -67,67 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--length", type=count, metavar="L", help="tokens in a sample (the checkpoint's block)")
     add("--seed", type=at_least(0), default=0, metavar="I", help="seed of all draws (%(default)s)")
     add("--batch-size", type=count, default=16, metavar="B", help="samples at a time (%(default)s)")
-    _add_sampler_options(parser)
+    group = parser.add_argument_group("how samples are drawn")
+    for key in fields(SamplerSettings):
+        # Without a sampler the model's own is taken.
+        default = None if key.name == "sampler" else key.default
+        group.add_argument(_flag(key.name), default=default, **key.metadata)
     _add_report_options(parser)
     return parser
-
-
-def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how samples are drawn").add_argument
-    add(
-        "--sampler",
-        choices=(*SAMPLERS, LEFT_TO_RIGHT),
-        help=f"sampler (analytic; for an autoregressive model {LEFT_TO_RIGHT}, the only one)",
-    )
-    add(
-        "--steps",
-        type=count,
-        metavar="K",
-        help="sampling steps (128; first-hitting, confidence, entropy and margin: one position per "
-        "network call)",
-    )
-    add(
-        "--time-grid",
-        choices=TIME_GRIDS,
-        default="uniform",
-        help="spacing of the steps (%(default)s)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="logits are divided by it; 0: the likeliest token (%(default)s)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="keep the likeliest tokens up to this probability (%(default)s)",
-    )
-    add("--top-k", type=count, metavar="K", help="number of likeliest tokens to keep (all)")
-    add(
-        "--remask",
-        type=float,
-        default=0.0,
-        metavar="R",
-        help="average number of times a token is masked again, with --sampler ancestral "
-        "(%(default)s)",
-    )
-    add(
-        "--draw-dtype",
-        choices=DRAW_DTYPES,
-        default="float64",
-        help="arithmetic of the draws; float32 lowers the temperature a little (%(default)s)",
-    )
-    add(
-        "--t-end",
-        type=float,
-        default=1e-5,
-        metavar="T",
-        help="time at which the last, denoising step begins (%(default)s)",
-    )
 
 
 def _add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -177,8 +123,6 @@ def generate_command(arguments: argparse.Namespace) -> None:
     from sedd_scale.generation.trace_page import write_trace_page
     from sedd_scale.interop.fingerprint import checkpoint_digest
     from sedd_scale.parallel.layout import shutdown
-    from sedd_scale.sampling.left_to_right import check_sampler, is_autoregressive
-    from sedd_scale.sampling.settings import SamplerSettings
 
     check_arguments(arguments)
     options = {key.name: getattr(arguments, key.name) for key in fields(SamplerSettings)}
@@ -200,10 +144,9 @@ def generate_command(arguments: argparse.Namespace) -> None:
         check_judge(arguments.judge)
 
     model = open_model(arguments)
-    if arguments.sampler is None and is_autoregressive(model):
-        settings = replace(settings, sampler=LEFT_TO_RIGHT)
-    settings.check_graph(model.graph.name)
-    check_sampler(model, settings.sampler)
+    if arguments.sampler is None:
+        settings = replace(settings, sampler=samplers_of(model.kind)[0])
+    settings.check_kind(model.kind)
     requests = _requests(arguments, model, settings, lines, skipped)
     if arguments.shard is not None:
         requests = requests_of_shard(requests, arguments.batch_size, *arguments.shard)
@@ -308,7 +251,7 @@ def _requests(
         tokenizer=model.tokenizer,
         num_tokens=model.graph.num_tokens,
         length=length,
-        graph=model.graph.name,
+        kind=model.kind,
         marker=arguments.blank,
         settings=settings,
         on_bad=skipped.append if arguments.on_bad_prompt == "skip" else None,

@@ -26,7 +26,7 @@ from sedd_scale.preparation.settings import (
     Preparation,
 )
 from sedd_scale.tokenizers.base import warn_of_unknown
-from sedd_scale.tokenizers.opening import KINDS
+from sedd_scale.tokenizers.opening import TOKENIZERS
 
 CHOICES = [field for field in fields(Preparation) if field.name != "inputs"]
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"files: {FORMAT_HELP}; or builtin:python for text of this Python",
     )
     add_format_options(parser, "text")
-    add("--tokenizer", choices=KINDS, required=True, help="kind of tokenizer")
+    add("--tokenizer", choices=tuple(TOKENIZERS), required=True, help="kind of tokenizer")
     add(
         "--tokenizer-path",
         type=given_path,

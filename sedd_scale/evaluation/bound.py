@@ -61,13 +61,17 @@ from sedd_scale.evaluation.importance import masks_by_their_number, moves_with_a
 from sedd_scale.evaluation.result import BoundResult, OtherNats
 from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
-from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling.logits import logit_chunks
+from sedd_scale.model.logit_model import LogitModel
+from sedd_scale.sampling.chunks import rows_per_chunk
+from sedd_scale.sampling.token_law import check_finite
+
+# Of the decoder's logits on a CPU, counted in float32.
+CPU_CHUNK_BYTES = 16 * 2**20
 
 
 @torch.no_grad()
 def evaluate_bound(
-    model: ScoreModel,
+    model: LogitModel,
     blocks_nL: IntArray | Tensor,
     *,
     draws: int | None = None,
@@ -134,7 +138,7 @@ def evaluate_bound(
         raise DataError(
             "a block has no token to predict: give each at least one behind its context"
         )
-    if objective.causal:
+    if model.causal:
         if protocol != "low-variance" or draws is not None or replicates is not None:
             raise ConfigError(
                 "an autoregressive model's likelihood is exact: leave protocol, draws and "
@@ -209,7 +213,7 @@ class _Draws(NamedTuple):
 
 
 def _group_nats(
-    model: ScoreModel, blocks_gL: Tensor, ids_g: IntArray, span_g2: IntArray, plan: Plan
+    model: LogitModel, blocks_gL: Tensor, ids_g: IntArray, span_g2: IntArray, plan: Plan
 ) -> _GroupNats:
     timed = [plan.times(model, int(block)) for block in ids_g]
     times_gK = torch.stack([times for times, _ in timed])
@@ -253,7 +257,7 @@ def _in_batches(
     return np.concatenate(parts), calls
 
 
-def _diffusion_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
+def _diffusion_nats(model: LogitModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
     noisy_BL, weight_B = _corrupted(model, plan, draws, "noise")
     counted_BL = within_spans(draws.clean_BL, draws.span_B2)
     noise_B3 = model.objective.noise_columns(model.schedule, draws.t_B, training=False)
@@ -263,7 +267,7 @@ def _diffusion_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tenso
     return nats_BC.double().cpu() * weight_B[:, None], len(noisy_BL)
 
 
-def _reconstruction_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
+def _reconstruction_nats(model: LogitModel, plan: Plan, draws: _Draws) -> tuple[Tensor, int]:
     """-log p(x0 | x_tmin) of each sequence with the decoder of the module's docstring."""
     clean_BL, t_B = draws.clean_BL, draws.t_B
     noisy_BL, weight_B = _corrupted(model, plan, draws, "decode")
@@ -274,18 +278,18 @@ def _reconstruction_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[
     else:
         counted_R = within_spans(clean_BL, draws.span_B2).flatten()
         rows_M = counted_R.nonzero().squeeze(1).to(model.device)
+    if not len(rows_M):
+        return torch.zeros(len(clean_BL), 1, dtype=torch.float64), 0
     nats_R = torch.zeros(len(noisy_R), dtype=torch.float64, device=model.device)
     sigma_B = model.schedule.sigma(t_B)
     move = float(model.schedule.move_probability(t_B[:1]))
-    ends_BE = model.document_ends(clean_BL)
-    chunks = logit_chunks(
-        model,
-        noisy_BL.to(model.device),
-        sigma_B.to(model.device),
-        rows_M,
-        ends_BE=None if ends_BE is None else ends_BE.to(model.device),
-    )
-    for chunk, logits_mV in chunks:
+    rows_MW = model.rows(noisy_BL, sigma_B, rows_M, model.document_ends(clean_BL))
+    row_bytes = 4 * graph.num_states
+    size = rows_per_chunk(model.device, row_bytes=row_bytes, cpu_bytes=CPU_CHUNK_BYTES)
+    for start in range(0, len(rows_M), size):
+        chunk = slice(start, start + size)
+        logits_mV = model.logits_of(rows_MW[chunk])
+        check_finite(logits_mV.sum(dim=1))
         weights_mN = logits_mV[:, : graph.num_tokens].double()
         if graph.mask_id is None:
             jump, stay = move / graph.num_tokens, 1.0 - move + move / graph.num_tokens
@@ -297,10 +301,10 @@ def _reconstruction_nats(model: ScoreModel, plan: Plan, draws: _Draws) -> tuple[
         target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
         nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m
     nats_B = nats_R.view(clean_BL.shape).sum(dim=1).cpu()
-    return (nats_B * weight_B)[:, None], len(clean_BL) if len(rows_M) else 0
+    return (nats_B * weight_B)[:, None], len(clean_BL)
 
 
-def _corrupted(model: ScoreModel, plan: Plan, draws: _Draws, purpose: str) -> tuple[Tensor, Tensor]:
+def _corrupted(model: LogitModel, plan: Plan, draws: _Draws, purpose: str) -> tuple[Tensor, Tensor]:
     """Noisy tokens [B, L] and the weight of each draw [B], on the host."""
     clean_BL, graph = draws.clean_BL, model.graph
     length = clean_BL.shape[1]
@@ -329,7 +333,7 @@ def _corrupted(model: ScoreModel, plan: Plan, draws: _Draws, purpose: str) -> tu
 
 
 def _combine(
-    model: ScoreModel, groups: Sequence[_GroupNats], span_n2: IntArray, plan: Plan, began: float
+    model: LogitModel, groups: Sequence[_GroupNats], span_n2: IntArray, plan: Plan, began: float
 ) -> BoundResult:
     """Nats of all blocks over tokens of text of all blocks, and their error, in float64."""
     text_n = span_n2[:, 1] - span_n2[:, 0]

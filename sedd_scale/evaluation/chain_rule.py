@@ -31,14 +31,14 @@ from sedd_scale.evaluation.standard_error import (
     error_over_blocks,
     estimate_from_replicates,
 )
-from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.model.logit_model import LogitModel
 
 Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def evaluate_left_to_right(
-    model: ScoreModel,
+    model: LogitModel,
     blocks_nL: Tensor,
     *,
     batch_size: int,
@@ -82,7 +82,7 @@ def evaluate_left_to_right(
 
 @torch.no_grad()
 def evaluate_any_order(
-    model: ScoreModel,
+    model: LogitModel,
     blocks_nL: Tensor,
     *,
     orders: int,

@@ -11,7 +11,7 @@ from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import D3PMAbsorb
 from sedd_scale.errors import ConfigError
 from sedd_scale.evaluation.importance import uniform_times, weighted_times
-from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.model.logit_model import LogitModel
 
 DEFAULT_DRAWS = {"low-variance": 16, "paper": 1000, "any-order": 8}
 DEFAULT_MAX_BLOCKS = {"low-variance": None, "paper": 1024, "any-order": 64}
@@ -44,7 +44,7 @@ class Plan:
         """Whether prior and reconstruction are counted."""
         return self.protocol == "low-variance"
 
-    def times(self, model: ScoreModel, block_id: int) -> tuple[Tensor, Tensor]:
+    def times(self, model: LogitModel, block_id: int) -> tuple[Tensor, Tensor]:
         """Times of a block's draws, replicate after replicate, and the weight of each."""
         strata = self.draws // self.replicates
         uniform = self.uniforms("time", self.draws, block_id, 0)

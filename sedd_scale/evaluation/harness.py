@@ -32,10 +32,13 @@ from sedd_scale.generation.batch import Request, cut_batches, draw_tokens
 from sedd_scale.generation.completions import settings_for
 from sedd_scale.interop.assumptions import given_by_name
 from sedd_scale.interop.model_arguments import add_model_arguments, open_model
+from sedd_scale.sampling import AUTOREGRESSIVE
 from sedd_scale.sampling.infill import infill_from_tokens
 
 MODEL_NAME = "sedd_scale"
 _MOST_GENERATED = 256
+# What fills with the likeliest token, by the kind of model.
+GREEDY = {"absorb": "confidence", AUTOREGRESSIVE: "left-to-right"}
 
 
 @register_model(MODEL_NAME)
@@ -124,11 +127,12 @@ class SeddScaleLM(LM):
         wanted = max(1, min(wanted, self.max_length - 1))
         given = self._encode(context)[-(self.max_length - wanted) :]
         settings: dict[str, Any] = dict(self.sampling)
-        if self.model.graph.mask_id is not None:
+        greedy = GREEDY.get(self.model.kind)
+        if greedy is not None:
             sampled = options.get("do_sample", False)
             settings["temperature"] = float(options.get("temperature") or 0.0) if sampled else 0.0
-            if settings["temperature"] == 0.0 and not self.model.objective.causal:
-                settings.setdefault("sampler", "confidence")
+            if settings["temperature"] == 0.0:
+                settings.setdefault("sampler", greedy)
         return self._request(given, wanted, self.seed, settings)
 
     def _text(self, tokens: list[int], options: dict[str, Any]) -> str:
@@ -205,7 +209,7 @@ class SeddScaleLM(LM):
         for number, (given, target) in enumerate(spans):
             if target:  # what has no token has the likelihood 1
                 by_length.setdefault(len(given) + len(target), []).append(number)
-        causal = self.model.objective.causal
+        causal = self.model.causal
         for _, numbers in sorted(by_length.items()):
             result = evaluate_bound(
                 self.model,
@@ -224,11 +228,9 @@ class SeddScaleLM(LM):
 
     def _are_greedy(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether each second part is what the likeliest tokens after the first are; collective."""
-        if self.model.graph.mask_id is None:
+        if self.model.kind not in GREEDY:
             return [not target for _, target in spans]
-        options: dict[str, Any] = {"temperature": 0.0}
-        if not self.model.objective.causal:
-            options["sampler"] = "confidence"
+        options = {"temperature": 0.0, "sampler": GREEDY[self.model.kind]}
         requests = [
             self._request(given, len(target), 0, options) for given, target in spans if target
         ]

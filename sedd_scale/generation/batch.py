@@ -40,11 +40,6 @@ class Request(NamedTuple):
     settings: SamplerSettings = SamplerSettings()
     place: int | None = None
 
-    @property
-    def num_free(self) -> int:
-        """Positions to be drawn."""
-        return len(self.given.fixed_L) - int(self.given.fixed_L.sum())
-
 
 def equal_requests(
     count: int, given: Given, seed: int, settings: SamplerSettings | None = None
@@ -110,7 +105,7 @@ def requests_of_shard(
 def batch_cost(batch: Sequence[Request]) -> int:
     """Tokens that go through the network for a batch, at most: what its time grows with."""
     longest = max(len(request.given.tokens_L) for request in batch)
-    free = max(request.num_free for request in batch)
+    free = max(request.given.num_free for request in batch)
     return len(batch) * longest * max(1, batch[0].settings.resolved_steps or free)
 
 
@@ -121,9 +116,7 @@ def requests_digest(requests: Sequence[Request]) -> str:
     for request in requests:
         key = id(request.given)
         if key not in givens:
-            tokens_L, fixed_L = request.given
-            content = tokens_L.astype("<i8").tobytes() + fixed_L.tobytes()
-            givens[key] = hashlib.sha256(content).hexdigest()
+            givens[key] = request.given.digest()
         line = [request.id, givens[key], request.seed, request.number, request.settings.to_dict()]
         digest.update(json.dumps(line, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
@@ -187,7 +180,7 @@ def draw_batch(
             "id": request.id,
             "text": None if tokenizer is None else tokenizer.decode(tokens_L),
             "tokens": tokens_L.tolist(),
-            "given": fixed_ranges(request.given),
+            **request.given.describe(),
             "seed": request.seed,
             "number": request.number,
             "settings": {
@@ -204,9 +197,3 @@ def draw_batch(
             record["trace"] = traces[row]
         records.append(record)
     return records
-
-
-def fixed_ranges(given: Given) -> list[list[int]]:
-    """The given positions as ranges [start, end)."""
-    edges = np.flatnonzero(np.diff(given.fixed_L.astype(np.int8), prepend=0, append=0))
-    return edges.reshape(-1, 2).tolist()

@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.generation.batch import draw_tokens, equal_requests
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.sampling import samplers_of
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     Given,
     given_of,
-    padded,
     unconditional,
 )
-from sedd_scale.sampling.left_to_right import is_autoregressive
 from sedd_scale.sampling.settings import SamplerSettings, settings_from_dict
 
 DEFAULT_BATCH_SIZE = 16
@@ -130,7 +130,14 @@ def padded_to_block(model: ScoreModel, given: Given) -> Given:
         raise ConfigError("pad_to_block=true needs the block length, which the checkpoint lacks")
     if model.tokenizer is None:
         raise DataError("pad_to_block=true needs a tokenizer, whose EOS the padding is: set one")
-    return padded(given, model.block_length, model.tokenizer.eos_id)
+    missing = model.block_length - len(given.tokens_L)
+    if missing < 0:
+        raise DataError(
+            f"a sample of {len(given.tokens_L)} tokens cannot be padded to {model.block_length}: "
+            "shorten it"
+        )
+    eos = np.full(missing, model.tokenizer.eos_id)
+    return Given(np.append(given.tokens_L, eos), np.append(given.fixed_L, eos >= 0))
 
 
 def _completions(
@@ -158,9 +165,7 @@ def _completions(
 
 def settings_for(model: ScoreModel, options: Mapping[str, Any]) -> SamplerSettings:
     """Settings of named options, whose sampler is by default the first that the model has."""
-    if is_autoregressive(model):
-        options = {"sampler": LEFT_TO_RIGHT, **options}
-    return settings_from_dict(options)
+    return settings_from_dict({"sampler": samplers_of(model.kind)[0], **options})
 
 
 def _length(model: ScoreModel, length: int | None) -> int:

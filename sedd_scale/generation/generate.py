@@ -185,7 +185,7 @@ def _draw(
             records = draw_batch(model, batch, tokenizer=tokenizer, traced=traced)
             if writer is not None:
                 writer.append(indices, records)
-            drawn = sum(request.num_free for request in batch)
+            drawn = sum(request.given.num_free for request in batch)
             queue.finish(len(batch), drawn, costs[claimed])
         queue.wait_for_all()
     finally:

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.preparation.document_formats import Row, object_of
 from sedd_scale.preparation.documents import open_rows
-from sedd_scale.sampling import LEFT_TO_RIGHT
+from sedd_scale.sampling import AUTOREGRESSIVE
 from sedd_scale.sampling.infill import (
     DEFAULT_MARKER,
     KINDS,
     Given,
+    check_prefix,
     given_of,
     kind_of,
 )
-from sedd_scale.sampling.left_to_right import check_prefix
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.base import Tokenizer
 
@@ -99,7 +99,7 @@ def prompts_of_lines(
     tokenizer: Tokenizer | None,
     num_tokens: int,
     length: int,
-    graph: str = "absorb",
+    kind: str = "absorb",
     marker: str = DEFAULT_MARKER,
     settings: SamplerSettings | None = None,
     on_bad: OnBadPrompt | None = None,
@@ -114,7 +114,7 @@ def prompts_of_lines(
         tokenizer: of the model; None where there is none, which leaves only token ids.
         num_tokens: N.
         length: L, the most tokens a sequence may have.
-        graph: name of the model's graph, whose samplers may be asked for.
+        kind: of the model, whose samplers may be asked for.
         settings: what a line's options change; the defaults when None.
         on_bad: as in `read_prompt_lines`.
 
@@ -131,18 +131,13 @@ def prompts_of_lines(
                 raise DataError(
                     f"length={limit} is more than the length {length}: give a longer --length"
                 )
-            base = settings or SamplerSettings()
-            own = replace(base, **options)
-            own.check_graph(graph)
-            if (own.sampler == LEFT_TO_RIGHT) != (base.sampler == LEFT_TO_RIGHT):
-                raise ConfigError(
-                    f"sampler {own.sampler} does not go with this model: choose {base.sampler}"
-                )
+            own = replace(settings or SamplerSettings(), **options)
+            own.check_kind(kind)
             values = {key: record[key] for key in GIVEN_KEYS if key in record}
             given = given_of(
                 values, tokenizer=tokenizer, num_tokens=num_tokens, length=limit, marker=marker
             )
-            if own.sampler == LEFT_TO_RIGHT:
+            if kind == AUTOREGRESSIVE:
                 check_prefix(given.fixed_L)
         except (ConfigError, DataError) as error:
             _bad(DataError(f"{line.where}: {error}"), on_bad)

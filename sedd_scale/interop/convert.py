@@ -11,19 +11,17 @@ from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
 from sedd_scale.files.atomic import refuse_existing_output
+from sedd_scale.interop import TARGETS
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.foreign_files import TRAINING_FILE
 from sedd_scale.interop.formats import open_checkpoint
-from sedd_scale.interop.model_card import CARD_FILE, last_validation, model_card, read_report
+from sedd_scale.interop.model_card import last_validation, model_card, read_report
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.reference_training import write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
 from sedd_scale.interop.sedd_directory import check_expressible, write_published_files
-
-# What can be written; mdlm is read only.
-TARGETS = ("native", "sedd-hf", "sedd-train")
 
 
 def convert(
@@ -67,34 +65,27 @@ def convert(
             f"{temporary} is in the way, left by another conversion: wait for it or remove it"
         )
     opened = open_checkpoint(source, format=source_format, assumptions=assumptions)
-    card = None
+    card = ""
     if target_format == "sedd-hf":
         card = _card(opened, source, target.name, weights or "ema", results)
     if weights is not None:
         opened = WeightsOnly(opened, weights)
 
-    def write() -> None:
-        if target_format == "native":
-            write_native_run(opened, temporary)
-        elif target_format == "sedd-hf":
-            write_published_files(
-                temporary,
-                opened.described,
-                lambda name: opened.read(name, "ema"),
-                shard_bytes=shard_bytes,
-            )
-            assert card is not None
-            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-        else:
-            file = temporary
-            if target.suffix not in (".pth", ".pt"):
-                temporary.mkdir()
-                file = temporary / TRAINING_FILE
-            write_reference_training(file, opened, extra_parameters=extra_parameters)
+    def training_file() -> None:
+        file = temporary
+        if target.suffix not in (".pth", ".pt"):
+            temporary.mkdir()
+            file = temporary / TRAINING_FILE
+        write_reference_training(file, opened, extra_parameters=extra_parameters)
 
+    writers: dict[str, Callable[[], None]] = {
+        "native": lambda: write_native_run(opened, temporary),
+        "sedd-hf": lambda: write_published_files(temporary, opened, card, shard_bytes=shard_bytes),
+        "sedd-train": training_file,
+    }
     if target_format != "native":
         check_expressible(opened.described, fixed_mlp_ratio=target_format == "sedd-hf")
-    _write_beside(temporary, target, write)
+    _write_beside(temporary, target, writers[target_format])
 
 
 def _card(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sedd_scale.checkpoint.directory import is_ours, warn_once
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop import FORMATS
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.foreign_config import is_published
@@ -20,9 +21,8 @@ from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pickled_files import PickledFile
 from sedd_scale.interop.reference_training import ReferenceTrainingSource
 
-FORMATS = ("native", "sedd-hf", "sedd-train", "mdlm")
 # These say everything themselves.
-SELF_DESCRIBED = ("native", "sedd-hf")
+SELF_DESCRIBED = tuple(name for name, row in FORMATS.items() if row.says_all)
 
 
 def open_checkpoint(

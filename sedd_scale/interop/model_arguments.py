@@ -1,7 +1,6 @@
 """The flags by which commands name a trained model, and the model they name."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sedd_scale.checkpoint.directory import warn_once
@@ -12,7 +11,6 @@ from sedd_scale.interop.assumptions import add_assumptions, assumptions_of
 
 if TYPE_CHECKING:
     from sedd_scale.model.score_model import ScoreModel
-    from sedd_scale.tokenizers.base import Tokenizer
 
 
 def add_model_arguments(
@@ -82,6 +80,7 @@ def open_model(
 
     from sedd_scale.interop.pretrained import load_pretrained
     from sedd_scale.parallel.layout import initialize_layout
+    from sedd_scale.tokenizers.opening import open_tokenizer
 
     tokenizer = None if arguments.tokenizer is None else open_tokenizer(arguments.tokenizer)
     layout = initialize_layout(tensor=arguments.tensor)
@@ -106,25 +105,6 @@ def open_model(
         model.tokenizer = tokenizer
     fit_tokenizer(model)
     return model
-
-
-def open_tokenizer(path: Path) -> "Tokenizer":
-    """The tokenizer of a .model file, or of a directory that holds one of ours or GPT-2's files.
-
-    Raises:
-        DataError: nothing readable there.
-    """
-    from sedd_scale.tokenizers.gpt2 import open_gpt2
-    from sedd_scale.tokenizers.opening import load_tokenizer
-    from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
-
-    if path.suffix == ".model":
-        return open_sentencepiece(path)
-    if path.suffix == ".json" or any(
-        (path / name).is_file() for name in ("vocab.json", "gpt2-vocab.json")
-    ):
-        return open_gpt2(path)
-    return load_tokenizer(path)
 
 
 def fit_tokenizer(model: "ScoreModel") -> None:

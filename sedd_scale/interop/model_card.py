@@ -18,6 +18,7 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.interop.checkpoint_source import Description, model_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_FILE
+from sedd_scale.tokenizers.opening import TOKENIZERS
 from sedd_scale.version import __version__
 
 CARD_FILE = "README.md"
@@ -221,12 +222,5 @@ def _loading(name: str, described: Description) -> str:
         text += f"The authors' program has no schedule {config.noise.name}, so it cannot read this."
     if kind is None:
         return text + "\n\nNo tokenizer lies with the weights."
-    files = {
-        "gpt2": "`GPT2TokenizerFast(vocab_file=..., merges_file=...)` of transformers reads "
-        "`vocab.json` and `merges.txt` there.",
-        "sentencepiece": "`SentencePieceProcessor(model_file=...)` reads `sentencepiece.model` "
-        "there.",
-        "bytes": "Ids 0 to 255 are UTF-8 bytes, 256 ends a document.",
-        "text8": "Id 0 is the space, 1 to 26 are a to z.",
-    }
-    return f"{text}\n\nThe tokenizer ({kind}) is in `tokenizer/`. {files.get(kind, '')}"
+    about = TOKENIZERS[kind].about if kind in TOKENIZERS else ""
+    return f"{text}\n\nThe tokenizer ({kind}) is in `tokenizer/`. {about}"

@@ -10,7 +10,7 @@ from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import tokenizer_in
 from sedd_scale.interop.formats import detect_format, open_checkpoint
-from sedd_scale.interop.model_card import CARD_FILE, model_card
+from sedd_scale.interop.model_card import model_card
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.sedd_directory import write_published_files
@@ -76,10 +76,9 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         source = ModelSource(model, tokenizer_directory)
         if format == "native":
             write_native_run(source, directory)
-            return
-        write_published_files(directory, source.described, lambda name: source.read(name, "ema"))
-        card = model_card(directory.name, source.described, ())
-        (directory / CARD_FILE).write_text(card, encoding="utf-8")
+        else:
+            card = model_card(directory.name, source.described, ())
+            write_published_files(directory, source, card)
 
 
 def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -12,8 +11,9 @@ from sedd_scale.config import Config
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
-from sedd_scale.interop.checkpoint_source import Description, model_shapes
+from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, model_shapes
 from sedd_scale.interop.foreign_files import CONFIG_FILE
+from sedd_scale.interop.model_card import CARD_FILE
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
 from sedd_scale.interop.sedd_names import (
     INV_FREQ,
@@ -67,21 +67,18 @@ def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -
 
 
 def write_published_files(
-    directory: Path,
-    described: Description,
-    read: Callable[[str], Tensor],
-    *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    directory: Path, source: CheckpointSource, card: str, *, shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> None:
-    """Write config.json, the weights and the tokenizer into a new directory.
+    """Write config.json, the averaged weights, the tokenizer and a card into a new directory.
 
     Args:
-        read: gives the weights of a parameter by its logical name, whole, float32.
+        card: text of README.md.
         shard_bytes: largest size of one file's tensors.
 
     Raises:
         CheckpointError: the published format cannot express the model.
     """
+    described = source.described
     check_expressible(described)
     config, block_length = described.config, described.block_length
     assert block_length is not None
@@ -95,9 +92,10 @@ def write_published_files(
         if theirs == INV_FREQ:
             return rotary_frequencies(config.trunk.head_dim)
         ours = names[theirs]
-        return published_rows(ours, read(ours), config.model.num_heads)
+        return published_rows(ours, source.read(ours, "ema"), config.model.num_heads)
 
     shapes = published_shapes(config) | {INV_FREQ: (config.trunk.head_dim // 2,)}
     write_safetensors(directory, shapes, read_published, shard_bytes=shard_bytes)
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, directory / TOKENIZER_DIRECTORY)
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")

@@ -191,7 +191,7 @@ class ScoreNetwork(nn.Module):
         rows_M = rows_M % length * batch + rows_M // length
         last = self.layers[-2]
         assert isinstance(last, Block), last
-        if self.head.layout.sequence_parallel:
+        if self.head.layout.sequence_parallel or length == 1:
             hidden_LBH = self.hidden(noisy_BL, sigma_B, ends_BE)
             return hidden_LBH.flatten(0, 1).index_select(0, rows_M)
         context_BK = packed_context(torch.zeros_like(noisy_BL[:, 0]), ends_BE)

@@ -1,6 +1,7 @@
 """A trained network with its graph and schedule: log-scores and losses, without an engine."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from sedd_scale.diffusion.row_law import RowLaw, law_of
 from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import DataError
 from sedd_scale.model.attention import document_ends, packed_context
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 
 
-class ScoreModel(nn.Module):
+class ScoreModel(nn.Module, LogitModel):
     """The score network s_theta(x, sigma) with the process it was trained for, in eval mode.
 
     Attributes:
@@ -27,7 +29,6 @@ class ScoreModel(nn.Module):
         schedule: the noise schedule sigma(t).
         objective: what it was trained for.
         law: what a row of outputs means.
-        mean: whether they are logits of the clean token's law, of which scores follow.
         tokenizer: the tokenizer of its training data, or None where the format carries none.
         block_length: L of its training.
     """
@@ -61,7 +62,11 @@ class ScoreModel(nn.Module):
     @property
     def time_conditioned(self) -> bool:
         """Whether the network's outputs depend on sigma."""
-        return self.config.model.time_conditioning and not self.objective.causal
+        return self.config.model.time_conditioning and not self.causal
+
+    @property
+    def causal(self) -> bool:
+        return self.objective.causal
 
     @torch.no_grad()
     def log_score(self, tokens_BL: Tensor, sigma_B: Tensor) -> Tensor:
@@ -85,25 +90,20 @@ class ScoreModel(nn.Module):
         return self.law.log_scores(logits_BLV, tokens_BL, sigma_B)
 
     @torch.no_grad()
-    def logits(
-        self,
-        tokens_BL: Tensor,
-        sigma_B: Tensor,
-        rows_M: Tensor,
-        ends_BE: Tensor | None = None,
+    def rows(
+        self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor, ends_BE: Tensor | None = None
     ) -> Tensor:
-        """Raw head outputs, float32 [M, V], at chosen positions only.
-
-        Args:
-            rows_M: indices into the flattened [B * L] positions.
-            ends_BE: where each sequence's documents end, for attention within documents.
-        """
-        if ends_BE is not None:
-            ends_BE = ends_BE.to(self.device)
-        hidden_MH = self.network.hidden_of_rows(
-            tokens_BL.to(self.device), sigma_B.to(self.device), rows_M.to(self.device), ends_BE
+        device = self.device
+        ends_BE = None if ends_BE is None else ends_BE.to(device)
+        return self.network.hidden_of_rows(
+            tokens_BL.to(device), sigma_B.to(device), rows_M.to(device), ends_BE
         )
-        return self.network.head.logits(hidden_MH)
+
+    def logits_of(self, rows_MW: Tensor) -> Tensor:
+        return self.network.head.logits(rows_MW)
+
+    def caching(self, capacity: int) -> AbstractContextManager[None]:
+        return self.network.caching(capacity)
 
     def loss(
         self,
@@ -160,14 +160,6 @@ class ScoreModel(nn.Module):
         *,
         laws: Sequence[RowLaw],
     ) -> Tensor:
-        """Losses of each sequence in nats, [B, C]: a column for each of `laws`.
-
-        Args:
-            noise_B3: sigma, its rate and the weight of cross-entropy; on the host.
-            x0_BL, xt_BL, counted_BL: as in `loss`.
-            laws: the model's own, or what it would be with scores normalised
-                (`RowLaw.when_normalised`), whose loss is never greater.
-        """
         x0_BL = self._checked(x0_BL, self.graph.num_tokens).cpu()
         hidden_LBH, targets = self._shown(x0_BL, xt_BL, noise_B3, counted_BL, None)
         columns = [

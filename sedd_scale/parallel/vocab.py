@@ -12,6 +12,7 @@ are real tokens, B sequences, L positions. Losses are in nats.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from sedd_scale.arrays import IntArray
 from sedd_scale.diffusion.graphs import Graph
+from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.diffusion.score_entropy import RowNoise, Statistics
 from sedd_scale.parallel.mean_chunk import mean_chunk_loss
 from sedd_scale.parallel.score_kernel import (
@@ -376,3 +378,30 @@ def gathered_logits(
         dist.all_gather(parts, logits.contiguous(), group=tensor_group)
         logits = torch.cat(parts, dim=-1)
     return logits[:, :num_columns]
+
+
+def losses_of_logits(
+    rows_MW: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: ScoreTargets,
+    laws: Sequence[RowLaw],
+) -> Tensor:
+    """Losses of each sequence in nats, [B, C], from whole rows of logits; without gradients.
+
+    Args:
+        rows_MW: of the rows that count, what `logits_of` makes their logits [m, V] of.
+        laws: what a row means, for each column of the result.
+    """
+    nats_BC = torch.zeros(len(targets.noise_B3), len(laws), device=rows_MW.device)
+    shards = [VocabShard(law, 0, law.graph.num_tokens, None) for law in laws]
+    step = shards[0].chunk_rows(laws[0].graph.num_states, rows_MW.device.type)
+    for at in range(0, len(rows_MW), step):
+        chunk = slice(at, at + step)
+        logits_mN = logits_of(rows_MW[chunk])[:, : laws[0].graph.num_tokens]
+        sequence_m = targets.sequence_M[chunk]
+        of_rows = targets.clean_M[chunk], targets.noisy_M[chunk], targets.noise_B3[sequence_m]
+        for column, shard in enumerate(shards):
+            own_mN = logits_mN.clone()  # overwritten
+            losses_m, _ = _chunk_loss(own_mN, *of_rows, shard, None, None, own_mN)
+            nats_BC[:, column].index_add_(0, sequence_m, losses_m.to(nats_BC.dtype))
+    return nats_BC

@@ -144,9 +144,9 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _work(connection: Connection, kind: str, files: dict[str, bytes]) -> None:
     """What a worker does: encode what comes, until the other end is closed or dies."""
-    from sedd_scale.tokenizers.opening import tokenizer_of_files
+    from sedd_scale.tokenizers.opening import TOKENIZERS
 
-    codec = tokenizer_of_files(kind, files)
+    codec = TOKENIZERS[kind].of_files(files)
     while True:
         try:
             texts = connection.recv()

@@ -30,9 +30,7 @@ from sedd_scale.preparation.settings import DEFAULT_SENTENCEPIECE_VOCABULARY, Pr
 from sedd_scale.preparation.shard_writer import ShardWriter
 from sedd_scale.preparation.splits import SplitRule, document_hash, is_empty
 from sedd_scale.tokenizers.base import RESPELLED, TOKENIZER_DIRECTORY, Tokenizer
-from sedd_scale.tokenizers.gpt2 import open_gpt2
-from sedd_scale.tokenizers.opening import load_tokenizer, tokenizer_of_files
-from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
+from sedd_scale.tokenizers.opening import TOKENIZERS, load_tokenizer
 
 # A batch is what one process encodes at a time.
 BATCH_CHARACTERS = 1_000_000
@@ -93,7 +91,7 @@ def prepare(
         inputs, field=chosen.field, format=chosen.format, members=chosen.members
     )
     codec: Tokenizer | None = None
-    if chosen.tokenizer != "sentencepiece" or chosen.tokenizer_path is not None:
+    if chosen.tokenizer_path is not None or not TOKENIZERS[chosen.tokenizer].trained:
         codec = _open_tokenizer(chosen)
     identity = chosen.identity(documents, codec)
     existed = output.exists()
@@ -265,13 +263,8 @@ class _Run:
 
 
 def _open_tokenizer(chosen: Preparation) -> Tokenizer:
-    codec: Tokenizer
-    if chosen.tokenizer in ("bytes", "text8"):
-        codec = tokenizer_of_files(chosen.tokenizer, {})
-    else:
-        assert chosen.tokenizer_path is not None
-        opened = open_gpt2 if chosen.tokenizer == "gpt2" else open_sentencepiece
-        codec = opened(chosen.tokenizer_path)
+    made, path = TOKENIZERS[chosen.tokenizer], chosen.tokenizer_path
+    codec = made.of_files({}) if path is None else made.open(path)
     if chosen.vocab_size is not None and chosen.vocab_size != codec.vocab_size:
         raise DataError(
             f"--vocab-size {chosen.vocab_size} does not fit the {codec.kind} tokenizer, which has "

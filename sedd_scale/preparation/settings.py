@@ -11,7 +11,7 @@ from sedd_scale.preparation.document_formats import FORMATS
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.preparation.packing import PACKINGS
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.opening import KINDS
+from sedd_scale.tokenizers.opening import TOKENIZERS
 
 DEFAULT_SENTENCEPIECE_VOCABULARY = 8192
 DEFAULT_VALID_FRACTION = 0.02
@@ -68,17 +68,14 @@ class Preparation:
             raise ConfigError(
                 f"--block-length {self.block_length} is too large: give at most {MOST_TOKENS}"
             )
-        for name, known in (("tokenizer", KINDS), ("format", FORMATS), ("packing", PACKINGS)):
+        for name, known in (("tokenizer", TOKENIZERS), ("format", FORMATS), ("packing", PACKINGS)):
             given = getattr(self, name)
             if given not in known and (name, given) != ("format", None):
                 raise ConfigError(f"--{name} {given} is unknown: give one of {', '.join(known)}")
-        kind = self.tokenizer
-        if kind == "gpt2" and self.tokenizer_path is None:
-            raise ConfigError(
-                "--tokenizer gpt2 needs --tokenizer-path: the directory of vocab.json and "
-                "merges.txt"
-            )
-        if kind in ("bytes", "text8") and self.tokenizer_path is not None:
+        kind, made = self.tokenizer, TOKENIZERS[self.tokenizer]
+        if made.file_names and not made.trained and self.tokenizer_path is None:
+            raise ConfigError(f"--tokenizer {kind} needs --tokenizer-path: {made.found_in}")
+        if not made.file_names and self.tokenizer_path is not None:
             raise ConfigError(f"--tokenizer {kind} has no files: leave --tokenizer-path out")
         for name, share in (("valid", self.valid_fraction), ("test", self.test_fraction)):
             if not 0 <= share < 1:

@@ -17,7 +17,7 @@ from sedd_scale.diffusion.reverse import (
 )
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.head_outputs import row_log_sum
-from sedd_scale.sampling.time_grid import Step, time_steps
+from sedd_scale.sampling.time_grid import Step
 from sedd_scale.sampling.token_law import check_finite
 
 
@@ -28,11 +28,9 @@ def run_absorb(batch: BatchState) -> None:
         CheckpointError: the network's outputs are not finite.
     """
     settings = batch.settings
-    steps = settings.resolved_steps
-    assert steps is not None
     # ln sum e^z of each position, as of its sequence's last run through the network.
     log_sum_R = torch.zeros(batch.flat_R.shape, dtype=torch.float64, device=batch.model.device)
-    for step in time_steps(batch.model.schedule, steps, settings.time_grid, settings.t_end):
+    for step in batch.steps():
         masked_R = batch.masked_R()
         if settings.remask == 0 and not bool(masked_R.any()):
             return

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.head_outputs import HeadOutputs
 from sedd_scale.sampling.keyed_draws import KeyedDraws
-from sedd_scale.sampling.logits import LogitModel
 from sedd_scale.sampling.settings import SamplerSettings
+from sedd_scale.sampling.time_grid import Step, time_steps
 from sedd_scale.sampling.token_law import TokenLaw
 
 StepObserver = Callable[[int, Tensor, Tensor], None]
@@ -39,6 +40,12 @@ class BatchState:
     def flat_R(self) -> Tensor:
         """The tokens as one row [B * L], a view."""
         return self.state_BL.view(-1)
+
+    def steps(self) -> list[Step]:
+        """The steps of the settings' grid of times."""
+        settings, steps = self.settings, self.settings.resolved_steps
+        assert steps is not None
+        return time_steps(self.model.schedule, steps, settings.time_grid, settings.t_end)
 
     def masked_R(self) -> Tensor:
         """Bool [B * L]: free positions that hold the mask (absorb)."""

@@ -3,8 +3,7 @@
 The network runs only for sequences whose input is new, the head's product is made only for the
 rows asked for, a chunk at a time: [B, L, V] never exists.
 
-B sequences, L positions, V states, W numbers kept of a position: the head's input, or all of its
-outputs where the model is a table.
+B sequences, L positions, V states, N tokens, W numbers kept of a position (see `LogitModel`).
 """
 
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sedd_scale.model.score_model import ScoreModel
+from sedd_scale.diffusion.objectives import shifted
+from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.chunks import rows_per_chunk
-from sedd_scale.sampling.logits import LogitModel
 
 CPU_CHUNK_BYTES = 48 * 2**20
 
@@ -24,8 +23,6 @@ class HeadOutputs:
 
     Attributes:
         calls: how often the network ran.
-        sequences: how many sequences went through it in all.
-        rows: head products made, in rows.
     """
 
     def __init__(
@@ -38,7 +35,7 @@ class HeadOutputs:
     ) -> None:
         self.model = model
         self.ends_BE = ends_BE
-        self.calls = self.sequences = self.rows = 0
+        self.calls = 0
         self.chunk_rows = rows_per_chunk(
             model.device, row_bytes=4 * model.graph.num_states, cpu_bytes=chunk_bytes
         )
@@ -73,12 +70,9 @@ class HeadOutputs:
         assert self._kept_RW is not None
         num_chunks = -(-len(rows_M) // self.chunk_rows)
         size = -(-len(rows_M) // num_chunks)  # even chunks: a small rest is a slow product
-        self.rows += len(rows_M)
         for start in range(0, len(rows_M), size):
             chunk = slice(start, start + size)
-            logits_mV = self._kept_RW.index_select(0, rows_M[chunk])
-            if isinstance(self.model, ScoreModel):
-                logits_mV = self.model.network.head.logits(logits_mV)
+            logits_mV = self.model.logits_of(self._kept_RW.index_select(0, rows_M[chunk]))
             yield chunk, logits_mV[:, : self.model.graph.num_tokens]
 
     def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
@@ -94,28 +88,39 @@ class HeadOutputs:
         if not len(which_b):
             return
         self.calls += 1
-        self.sequences += len(which_b)
         run_M = run_B[sequence_M]
         rows_n = rows_M[run_M]
         place_b = torch.cumsum(run_B, dim=0) - 1
         within_n = place_b[sequence_M[run_M]] * length + rows_n % length
         ends_bE = None if self.ends_BE is None else self.ends_BE[which_b]
-        rows_nW = self._outputs(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
-        if self._kept_RW is None:
-            self._kept_RW = rows_nW.new_empty(batch * length, rows_nW.shape[1])
+        rows_nW = self.model.rows(state_BL[which_b], sigma_B[which_b], within_n, ends_bE)
         self._is_kept_R.view(batch, length)[which_b] = False
         self._is_kept_R[rows_n] = True
-        self._kept_RW[rows_n] = rows_nW
+        self._keep(rows_n, rows_nW)
         self._tokens_BL[which_b] = state_BL[which_b]
         self._sigma_B[which_b] = sigma_B[which_b]
 
-    def _outputs(
-        self, tokens_bL: Tensor, sigma_b: Tensor, rows_n: Tensor, ends_bE: Tensor | None
-    ) -> Tensor:
-        model = self.model
-        if isinstance(model, ScoreModel):
-            return model.network.hidden_of_rows(tokens_bL, sigma_b, rows_n, ends_bE)
-        return model.logits(tokens_bL, sigma_b, rows_n, ends_bE)
+    def _keep(self, rows_M: Tensor, rows_MW: Tensor) -> None:
+        if self._kept_RW is None:
+            self._kept_RW = rows_MW.new_empty(len(self._is_kept_R), rows_MW.shape[1])
+        self._kept_RW[rows_M] = rows_MW
+
+
+class CausalOutputs(HeadOutputs):
+    """Of a causal model within its `caching`: every position goes through the network once.
+
+    The rows of a call are at one position, behind those of the call before.
+    """
+
+    _fed = 0
+
+    def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
+        length = state_BL.shape[1]
+        fed, self._fed = self._fed, int(rows_M[0]) % length + 1
+        self.calls += 1
+        shown_BL = shifted(state_BL[:, : self._fed], self.model.graph)
+        within_M = (rows_M // length + 1) * (self._fed - fed) - 1
+        self._keep(rows_M, self.model.rows(shown_BL[:, fed:], sigma_B, within_M))
 
 
 def row_log_sum(logits_MN: Tensor) -> Tensor:

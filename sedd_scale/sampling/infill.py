@@ -5,6 +5,7 @@ A blank of k tokens is written `[blank:k]`. A blank without a number, `[blank]` 
 sample is as long as its text and numbered blanks.
 """
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ KINDS = (("text",), ("prefix", "suffix"), ("tokens", "positions"))
 
 
 class Given(NamedTuple):
-    """What is given of one sequence.
+    """What is given of one sequence: all that its sample is conditioned on.
 
     Attributes:
         tokens_L: int64 ids; 0 where nothing is given.
@@ -29,6 +30,21 @@ class Given(NamedTuple):
 
     tokens_L: IntArray
     fixed_L: BoolArray
+
+    @property
+    def num_free(self) -> int:
+        """Positions to be drawn."""
+        return len(self.fixed_L) - int(self.fixed_L.sum())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything in it."""
+        content = self.tokens_L.astype("<i8").tobytes() + self.fixed_L.tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a sample's record says of it: the given positions as ranges [start, end)."""
+        edges = np.flatnonzero(np.diff(self.fixed_L.astype(np.int8), prepend=0, append=0))
+        return {"given": edges.reshape(-1, 2).tolist()}
 
 
 def unconditional(length: int) -> Given:
@@ -150,21 +166,15 @@ def infill_from_tokens(
     return infill
 
 
-def padded(infill: Given, length: int, eos_id: int) -> Given:
-    """The infill with EOS as given tokens behind it, up to `length`.
-
-    Raises:
-        DataError: it is longer than that.
-    """
-    missing = length - len(infill.tokens_L)
-    if missing < 0:
+def check_prefix(fixed_L: BoolArray) -> None:
+    """Raise DataError where a position is given, true, after one that is not."""
+    first = int(np.argmin(np.append(fixed_L, False)))
+    if fixed_L[first:].any():
+        given = first + int(np.argmax(fixed_L[first:]))
         raise DataError(
-            f"a sample of {len(infill.tokens_L)} tokens cannot be padded to {length}: shorten it"
+            f"position {given} is given after position {first}, which is free: an autoregressive "
+            "model draws from left to right; give a prefix alone"
         )
-    return Given(
-        np.concatenate([infill.tokens_L, np.full(missing, eos_id, dtype=np.int64)]),
-        np.concatenate([infill.fixed_L, np.ones(missing, dtype=np.bool_)]),
-    )
 
 
 def _joined(pieces: Sequence[IntArray | int | None], length: int) -> Given:

@@ -9,23 +9,22 @@ single precision cuts the tail of a categorical off and so lowers the temperatur
 B samples, L positions, M rows that may change, m rows of a chunk, V states, N tokens.
 """
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sedd_scale.errors import DataError
-from sedd_scale.sampling import LEFT_TO_RIGHT
-from sedd_scale.sampling.absorb_steps import run_absorb
+from sedd_scale.model.logit_model import LogitModel
+from sedd_scale.sampling import AUTOREGRESSIVE, SAMPLERS
 from sedd_scale.sampling.batch_state import BatchState, StepObserver
-from sedd_scale.sampling.head_outputs import HeadOutputs
+from sedd_scale.sampling.head_outputs import CausalOutputs, HeadOutputs
+from sedd_scale.sampling.infill import check_prefix
 from sedd_scale.sampling.keyed_draws import KeyedDraws
-from sedd_scale.sampling.left_to_right import check_prefix, check_sampler, run_left_to_right
-from sedd_scale.sampling.logits import LogitModel
-from sedd_scale.sampling.settings import CALL_SAMPLERS, SamplerSettings
+from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
-from sedd_scale.sampling.uniform_steps import run_uniform
-from sedd_scale.sampling.unmasking_order import run_first_hitting, run_ordered
 
 
 def draw(
@@ -34,40 +33,27 @@ def draw(
     fixed_BL: Tensor,
     settings: SamplerSettings,
     *,
-    seed: int | Sequence[int] = 0,
-    sample_ids_B: Sequence[int] | None = None,
     lengths_B: Sequence[int] | None = None,
-    on_step: StepObserver | None = None,
+    **options: Any,
 ) -> Tensor:
     """Draw tokens at the positions that are not fixed: int64 [B, L] on the CPU.
 
     Args:
-        model: a `ScoreModel`, or anything that is a `LogitModel`.
+        model: a `ScoreModel`, or any other `LogitModel`.
         tokens_BL: tokens of the fixed positions; other entries are ignored.
         fixed_BL: bool; these positions keep their token and condition the others.
         settings: the sampler and all that goes with it.
-        seed: one for all samples, or one per sample.
-        sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
         lengths_B: positions of each sample; those after them only fill the batch up: no attention
             reaches them, nothing is drawn there and their entries come back as given.
-        on_step: called with (step, times [B], tokens [B, L]) after each step that changed tokens.
+        options: the others of `start_batch`.
 
     Raises:
-        ConfigError: an option the model's graph does not have.
+        ConfigError: a sampler or an option that the model does not have.
         DataError: a fixed token that is not one of the N, or shapes that do not fit; with an
             autoregressive model, something given after a free position.
         CheckpointError: the network's outputs are not finite.
     """
-    batch = start_batch(
-        model,
-        tokens_BL,
-        fixed_BL,
-        settings,
-        seed=seed,
-        sample_ids_B=sample_ids_B,
-        lengths_B=lengths_B,
-        on_step=on_step,
-    )
+    batch = start_batch(model, tokens_BL, fixed_BL, settings, lengths_B=lengths_B, **options)
     run_batch(batch)
     drawn_BL = batch.state_BL.cpu()
     if lengths_B is None:
@@ -80,16 +66,9 @@ def run_batch(batch: BatchState) -> None:
     """Run the sampler of the batch's settings to its end, in place."""
     if not bool(batch.free_R.any()):
         return
-    if batch.settings.sampler == LEFT_TO_RIGHT:
-        run_left_to_right(batch)
-    elif batch.model.graph.mask_id is None:
-        run_uniform(batch)
-    elif batch.settings.sampler == "first-hitting":
-        run_first_hitting(batch)
-    elif batch.settings.sampler in CALL_SAMPLERS:
-        run_ordered(batch)
-    else:
-        run_absorb(batch)
+    run = SAMPLERS[batch.settings.sampler].fills[batch.model.kind]
+    module, _, name = run.function.partition(".")
+    getattr(importlib.import_module(f"sedd_scale.sampling.{module}"), name)(batch)
 
 
 def start_batch(
@@ -103,9 +82,14 @@ def start_batch(
     lengths_B: Sequence[int] | None = None,
     on_step: StepObserver | None = None,
 ) -> BatchState:
-    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`."""
-    settings.check_graph(model.graph.name)
-    check_sampler(model, settings.sampler)
+    """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`.
+
+    Args:
+        seed: one for all samples, or one per sample.
+        sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
+        on_step: called with (step, times [B], tokens [B, L]) after each step that changed tokens.
+    """
+    settings.check_kind(model.kind)
     if tokens_BL.dim() != 2 or tokens_BL.shape != fixed_BL.shape:
         raise DataError(
             f"tokens have shape {tuple(tokens_BL.shape)} and fixed positions "
@@ -129,30 +113,25 @@ def start_batch(
         if not bool(within_BL.all()):
             # Padding of the batch is a document of its own, which no other position attends to.
             ends_BE = torch.tensor([[number, length] for number in lengths_B], device=model.device)
-    if settings.sampler == LEFT_TO_RIGHT:
+    if model.kind == AUTOREGRESSIVE:
         for row in range(batch):
             check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
     model.graph.check_tokens(given_BL[~free_BL])
     law = TokenLaw(settings)
-    draws = KeyedDraws(
-        seeds,
-        ids,
-        length=length,
-        device=model.device,
-        dtype=law.dtype,
-    )
+    draws = KeyedDraws(seeds, ids, length=length, device=model.device, dtype=law.dtype)
     free_BL, given_BL = free_BL.to(model.device), given_BL.to(model.device)
     if model.graph.mask_id is not None:
         state_BL = given_BL.masked_fill(free_BL, model.graph.mask_id)
     else:
         state_BL = torch.where(free_BL, draws.prior(model.graph.num_tokens), given_BL)
+    outputs = CausalOutputs if model.causal else HeadOutputs
     return BatchState(
         model=model,
         settings=settings,
         state_BL=state_BL,
         free_R=free_BL.flatten(),
         draws=draws,
-        outputs=HeadOutputs(model, state_BL.shape, ends_BE=ends_BE),
+        outputs=outputs(model, state_BL.shape, ends_BE=ends_BE),
         law=law,
         observer=on_step,
     )

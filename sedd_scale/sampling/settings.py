@@ -1,71 +1,107 @@
 """How samples are drawn: the sampler, its steps and what changes the law of a token."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from sedd_scale.cli import count
 from sedd_scale.errors import ConfigError
-from sedd_scale.sampling import DRAW_DTYPES, LEFT_TO_RIGHT, SAMPLERS, TIME_GRIDS
+from sedd_scale.sampling import (
+    AUTOREGRESSIVE,
+    DRAW_DTYPES,
+    MODEL_KINDS,
+    SAMPLERS,
+    TIME_GRIDS,
+    Run,
+    samplers_of,
+)
 
-DEFAULT_STEPS = 128
 T_END = 1e-5
 
-UNIFORM_SAMPLERS = ("analytic", "euler")
-"""Samplers of the uniform graph; absorb has all of `SAMPLERS`."""
 
-CALL_SAMPLERS = ("first-hitting", "confidence", "entropy", "margin")
-"""Samplers whose steps are groups of positions: without `steps`, one position a network call."""
+def _option(default: Any, help: str, **options: Any) -> Any:
+    """A field: its default, and its flag's sentence and arguments."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+_ONE_A_CALL = ", ".join(name for name in samplers_of("absorb") if SAMPLERS[name].steps is None)
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a sample is drawn, apart from its seed and its given tokens.
+    """How a sample is drawn, apart from its seed and its given tokens: a field for each option."""
 
-    Attributes:
-        sampler: one of `SAMPLERS`, or `LEFT_TO_RIGHT`.
-        steps: steps from time 1 to `t_end`, each one network call at most (the last, denoising step
-            is one more). For `CALL_SAMPLERS` the network calls themselves, over which a sample's
-            free positions are spread. None: 128, and for `CALL_SAMPLERS` one call per position.
-        time_grid: "uniform" in time, "cosine" (slow at the start, when little is known) or
-            "schedule" (equal steps of the move probability); not for first-hitting, which draws its
-            times, nor for the orderings without `steps`.
-        temperature: logits of the token's law are divided by it; 0 takes the likeliest token.
-        top_p: keep the fewest likeliest tokens whose probability reaches it; 1 keeps all.
-        top_k: keep that many likeliest tokens; None keeps all.
-        remask: how often a token is taken back over the whole run, on average (ancestral only).
-        draw_dtype: arithmetic of the draws; "float32" cuts the tail of the law off.
-        t_end: time at which the last, denoising step begins.
-    """
-
-    sampler: str = "analytic"
-    steps: int | None = None
-    time_grid: str = "uniform"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    remask: float = 0.0
-    draw_dtype: str = "float64"
-    t_end: float = T_END
+    sampler: str = _option(
+        "analytic",
+        f"sampler (analytic; for an autoregressive model {samplers_of(AUTOREGRESSIVE)[0]}, the "
+        "only one)",
+        choices=tuple(SAMPLERS),
+    )
+    steps: int | None = _option(
+        None,
+        "sampling steps, each one network call at most, and a denoising step after them (128); of "
+        f"{_ONE_A_CALL} network calls (one for each position)",
+        type=count,
+        metavar="K",
+    )
+    time_grid: str = _option(
+        "uniform",
+        "spacing of the steps: uniform in time, cosine (slow at first, when little is known) or "
+        "schedule (equal steps of the move probability) (%(default)s)",
+        choices=TIME_GRIDS,
+    )
+    temperature: float = _option(
+        1.0,
+        "logits are divided by it; 0: the likeliest token (%(default)s)",
+        type=float,
+        metavar="T",
+    )
+    top_p: float = _option(
+        1.0,
+        "keep the likeliest tokens up to this probability (%(default)s)",
+        type=float,
+        metavar="P",
+    )
+    top_k: int | None = _option(
+        None, "number of likeliest tokens to keep (all)", type=count, metavar="K"
+    )
+    remask: float = _option(
+        0.0,
+        "average number of times a token is masked again, with --sampler ancestral (%(default)s)",
+        type=float,
+        metavar="R",
+    )
+    draw_dtype: str = _option(
+        "float64",
+        "arithmetic of the draws; float32 lowers the temperature a little (%(default)s)",
+        choices=DRAW_DTYPES,
+    )
+    t_end: float = _option(
+        T_END,
+        "time at which the last, denoising step begins (%(default)s)",
+        type=float,
+        metavar="T",
+    )
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("sampler", self.sampler, (*SAMPLERS, LEFT_TO_RIGHT)),
+            ("sampler", self.sampler, tuple(SAMPLERS)),
             ("time_grid", self.time_grid, TIME_GRIDS),
             ("draw_dtype", self.draw_dtype, DRAW_DTYPES),
         ):
             if value not in known:
                 raise ConfigError(f"{name} {value!r} is unknown: choose {_listed(known)}")
-        for name, count in (("steps", self.steps), ("top_k", self.top_k)):
-            if count is not None and (type(count) is not int or count < 1):
-                raise ConfigError(f"{name}={count} is not a count: give an integer of at least 1")
-        for name, number, low, high, open_low in (
+        for name, number in (("steps", self.steps), ("top_k", self.top_k)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ConfigError(f"{name}={number} is not a count: give an integer of at least 1")
+        for name, real, low, high, open_low in (
             ("temperature", self.temperature, 0.0, math.inf, False),
             ("top_p", self.top_p, 0.0, 1.0, True),
             ("remask", self.remask, 0.0, math.inf, False),
             ("t_end", self.t_end, 0.0, 1.0, True),
         ):
-            _check_number(name, number, low, high, open_low)
+            _check_number(name, real, low, high, open_low)
         if self.t_end >= 1.0:
             raise ConfigError(f"t_end={self.t_end} leaves no step: give a small time such as 1e-5")
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k is not None):
@@ -73,54 +109,36 @@ class SamplerSettings:
                 "temperature=0 takes the likeliest token, which top_p and top_k cannot change: "
                 "leave them out or raise temperature"
             )
-        if self.remask > 0 and self.sampler != "ancestral":
+        own = SAMPLERS[self.sampler]
+        self._check_options(own.fills.values(), f"sampler {self.sampler}")
+        if self.time_grid != "uniform" and own.steps is None and self.steps is None:
             raise ConfigError(
-                f"remask={self.remask} does not go with sampler {self.sampler}: choose ancestral "
-                "or leave remask out"
+                f"time_grid={self.time_grid} with sampler {self.sampler} needs steps: without, "
+                "each step fills one position"
             )
-        if self.sampler == LEFT_TO_RIGHT:
-            for option, default in (("steps", None), ("time_grid", "uniform"), ("t_end", T_END)):
-                if getattr(self, option) != default:
-                    raise ConfigError(
-                        f"{option}={getattr(self, option)} does not go with {LEFT_TO_RIGHT}, which "
-                        "draws one position after the other: leave it out"
-                    )
-        if self.time_grid != "uniform" and self.sampler in CALL_SAMPLERS:
-            if self.sampler == "first-hitting":
-                raise ConfigError(
-                    f"time_grid={self.time_grid} does not go with first-hitting, which draws its "
-                    "times: leave time_grid out"
-                )
-            if self.steps is None:
-                raise ConfigError(
-                    f"time_grid={self.time_grid} with sampler {self.sampler} needs steps: without, "
-                    "each step fills one position"
-                )
 
-    def check_graph(self, name: str) -> None:
-        """Raise ConfigError for what the graph of that name does not have."""
-        if name == "absorb":
-            return
-        if self.sampler not in UNIFORM_SAMPLERS:
+    def check_kind(self, kind: str) -> None:
+        """Raise ConfigError for what a kind of model (`LogitModel.kind`) does not have."""
+        runs, words = SAMPLERS[self.sampler].fills, MODEL_KINDS[kind]
+        if kind not in runs:
             raise ConfigError(
-                f"sampler {self.sampler} fills masks, which the graph {name} does not have: choose "
-                f"{_listed(UNIFORM_SAMPLERS)}"
+                f"sampler {self.sampler} does not go with {words}: choose "
+                f"{_listed(samplers_of(kind))}"
             )
-        defaults = SamplerSettings()
-        for option in ("temperature", "top_p", "top_k"):
-            value = getattr(self, option)
-            if value != getattr(defaults, option):
-                raise ConfigError(
-                    f"{option}={value} has no law under the graph {name}, where a token may also "
-                    f"stay: leave {option} out"
-                )
+        self._check_options([runs[kind]], f"sampler {self.sampler} of {words}")
+
+    def _check_options(self, runs: Collection[Run], words: str) -> None:
+        """Refuse options that none of the runs takes."""
+        known = {"sampler", "draw_dtype", *(name for run in runs for name in run.options)}
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if key.name not in known and value != key.default:
+                raise ConfigError(f"{key.name}={value} does not go with {words}: leave it out")
 
     @property
     def resolved_steps(self) -> int | None:
         """`steps`, with None resolved where it does not depend on the sample."""
-        if self.steps is None and self.sampler not in (*CALL_SAMPLERS, LEFT_TO_RIGHT):
-            return DEFAULT_STEPS
-        return self.steps
+        return SAMPLERS[self.sampler].steps if self.steps is None else self.steps
 
     def to_dict(self) -> dict[str, Any]:
         """Option -> value, of plain types, for a record; `settings_from_dict` reads it."""
@@ -145,6 +163,6 @@ def _check_number(name: str, number: Any, low: float, high: float, open_low: boo
         raise ConfigError(f"{name}={number} has to be {limits}: change it")
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Collection[str]) -> str:
     *first, last = names
-    return f"{', '.join(first)} or {last}"
+    return f"{', '.join(first)} or {last}" if first else last

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.sampling.batch_state import BatchState
-from sedd_scale.sampling.time_grid import Step, time_steps
+from sedd_scale.sampling.time_grid import Step
 from sedd_scale.sampling.token_law import check_finite
 
 
@@ -30,10 +30,7 @@ def run_uniform(batch: BatchState) -> None:
     Raises:
         CheckpointError: the network's outputs are not finite.
     """
-    settings = batch.settings
-    steps = settings.resolved_steps
-    assert steps is not None
-    for step in time_steps(batch.model.schedule, steps, settings.time_grid, settings.t_end):
+    for step in batch.steps():
         if uniform_step(batch, step):
             batch.report(step.number, step.time_s)
 

@@ -13,6 +13,7 @@ class BytesTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0..255 and EOS as 256: N = 257."""
 
     kind = "bytes"
+    about = "Ids 0 to 255 are UTF-8 bytes, 256 ends a document."
     vocab_size = 257
     eos_id = 256
 
@@ -21,9 +22,6 @@ class BytesTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token != self.eos_id).decode(errors="replace")
-
-    def files(self) -> dict[str, bytes]:
-        return {}
 
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -39,6 +37,7 @@ class Text8Tokenizer(Tokenizer):
     """
 
     kind = "text8"
+    about = "Id 0 is the space, 1 to 26 are a to z."
     vocab_size = 27
     eos_id = 0
     eos_in_text = True
@@ -61,6 +60,3 @@ class Text8Tokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(self._ALPHABET[token] for token in ids)
-
-    def files(self) -> dict[str, bytes]:
-        return {}

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +29,10 @@ class Tokenizer(ABC):
     """A reversible map between text and ids 0..N-1.
 
     Attributes:
-        kind: its name, one of `opening.KINDS`.
+        kind: its name in `opening.TOKENIZERS`.
+        about: what else reads its files, or what the ids are, for a model card.
+        file_names: of the files that define it.
+        found_in: what holds them, in words; trained: whether it can be made of text instead.
         vocab_size: N, the number of real tokens.
         eos_id: the id written after every document.
         unknown_id: the id that stands for text the vocabulary cannot spell, or None.
@@ -38,6 +41,10 @@ class Tokenizer(ABC):
     """
 
     kind: ClassVar[str]
+    about: ClassVar[str]
+    file_names: ClassVar[tuple[str, ...]] = ()
+    found_in: ClassVar[str] = "no files at all"
+    trained: ClassVar[bool] = False
     vocab_size: int
     eos_id: int
     unknown_id: int | None = None
@@ -52,9 +59,34 @@ class Tokenizer(ABC):
     def _decode(self, ids: list[int]) -> str:
         """The text of ids that are known to lie in 0..N-1."""
 
-    @abstractmethod
     def files(self) -> dict[str, bytes]:
         """The files that define this tokenizer: name -> content."""
+        return {}
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes], name: str = "") -> "Tokenizer":
+        """The tokenizer that `files` describes; `name` is what errors call it."""
+        given = [files[own] for own in cls.file_names]
+        return cls(*given, **({"name": name} if given and name else {}))
+
+    @classmethod
+    def files_at(cls, path: Path) -> dict[str, bytes] | None:
+        """The files of one at a path that a user gives; None: there is none of this kind.
+
+        Raises:
+            DataError: a part of them is missing.
+        """
+        return None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer of this kind at a path; DataError where there is none."""
+        if not Path(path).exists():
+            raise DataError(f"{path} does not exist: give {cls.found_in}")
+        files = cls.files_at(Path(path))
+        if files is None:
+            raise DataError(f"{path} holds no {cls.kind} tokenizer: give {cls.found_in}")
+        return cls.of_files(files, str(path))
 
     def normalize(self, text: str) -> str:
         """The text as the ids spell it; text8 and most SentencePiece models change some texts."""

@@ -1,7 +1,6 @@
 """GPT-2's byte-level BPE, from its published vocabulary and merges."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +39,14 @@ class GPT2Tokenizer(Tokenizer):
     """
 
     kind = "gpt2"
+    about = (
+        "`GPT2TokenizerFast(vocab_file=..., merges_file=...)` of transformers reads `vocab.json` "
+        "and `merges.txt` there."
+    )
     VOCABULARY_FILE = "vocab.json"
     MERGES_FILE = "merges.txt"
+    file_names = (VOCABULARY_FILE, MERGES_FILE)
+    found_in = "the directory of vocab.json and merges.txt, or vocab.json itself"
 
     def __init__(self, vocabulary: bytes, merges: bytes, *, name: str = VOCABULARY_FILE) -> None:
         import tiktoken
@@ -95,6 +100,17 @@ class GPT2Tokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
 
+    @classmethod
+    def files_at(cls, path: Path) -> dict[str, bytes] | None:
+        """Of a directory or a vocab.json; names may begin as in gpt2-vocab.json."""
+        if path.is_dir():
+            names = (cls.VOCABULARY_FILE, "gpt2-" + cls.VOCABULARY_FILE)
+            path = next((path / name for name in names if (path / name).is_file()), path)
+        if not path.name.endswith(cls.VOCABULARY_FILE):
+            return None
+        stem = path.name[: -len(cls.VOCABULARY_FILE)]
+        return {own: read_tokenizer_file(path.with_name(stem + own)) for own in cls.file_names}
+
 
 def _byte_symbols() -> dict[int, str]:
     """The character that stands for each byte in GPT-2's files: printable ones for themselves."""
@@ -138,22 +154,3 @@ def _parse_gpt2_merges(
             )
         pairs.append((parts[0], parts[1]))
     return pairs
-
-
-def open_gpt2(path: str | os.PathLike[str]) -> GPT2Tokenizer:
-    """The GPT-2 tokenizer of a directory, or of a vocab.json with its merges.txt beside it.
-
-    The files may also be named gpt2-vocab.json and gpt2-merges.txt.
-    """
-    given = Path(path)
-    names = (GPT2Tokenizer.VOCABULARY_FILE, "gpt2-" + GPT2Tokenizer.VOCABULARY_FILE)
-    if given.is_dir():
-        found = [given / name for name in names if (given / name).is_file()]
-        if not found:
-            raise DataError(f"{given} holds neither {names[0]} nor {names[1]}: add it")
-        given = found[0]
-    elif not given.name.endswith(GPT2Tokenizer.VOCABULARY_FILE):
-        raise DataError(f"{given} is neither a directory nor a file named *{names[0]}")
-    stem = given.name[: -len(GPT2Tokenizer.VOCABULARY_FILE)]
-    merges = given.with_name(stem + GPT2Tokenizer.MERGES_FILE)
-    return GPT2Tokenizer(read_tokenizer_file(given), read_tokenizer_file(merges), name=str(given))

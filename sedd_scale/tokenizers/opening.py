@@ -16,22 +16,26 @@ from sedd_scale.tokenizers.base import (
 from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
 from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
-# The class of each kind, and the files that it is made of.
-_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "sentencepiece": (SentencePieceTokenizer, (SentencePieceTokenizer.MODEL_FILE,)),
-    "gpt2": (GPT2Tokenizer, (GPT2Tokenizer.VOCABULARY_FILE, GPT2Tokenizer.MERGES_FILE)),
-    "bytes": (BytesTokenizer, ()),
-    "text8": (Text8Tokenizer, ()),
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    made.kind: made
+    for made in (SentencePieceTokenizer, GPT2Tokenizer, BytesTokenizer, Text8Tokenizer)
 }
-KINDS = tuple(_KINDS)
+"""Every kind of tokenizer by its name."""
 
 
-def tokenizer_of_files(kind: str, files: dict[str, bytes], folder: str = "") -> Tokenizer:
-    """The tokenizer that `Tokenizer.files` describes; `kind` is one of `KINDS`."""
-    made, names = _KINDS[kind]
-    named = {"name": os.path.join(folder, names[0])} if names else {}
-    tokenizer: Tokenizer = made(*(files[name] for name in names), **named)
-    return tokenizer
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote, or the one of another program's files.
+
+    Raises:
+        DataError: nothing readable there.
+    """
+    # Other programs have files of that name, which say no kind.
+    if "kind" not in _description(path / TOKENIZER_FILE):
+        for made in TOKENIZERS.values():
+            files = made.files_at(path)
+            if files is not None:
+                return made.of_files(files, str(path))
+    return load_tokenizer(path)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
@@ -46,21 +50,28 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(
             f"{source} holds no {TOKENIZER_FILE}: give a directory that prepare_data made"
         )
-    try:
-        description: Any = json.loads(read_tokenizer_file(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
-    kind = description.get("kind") if isinstance(description, dict) else None
-    if kind not in KINDS or description["version"] != FORMAT_VERSION:
+    description = _description(path)
+    kind = description.get("kind")
+    if kind not in TOKENIZERS or description["version"] != FORMAT_VERSION:
         raise DataError(
-            f"{path} describes no tokenizer that this program reads ({', '.join(KINDS)}, version "
-            f"{FORMAT_VERSION}): prepare the data again"
+            f"{path} describes no tokenizer that this program reads ({', '.join(TOKENIZERS)}, "
+            f"version {FORMAT_VERSION}): prepare the data again"
         )
-    files = {name: read_tokenizer_file(source / name) for name in _KINDS[kind][1]}
-    tokenizer = tokenizer_of_files(kind, files, str(source))
+    made = TOKENIZERS[kind]
+    files = {name: read_tokenizer_file(source / name) for name in made.file_names}
+    tokenizer = made.of_files(files, os.path.join(source, *made.file_names[:1]))
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise DataError(
             f"the tokenizer files in {source} are not the ones that were saved (their fingerprint "
             "differs): restore them or prepare the data again"
         )
     return tokenizer
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """What tokenizer.json says, where there is one; DataError where it is not JSON."""
+    try:
+        description = json.loads(read_tokenizer_file(path)) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
+    return description if isinstance(description, dict) else {}

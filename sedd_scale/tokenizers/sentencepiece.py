@@ -1,6 +1,5 @@
 """SentencePiece models as tokenizers."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,11 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind = "sentencepiece"
+    about = "`SentencePieceProcessor(model_file=...)` reads `sentencepiece.model` there."
     MODEL_FILE = "sentencepiece.model"
+    file_names = (MODEL_FILE,)
+    found_in = "a sentencepiece .model file, or a directory with only one"
+    trained = True
 
     def __init__(self, model: bytes, *, name: str = "the SentencePiece model") -> None:
         try:
@@ -92,6 +95,14 @@ class SentencePieceTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         return {self.MODEL_FILE: self._model}
 
+    @classmethod
+    def files_at(cls, path: Path) -> dict[str, bytes] | None:
+        """Of a .model file, or of a directory that holds exactly one."""
+        models = sorted(path.glob("*.model")) if path.is_dir() else [path]
+        if len(models) != 1 or models[0].suffix != ".model":
+            return None
+        return {cls.MODEL_FILE: read_tokenizer_file(models[0])}
+
 
 def _processor(model: bytes) -> Any:
     import sentencepiece
@@ -118,14 +129,3 @@ def _merges_within_words(model: bytes) -> bool:
         for piece in described.pieces
         if piece.type == normal
     )
-
-
-def open_sentencepiece(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
-    """The SentencePiece tokenizer of a `.model` file, or of a directory that holds exactly one."""
-    given = Path(path)
-    if given.is_dir():
-        models = sorted(given.glob("*.model"))
-        if len(models) != 1:
-            raise DataError(f"{given} holds {len(models)} .model files: name the one to use")
-        given = models[0]
-    return SentencePieceTokenizer(read_tokenizer_file(given), name=str(given))

@@ -12,7 +12,7 @@ from sedd_scale.generation.prompts_file import Prompt, prompts_of_lines, read_pr
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.sentencepiece import open_sentencepiece
+from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
 BYTES = BytesTokenizer()
 
@@ -29,7 +29,7 @@ def read(
     *,
     length: int = 6,
     tokenizer: Tokenizer | None = BYTES,
-    graph: str = "absorb",
+    kind: str = "absorb",
     settings: SamplerSettings | None = None,
     skipped: list[str] | None = None,
 ) -> list[Prompt]:
@@ -40,7 +40,7 @@ def read(
         tokenizer=tokenizer,
         num_tokens=257,
         length=length,
-        graph=graph,
+        kind=kind,
         settings=settings,
         on_bad=on_bad,
     )
@@ -123,7 +123,7 @@ def test_a_malformed_line_is_named_or_passed_over(
 def test_settings_of_another_graph_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.jsonl", {"prefix": "a"}, {"prefix": "a", "top_p": 0.5})
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: top_p=0.5"):
-        read(path, graph="uniform")
+        read(path, kind="uniform")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_text_without_a_token_is_refused(tmp_path: Path) -> None:
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    tokenizer = open_sentencepiece((tmp_path / "model").rename(tmp_path / "tiny.model"))
+    tokenizer = SentencePieceTokenizer.open((tmp_path / "model").rename(tmp_path / "tiny.model"))
     path = write(tmp_path / "p.jsonl", {"text": "the ____"}, {"text": "the \u017c ____"})
     with pytest.raises(DataError, match=r"p\.jsonl:2: the text holds 'ż'"):
         read(path, tokenizer=tokenizer, length=40)

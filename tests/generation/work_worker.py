@@ -16,7 +16,7 @@ from sedd_scale.generation.batch import Request, cut_batches, equal_requests
 from sedd_scale.generation.generate import generate, run_identity
 from sedd_scale.generation.output_shards import ShardDirectory
 from sedd_scale.parallel.layout import shutdown
-from sedd_scale.sampling import SAMPLERS
+from sedd_scale.sampling import samplers_of
 from sedd_scale.sampling.infill import infill_from_tokens, unconditional
 from sedd_scale.sampling.settings import SamplerSettings
 from tests.evaluation.enumeration import all_states, tiny_model
@@ -31,7 +31,7 @@ def requests_of(graph: str) -> list[Request]:
     requests += equal_requests(4, infill_from_tokens([2], [1], 3, 4), 2, settings)
     others = [SamplerSettings(sampler="euler", steps=4, time_grid="cosine")]
     if graph == "absorb":
-        others += [SamplerSettings(sampler, steps=4) for sampler in SAMPLERS]
+        others += [SamplerSettings(sampler, steps=4) for sampler in samplers_of(graph)]
         others += [
             SamplerSettings("ancestral", steps=4, remask=2.0),
             SamplerSettings("margin", temperature=0.7, top_p=0.9),

@@ -15,7 +15,7 @@ from sedd_scale.generation.prompts_file import prompts_of_lines, read_prompt_lin
 from sedd_scale.sampling.infill import Given, infill_from_ends, infill_from_text
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.gpt2 import open_gpt2
+from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
 from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.evaluation.enumeration import tiny_model
 from tests.repository import ROOT
@@ -39,7 +39,7 @@ def trained(**options: object) -> SentencePieceTokenizer:
 TOKENIZERS = {
     "bytes": BytesTokenizer,
     "text8": Text8Tokenizer,
-    "gpt2": lambda: open_gpt2(ROOT / "tests/data/tokenizer"),
+    "gpt2": lambda: GPT2Tokenizer.open(ROOT / "tests/data/tokenizer"),
     "SentencePiece as it comes": trained,
     "SentencePiece that keeps spaces": lambda: trained(remove_extra_whitespaces=False),
     "SentencePiece without a space of its own": lambda: trained(add_dummy_prefix=False),

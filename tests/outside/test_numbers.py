@@ -19,7 +19,7 @@ from sedd_scale.interop.pretrained import save_pretrained
 from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.tokenizers.base import RESPELLED, Tokenizer
-from sedd_scale.tokenizers.gpt2 import open_gpt2
+from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
 from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.data.corpus import make_texts
 from tests.evaluation.enumeration import tiny_model
@@ -227,7 +227,7 @@ def test_every_split_of_a_text_is_scored_as_the_harness_does(kind: str) -> None:
     makers = {
         "bytes": BytesTokenizer,
         "text8": Text8Tokenizer,
-        "gpt2": lambda: open_gpt2(ROOT / "tests/data/tokenizer"),
+        "gpt2": lambda: GPT2Tokenizer.open(ROOT / "tests/data/tokenizer"),
         "as it comes": trained,
         "loses nothing": lambda: train_sentencepiece(TEXTS, 400),
     }

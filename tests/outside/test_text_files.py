@@ -26,7 +26,7 @@ from sedd_scale.generation.samples_file import quality_of_file
 from sedd_scale.preparation.documents import DocumentStream
 from sedd_scale.tokenizers import gpt2
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
-from sedd_scale.tokenizers.gpt2 import open_gpt2
+from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
 from tests.repository import ROOT
 
 TEXTS = ["the first text", "a second\nof two lines", "naïve third"]
@@ -599,14 +599,14 @@ def test_a_cut_of_a_long_text_keeps_indentation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", [" " * 1_000_000, "\n" * 1_500_000, " \t\u3000" * 400_000])
 @pytest.mark.parametrize("behind", ["", "b"])
 def test_gpt2_reads_any_run_of_white_space(run: str, behind: str) -> None:
-    tokenizer = open_gpt2(ROOT / "tests/data/tokenizer")
+    tokenizer = GPT2Tokenizer.open(ROOT / "tests/data/tokenizer")
     text = "a" + run + behind
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
 
 
 def test_gpt2_cuts_long_runs_as_its_pattern_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = open_gpt2(ROOT / "tests/data/tokenizer")
+    tokenizer = GPT2Tokenizer.open(ROOT / "tests/data/tokenizer")
     runs = re.compile(gpt2._LONG_RUN.pattern.replace(str(gpt2.LONG_RUN), "3"))
     rng = random.Random(0)
     parts = [" ", " ", "\n", "\t", "\x1c", "\u3000", "\r", "a", "b1", "!", "'s"]

@@ -12,6 +12,7 @@ from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.diffusion.schedules import Schedule, make_schedule
 from sedd_scale.diffusion.score_entropy import log_expm1
+from sedd_scale.model.logit_model import LogitModel
 from tests.diffusion.reference import (
     analytic_probabilities,
     ancestral_probabilities,
@@ -22,7 +23,7 @@ from tests.diffusion.reference import (
 from tests.evaluation.enumeration import all_states
 
 
-class ExactScores:
+class ExactScores(LogitModel):
     """log s(x, sigma)_y = log p_sigma(x with y at a position) - log p_sigma(x), by enumeration."""
 
     device = torch.device("cpu")
@@ -91,13 +92,10 @@ class ExactScores:
             scores[same] = self.log_score(tokens_BL[same], sigma)
         return scores
 
-    def logits(
-        self,
-        tokens_BL: Tensor,
-        sigma_B: Tensor,
-        rows_M: Tensor,
-        ends_BE: Tensor | None = None,
+    def rows(
+        self, tokens_BL: Tensor, sigma_B: Tensor, rows_M: Tensor, ends_BE: Tensor | None = None
     ) -> Tensor:
+        """All logits of a position: the model is a table."""
         assert ends_BE is None
         self.calls += 1
         if self.law.of_clean_token:
@@ -107,6 +105,9 @@ class ExactScores:
         if self.scaled:
             logits += (log_expm1(sigma_B) + math.log(self.graph.num_tokens))[:, None, None]
         return logits.flatten(0, 1)[rows_M]
+
+    def logits_of(self, rows_MW: Tensor) -> Tensor:
+        return rows_MW
 
 
 class RandomScores(ExactScores):

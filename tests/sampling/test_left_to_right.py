@@ -9,13 +9,13 @@ from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.model.score_model import ScoreModel
-from sedd_scale.sampling import LEFT_TO_RIGHT
 from sedd_scale.sampling.samplers import draw, start_batch
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.sampling.token_law import TokenLaw
 from tests.evaluation.enumeration import all_states, tiny_model
 
 LENGTH = 9
+LEFT_TO_RIGHT = "left-to-right"
 
 
 @pytest.fixture(scope="module")
@@ -92,5 +92,5 @@ def test_what_an_autoregressive_model_cannot_do_is_refused(model: ScoreModel) ->
         draw(tiny_model("absorb", "loglinear"), blank, blank.bool(), SamplerSettings(LEFT_TO_RIGHT))
     with pytest.raises(DataError, match="position 2 is given after position 1"):
         sedd_scale.infill(model, tokens=[0, 3], positions=[0, 2])
-    with pytest.raises(ConfigError, match="steps=3 does not go with left-to-right"):
+    with pytest.raises(ConfigError, match="steps=3 does not go with sampler left-to-right"):
         sedd_scale.sample(model, steps=3)

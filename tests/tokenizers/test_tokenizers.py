@@ -12,12 +12,11 @@ from sedd_scale.errors import DataError
 from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.tokenizers.alphabets import BytesTokenizer, Text8Tokenizer
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.gpt2 import GPT2_EOS, GPT2Tokenizer, open_gpt2
+from sedd_scale.tokenizers.gpt2 import GPT2_EOS, GPT2Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 from sedd_scale.tokenizers.sentencepiece import (
     BPE_CHUNK_CHARACTERS,
     SentencePieceTokenizer,
-    open_sentencepiece,
 )
 from tests.data.corpus import make_texts
 from tests.repository import DATA
@@ -164,14 +163,14 @@ def test_damaged_definitions(tokenizers: dict[str, Tokenizer], tmp_path: Path) -
     model = tokenizers["sentencepiece"].files()[SentencePieceTokenizer.MODEL_FILE]
     (tmp_path / "cut.model").write_bytes(model[: len(model) // 2])
     with pytest.raises(DataError, match=r"cut\.model is not a SentencePiece model"):
-        open_sentencepiece(tmp_path / "cut.model")
+        SentencePieceTokenizer.open(tmp_path / "cut.model")
     vocabulary, merges = byte_level_files()
     (tmp_path / "gpt2-vocab.json").write_bytes(vocabulary)
     (tmp_path / "gpt2-merges.txt").write_bytes(merges + b"q z\n")
     with pytest.raises(DataError, match="line 7 of the merges does not fit"):
-        open_gpt2(tmp_path)
+        GPT2Tokenizer.open(tmp_path)
     (tmp_path / "gpt2-merges.txt").write_bytes(merges)
-    assert open_gpt2(tmp_path).fingerprint == tokenizers["gpt2"].fingerprint
+    assert GPT2Tokenizer.open(tmp_path).fingerprint == tokenizers["gpt2"].fingerprint
     shorter = {piece: token for piece, token in json.loads(vocabulary).items() if token > 0}
     with pytest.raises(DataError, match=r"ids 0\.\.N-1"):
         GPT2Tokenizer(json.dumps(shorter).encode(), merges)
@@ -191,7 +190,7 @@ def test_a_sentencepiece_model_with_other_special_ids(tmp_path: Path) -> None:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    tokenizer = open_sentencepiece(tmp_path / "foreign.model")
+    tokenizer = SentencePieceTokenizer.open(tmp_path / "foreign.model")
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.unknown_id) == (500, 2, 0)
     for text in ("Straße 東京 🙂\nnew line", *make_texts(3)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -231,7 +230,7 @@ def test_gpt2_agrees_with_an_independent_implementation() -> None:
     import tokenizers
 
     directory = DATA / "tokenizer"
-    gpt2 = open_gpt2(directory)
+    gpt2 = GPT2Tokenizer.open(directory)
     assert (gpt2.vocab_size, gpt2.eos_id) == (1001, 1000)
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
