@@ -99,7 +99,7 @@ def test_the_paper_protocol_counts_the_diffusion_term_alone(
         ("run", ("--data", "bytes", "--remainder", "pad"), "whose blocks are made"),
         ("run", ("--data", "texts.jsonl", "--seed", "1", "--resume", "kept"), "another seed"),
         ("run", ("--data", "bytes", "--draws", "1"), "give at least 2"),
-        ("run", ("--data", "bytes", "--tensor", "2"), "do not fit"),
+        ("run", ("--data", "bytes", "--tensor", "2"), "cannot be shared"),
         (
             "run",
             ("--data", "bytes", "--resume", "texts.jsonl"),
