@@ -63,7 +63,7 @@ from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import estimate_from_replicates
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.chunks import rows_per_chunk
-from sedd_scale.sampling.token_law import check_finite
+from sedd_scale.sampling.token_law import Finite
 
 # Of the decoder's logits on a CPU, counted in float32.
 CPU_CHUNK_BYTES = 16 * 2**20
@@ -286,10 +286,11 @@ def _reconstruction_nats(model: LogitModel, plan: Plan, draws: _Draws) -> tuple[
     rows_MW = model.rows(noisy_BL, sigma_B, rows_M, model.document_ends(clean_BL))
     row_bytes = 4 * graph.num_states
     size = rows_per_chunk(model.device, row_bytes=row_bytes, cpu_bytes=CPU_CHUNK_BYTES)
+    finite = Finite()
     for start in range(0, len(rows_M), size):
         chunk = slice(start, start + size)
         logits_mV = model.logits_of(rows_MW[chunk])
-        check_finite(logits_mV.sum(dim=1))
+        finite.note(logits_mV.sum(dim=1))
         weights_mN = logits_mV[:, : graph.num_tokens].double()
         if graph.mask_id is None:
             jump, stay = move / graph.num_tokens, 1.0 - move + move / graph.num_tokens
@@ -300,6 +301,7 @@ def _reconstruction_nats(model: LogitModel, plan: Plan, draws: _Draws) -> tuple[
             weights_mN = (weights_mN + math.log(jump)).scatter(1, own_m1, math.log(stay))
         target_m = weights_mN.gather(1, clean_R[rows_M[chunk]][:, None]).squeeze(1)
         nats_R[rows_M[chunk]] = torch.logsumexp(weights_mN, dim=1) - target_m
+    finite.check()
     nats_B = nats_R.view(clean_BL.shape).sum(dim=1).cpu()
     return (nats_B * weight_B)[:, None], len(clean_BL)
 

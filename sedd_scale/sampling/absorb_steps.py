@@ -18,7 +18,6 @@ from sedd_scale.diffusion.reverse import (
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.head_outputs import row_log_sum
 from sedd_scale.sampling.time_grid import Step
-from sedd_scale.sampling.token_law import check_finite
 
 
 def run_absorb(batch: BatchState) -> None:
@@ -90,12 +89,13 @@ def score_step(batch: BatchState, step: Step, masked_R: Tensor, log_sum_R: Tenso
     for chunk, logits_mN in batch.outputs.chunks(batch.state_BL, sigma_B, new_M):
         rows_m = new_M[chunk]
         log_sum_m = row_log_sum(logits_mN)
-        check_finite(log_sum_m)
+        batch.law.finite.note(log_sum_m)
         log_sum_R[rows_m] = log_sum_m
         leaving = leave_R[rows_m] < torch.exp(log_sum_m + log_factor)
         rows.append(rows_m[leaving])
         tokens.append(batch.law.draw(logits_mN[leaving], token_R[rows_m[leaving]]))
     if not any(map(len, rows)):
+        batch.law.finite.check()  # of numbers that are none nothing leaves
         return False
     batch.put(torch.cat(rows), torch.cat(tokens))
     return True

@@ -52,7 +52,12 @@ class BatchState:
         return self.free_R & (self.flat_R == self.model.graph.mask_id)
 
     def put(self, rows_M: Tensor, tokens_M: Tensor) -> None:
-        """Set tokens at positions of the flattened [B * L]."""
+        """Set tokens at positions of the flattened [B * L].
+
+        Raises:
+            CheckpointError: outputs of the network that they may come from are not finite.
+        """
+        self.law.finite.check()
         self.flat_R[rows_M] = tokens_M
 
     def sigma_B(self, sigma: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class TokenLaw:
     """
 
     def __init__(self, settings: SamplerSettings) -> None:
-        self.settings = settings
+        self.settings, self.finite = settings, Finite()
         self.dtype = {"float64": torch.float64, "float32": torch.float32}[settings.draw_dtype]
 
     def weights(self, logits_MN: Tensor) -> Tensor:
@@ -46,10 +46,9 @@ class TokenLaw:
     def draw(self, logits_MN: Tensor, uniform_M: Tensor) -> Tensor:
         """Int64 tokens [M], one per row; a few rows at a time, to hold few weights at once.
 
-        Raises:
-            CheckpointError: an output of the network is not a finite number.
+        Whatever they are where an output is not a finite number, which `finite` then knows.
         """
-        check_finite(logits_MN.sum(dim=1))
+        self.finite.note(logits_MN.sum(dim=1))
         if self.settings.temperature == 0:
             return logits_MN.argmax(dim=1)
         return self._draw(logits_MN, uniform_M, self.weights)
@@ -73,10 +72,25 @@ class TokenLaw:
         return torch.cat(tokens) if tokens else uniform_M.new_empty(0, dtype=torch.int64)
 
 
-def check_finite(statistic_M: Tensor) -> None:
-    """Raise CheckpointError where a statistic of the network's outputs is not finite."""
-    if not bool(torch.isfinite(statistic_M).all()):
-        raise CheckpointError(
-            "the network's outputs are not finite: its weights are damaged or its training "
-            "diverged; use another checkpoint"
-        )
+class Finite:
+    """Whether outputs of the network are finite: noted with every chunk, asked once a step.
+
+    A host that asked with every chunk would wait for the device as often.
+    """
+
+    def __init__(self) -> None:
+        self._all: Tensor | None = None
+
+    def note(self, statistic_M: Tensor) -> None:
+        """Remember whether a statistic of some outputs is finite."""
+        here = torch.isfinite(statistic_M).all()
+        self._all = here if self._all is None else self._all & here
+
+    def check(self) -> None:
+        """Raise CheckpointError where one was not."""
+        if self._all is not None and not bool(self._all):
+            raise CheckpointError(
+                "the network's outputs are not finite: its weights are damaged or its training "
+                "diverged; use another checkpoint"
+            )
+        self._all = None

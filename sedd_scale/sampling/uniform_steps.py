@@ -12,7 +12,6 @@ from torch import Tensor
 from sedd_scale.diffusion.score_entropy import mean_log_scores
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.time_grid import Step
-from sedd_scale.sampling.token_law import check_finite
 
 
 class JumpRows(NamedTuple):
@@ -50,7 +49,7 @@ def uniform_step(batch: BatchState, step: Step) -> bool:
         if batch.model.law.of_clean_token:
             logits_mN = mean_log_scores(logits_mN, own_m, step.sigma_t.to(own_m.device))
         leave_m, weights_mN = law(logits_mN, own_m, step)
-        check_finite(leave_m)
+        batch.law.finite.note(leave_m)
         jumping = leave_R[rows_M[chunk]] < leave_m
         after_M[chunk][jumping] = batch.law.draw_weights(
             weights_mN[jumping], token_R[rows_M[chunk][jumping]]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sedd_scale.sampling.batch_state import BatchState
 from sedd_scale.sampling.time_grid import grid_times
-from sedd_scale.sampling.token_law import check_finite
 
 # Relative difference of two values below which they count as equal.
 _TIE = 1e-5
@@ -175,7 +174,6 @@ def sureness(logits_MN: Tensor, ordering: str) -> Tensor:
     shifted_MN = logits_MN - top_M2[:, :1]
     weights_MN = torch.exp(shifted_MN)
     total_M = weights_MN.sum(dim=1).double()
-    check_finite(total_M)
     if ordering == "confidence":
         return 1.0 / total_M
     if ordering == "margin":
@@ -191,6 +189,7 @@ def _sureness_of_masks(batch: BatchState, time_B: Tensor, of_B: Tensor) -> Tenso
     sure_R = torch.full_like(batch.flat_R, -torch.inf, dtype=torch.float64)
     sigma_B = batch.sigma_B(batch.model.schedule.sigma(time_B))
     for chunk, logits_mN in batch.outputs.chunks(batch.state_BL, sigma_B, rows_M):
+        batch.law.finite.note(logits_mN.sum(dim=1))
         sure_R[rows_M[chunk]] = sureness(logits_mN, batch.settings.sampler)
     return sure_R.view(shape)
 
