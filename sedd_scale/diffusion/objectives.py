@@ -18,13 +18,14 @@ B sequences, L positions, K draws.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sedd_scale.config import Config
+from sedd_scale.config import Config, TrainingConfig
 from sedd_scale.diffusion.corruption import Draw, NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import Schedule
@@ -253,12 +254,14 @@ def shifted(tokens_BL: Tensor, graph: Graph) -> Tensor:
     return torch.cat([start_B1, tokens_BL[:, :-1]], dim=1)
 
 
+OBJECTIVES: dict[str, Callable[[TrainingConfig], Objective]] = {
+    ScoreEntropy.name: lambda training: ScoreEntropy(training.weight_softening),
+    MaskedCrossEntropy.name: lambda training: MaskedCrossEntropy(training.weight_softening),
+    D3PMAbsorb.name: lambda training: D3PMAbsorb(training.d3pm_steps, training.d3pm_ce_weight),
+    Autoregressive.name: lambda training: Autoregressive(),
+}
+
+
 def make_objective(config: Config) -> Objective:
     """The objective a configuration names."""
-    training = config.training
-    if training.objective == D3PMAbsorb.name:
-        return D3PMAbsorb(training.d3pm_steps, training.d3pm_ce_weight)
-    if training.objective == Autoregressive.name:
-        return Autoregressive()
-    kinds = {kind.name: kind for kind in (ScoreEntropy, MaskedCrossEntropy)}
-    return kinds[training.objective](training.weight_softening)
+    return OBJECTIVES[config.training.objective](config.training)
