@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sedd_scale.model import fused
+from sedd_scale.diffusion.graphs import make_graph
+from sedd_scale.model import compiled, fused
 from sedd_scale.model.dropout import dropout, keep_mask
 from sedd_scale.model.fused import (
     bias_gelu,
@@ -17,7 +18,9 @@ from sedd_scale.model.fused import (
     rotary_table,
     rotated_query_key_value,
 )
-from tests.tolerance import float32_bounds
+from sedd_scale.parallel.layout import initialize_layout
+from tests.model.small_network import gradients, noisy_batch, relative, small_network
+from tests.tolerance import GRADIENT, float32_bounds
 
 LENGTH, BATCH, WIDTH, HEADS, HEAD_DIM = 5, 3, 8, 2, 6
 
@@ -169,3 +172,23 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
     plain = fused._turn.__wrapped__  # type: ignore[attr-defined]
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(turned(compiled), turned(plain))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_what_a_gpu_makes_again_is_what_a_cpu_keeps(
+    precision: torch.dtype, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms from the stream, updates before dropout, sums with their bias: the same gradients."""
+    layout, graph = initialize_layout(), make_graph("absorb", 50)
+    inputs, targets, _ = noisy_batch(graph)
+    found: list[dict[str, Tensor]] = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(compiled, "on_gpu", lambda tensor, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(compiled, "compiles_kernels", lambda: False)
+        network = small_network(graph, layout, scaled=True, dropout=rate).to(precision)
+        network(inputs, targets).backward()
+        found.append(gradients(network, layout))
+    tolerance = GRADIENT if precision == torch.float32 else 2**-6
+    for name, gradient in found[0].items():
+        assert relative(found[1][name], gradient) < tolerance, name
