@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
+from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.foreign_files import CheckpointFiles
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
@@ -101,6 +103,30 @@ class CheckpointSource(ABC):
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
         return [(name, shape, "float32", 4 * prod(shape)) for name, shape in self.shapes.items()]
+
+
+class FileSource(CheckpointSource):
+    """A checkpoint in files, of a format in `FORMATS`.
+
+    Args:
+        files: of which it says that they are its own.
+        assumptions: what they do not say.
+
+    Raises:
+        CheckpointError: they are not exactly the model they describe.
+    """
+
+    @abstractmethod
+    def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether files that no format before it claims look like its own; none is read twice.
+
+        Raises:
+            CheckpointError: they look like two formats, or there are none.
+        """
 
 
 class WeightsOnly(CheckpointSource):

@@ -64,7 +64,9 @@ def convert(
         raise CheckpointError(
             f"{temporary} is in the way, left by another conversion: wait for it or remove it"
         )
-    opened = open_checkpoint(source, format=source_format, assumptions=assumptions)
+    opened: CheckpointSource = open_checkpoint(
+        source, format=source_format, assumptions=assumptions
+    )
     card = ""
     if target_format == "sedd-hf":
         card = _card(opened, source, target.name, weights or "ema", results)

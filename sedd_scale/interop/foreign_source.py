@@ -21,37 +21,51 @@ from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
-    CheckpointSource,
     Description,
+    FileSource,
     tokenizer_in,
 )
-from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
-from sedd_scale.interop.foreign_files import Entry, Weights, entry_of, open_weights, weights_file
+from sedd_scale.interop.foreign_config import (
+    NOTHING,
+    Said,
+    assumed,
+    is_published,
+    known_of,
+    mask_of,
+)
+from sedd_scale.interop.foreign_files import (
+    CheckpointFiles,
+    Entry,
+    Weights,
+    entry_of,
+    open_weights,
+)
 from sedd_scale.interop.foreign_shapes import config_of_shapes
 from sedd_scale.interop.sedd_directory import published_shapes
 from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
 from sedd_scale.planning.model_states import STATE_KEYS
 
 
-class ForeignSource(CheckpointSource):
+class ForeignSource(FileSource):
     """A file of weights, or a directory that holds one, maybe with its configuration.
 
     Args:
-        format: sedd-hf or mdlm: whether the configuration is SEDD's.
-        assumptions: what the files do not say.
+        path: what messages name, and where its tokenizer may be; None: that of the files.
 
     Raises:
         CheckpointError: it is no such file, a tensor is missing, unknown or misshapen, or the
             network may be two things and nothing says which.
     """
 
-    def __init__(self, path: Path, format: str, assumptions: Assumptions | None = None) -> None:
-        self.path, self.format = path, format
-        assumptions = assumptions or Assumptions()
-        file = weights_file(path)
-        self._weights = weights = open_weights(file, assumptions)
+    format = "mdlm"
+
+    def __init__(
+        self, files: CheckpointFiles, assumptions: Assumptions, *, path: Path | None = None
+    ) -> None:
+        self.path = path = path or files.path
+        self._weights = weights = open_weights(files, assumptions)
         prefix, shapes = weights.network.prefix, weights.network.shapes
-        known = self._known(file, weights, assumptions)
+        known = self._known(files.weights, weights, assumptions)
         config = config_of_shapes(path, shapes, known)
         expected = published_shapes(config)
         master, named = weights.network.tensors, weights.averages
@@ -88,6 +102,11 @@ class ForeignSource(CheckpointSource):
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
 
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """It takes what no other does."""
+        return True
+
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
         said = known_of(file, weights.tree, assumptions)
         return meaning(file, weights.network.prefix, said, assumptions)
@@ -105,6 +124,17 @@ class ForeignSource(CheckpointSource):
             if key in self.holds
             for entry in self._tensors[key].values()
         ]
+
+
+class PublishedSource(ForeignSource):
+    """A directory in the published format, whose configuration says all."""
+
+    format = "sedd-hf"
+
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether its config.json is that of a published SEDD."""
+        return is_published(files.config)
 
 
 def meaning(

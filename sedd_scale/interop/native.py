@@ -26,6 +26,7 @@ from sedd_scale.checkpoint.boxes import BoxSavePlanner, LogicalTensor
 from sedd_scale.checkpoint.directory import (
     begin_checkpoint,
     find_checkpoint,
+    is_ours,
     meta_text,
     publish_checkpoint,
     read_meta,
@@ -35,12 +36,15 @@ from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
 from sedd_scale.checkpoint.reading import check_state, read_metadata, verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
+    FileSource,
     model_shapes,
     tokenizer_in,
 )
+from sedd_scale.interop.foreign_files import STANDARD_FILES, CheckpointFiles
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
@@ -49,17 +53,13 @@ from sedd_scale.tokenizers.opening import load_tokenizer
 DETAILS_KEY = "foreign"
 
 
-class NativeSource(CheckpointSource):
-    """A run directory, its checkpoints/ folder, or one step-N directory.
-
-    Args:
-        verify: hash every file; sizes are always compared.
-    """
+class NativeSource(FileSource):
+    """A run directory, its checkpoints/ folder, or one step-N directory; it says all of itself."""
 
     format = "native"
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.path = find_checkpoint(path)
+    def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None:
+        self.path = find_checkpoint(files.path)
         self.holds = frozenset(STATE_KEYS)
         meta = read_meta(self.path)
         try:
@@ -80,13 +80,26 @@ class NativeSource(CheckpointSource):
         )
         self._reader = dcp.FileSystemReader(self.path)
         self._metadata = read_metadata(self.path)
-        verify_files(self.path, hashes=verify)
+        verify_files(self.path, hashes=files.verify)
         shapes = {
             f"{name}/{key}": shape
             for name, shape in model_shapes(config).items()
             for key in STATE_KEYS
         }
         check_state(self.path, shapes, self._metadata)
+
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether a run or a checkpoint of ours is there, and no weights beside it."""
+        path = files.path
+        if not is_ours(path):
+            return False
+        if path.is_dir() and any((path / name).exists() for name in STANDARD_FILES):
+            raise CheckpointError(
+                f"{path} holds a run and weights of another format: name one of them, as "
+                f"{path}/checkpoints or in a directory of its own"
+            )
+        return True
 
     def _read(self, name: str, key: str) -> Tensor:
         # What dcp.load does for a state dict of this one tensor, its index being read already.

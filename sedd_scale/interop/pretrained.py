@@ -9,6 +9,7 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import tokenizer_in
+from sedd_scale.interop.foreign_files import CheckpointFiles
 from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.model_card import model_card
 from sedd_scale.interop.model_source import ModelSource
@@ -43,13 +44,13 @@ def load_pretrained(
     Raises:
         CheckpointError: nothing readable there, or parameters missing, unknown or misshapen.
     """
-    path = Path(path)
+    files = CheckpointFiles(path)
     layout = layout or initialize_layout()
     # A run's own shards are read box by box, which no other format can do.
-    if detect_format(path) == "native" and (assumptions is None or not assumptions.given()):
-        model = _load_native(path, layout, weights=weights)
+    if detect_format(files) == "native" and (assumptions is None or not assumptions.given()):
+        model = _load_native(files.path, layout, weights=weights)
     else:
-        model = _load_foreign(path, layout, weights=weights, assumptions=assumptions)
+        model = _load_foreign(files, layout, weights=weights, assumptions=assumptions)
     return model.to(device=device or layout.device, dtype=dtype).eval()
 
 
@@ -101,9 +102,9 @@ def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
 
 
 def _load_foreign(
-    path: Path, layout: Layout, *, weights: str, assumptions: Assumptions | None
+    files: CheckpointFiles, layout: Layout, *, weights: str, assumptions: Assumptions | None
 ) -> ScoreModel:
-    source = open_checkpoint(path, assumptions=assumptions)
+    source = open_checkpoint(files, assumptions=assumptions)
     described = source.described
     model = ScoreModel(
         described.config,

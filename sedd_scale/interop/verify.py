@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop import FORMATS
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format
+from sedd_scale.interop.formats import detect_format
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.model.score_model import ScoreModel
 
@@ -52,7 +53,7 @@ def verify(
     scores: list[Tensor] = []
     identity: list[dict[str, object]] = []
     for path in (Path(first), Path(second)):
-        own = None if detect_format(path) in SELF_DESCRIBED else assumptions
+        own = None if FORMATS[detect_format(path)].says_all else assumptions
         model = load_pretrained(path, device="cpu", weights=weights, assumptions=own)
         identity.append(_identity(model))
         if len(identity) == 2:
