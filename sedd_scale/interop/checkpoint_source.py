@@ -4,7 +4,7 @@ Names, shapes and row order are ours, whatever the file's are.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -17,6 +17,8 @@ from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.foreign_files import CheckpointFiles
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
@@ -99,6 +101,13 @@ class CheckpointSource(ABC):
     @abstractmethod
     def _read(self, name: str, key: str) -> Tensor:
         """The tensor `key` of a parameter, which the file has, in our row order."""
+
+    @torch.no_grad()
+    def load(self, parameters: Iterable[LogicalParameter], layout: Layout, weights: str) -> None:
+        """Fill this process's shards of a model's parameters with "ema" or "master" weights."""
+        for logical in parameters:
+            assert logical.shard is not None
+            logical.shard.copy_(logical.slice_of(self.read(logical.name, weights)))
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""

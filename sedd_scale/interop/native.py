@@ -9,7 +9,7 @@ import functools
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from sedd_scale.checkpoint.directory import (
 )
 from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
-from sedd_scale.checkpoint.reading import check_state, read_metadata, verify_files
+from sedd_scale.checkpoint.reading import check_state, load_weights, read_metadata, verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
@@ -45,6 +45,8 @@ from sedd_scale.interop.checkpoint_source import (
     tokenizer_in,
 )
 from sedd_scale.interop.foreign_files import STANDARD_FILES, CheckpointFiles
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
@@ -111,6 +113,10 @@ class NativeSource(FileSource):
             plan = self._reader.prepare_local_plan(planner.create_local_plan())
             self._reader.read_data(plan, planner).wait()
         return tensor
+
+    def load(self, parameters: Iterable[LogicalParameter], layout: Layout, weights: str) -> None:
+        """As of any source; box by box, so that a process reads its own shards alone."""
+        load_weights(self.path, parameters, layout, weights=weights, verify=False)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the checkpoint has them."""
