@@ -1,6 +1,7 @@
 """One door to every checkpoint that can be run: our own and those of other programs."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,5 +81,5 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         if format == "native":
             write_native_run(source, directory)
         else:
-            card = model_card(directory.name, source.described, ())
+            card = partial(model_card, directory.name, source.described, ())
             write_published_files(directory, source, card)
