@@ -108,8 +108,38 @@ class ForeignSource(FileSource):
         return True
 
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
-        said = known_of(file, weights.tree, assumptions)
-        return meaning(file, weights.network.prefix, said, assumptions)
+        """What is said, and what follows from it of the outputs' meaning.
+
+        Raises:
+            CheckpointError: nothing says what the outputs are, and they may be two things.
+        """
+        prefix = weights.network.prefix
+        known = known_of(file, weights.tree, assumptions)
+        is_uniform = known.get("graph.name", NOTHING).value == "uniform"
+        objective = known.get("training.objective", NOTHING)
+        if is_uniform and "model.parametrisation" not in known:
+            if objective.by_user or not prefix:
+                mean, score = (assumptions.spelled(parametrisation=p) for p in ("mean", "score"))
+                raise CheckpointError(
+                    f"{file} does not say what its outputs are: give {mean} (logits of the clean "
+                    f"token, as Duo's and UDLM's) or {score} (log-scores, as SEDD's)"
+                )
+            known["model.parametrisation"] = Said("mean", "")
+        if not is_uniform and objective is NOTHING:
+            if not prefix:
+                kinds = ScoreEntropy, MaskedCrossEntropy
+                sedd, mdlm = (assumptions.spelled(objective=kind.name) for kind in kinds)
+                raise CheckpointError(
+                    f"{file} does not say what its outputs are: put the config.json of a published "
+                    f"SEDD model beside it, or give {sedd} (log-scores, as SEDD's) or {mdlm} "
+                    "(logits, as MDLM's)"
+                )
+            objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
+        # MDLM trains without unless told otherwise; its configuration says so, if it is there.
+        known.setdefault(
+            "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
+        )
+        return known
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors[key][self._theirs[name]].read()
@@ -135,42 +165,6 @@ class PublishedSource(ForeignSource):
     def claims(files: CheckpointFiles) -> bool:
         """Whether its config.json is that of a published SEDD."""
         return is_published(files.config)
-
-
-def meaning(
-    file: Path, prefix: str, said: Mapping[str, Said], assumptions: Assumptions
-) -> dict[str, Said]:
-    """What is said, and what follows from it of the outputs' meaning.
-
-    Raises:
-        CheckpointError: nothing says what the outputs are, and they may be two things.
-    """
-    known = dict(said)
-    is_uniform = known.get("graph.name", NOTHING).value == "uniform"
-    objective = known.get("training.objective", NOTHING)
-    if is_uniform and "model.parametrisation" not in known:
-        if objective.by_user or not prefix:
-            raise CheckpointError(
-                f"{file} does not say what its outputs are: give "
-                f"{assumptions.spelled(parametrisation='mean')} (logits of the clean token, as "
-                f"Duo's and UDLM's) or {assumptions.spelled(parametrisation='score')} (log-scores, "
-                "as SEDD's)"
-            )
-        known["model.parametrisation"] = Said("mean", "")
-    if not is_uniform and objective is NOTHING:
-        if not prefix:
-            raise CheckpointError(
-                f"{file} does not say what its outputs are: put the config.json of a published "
-                f"SEDD model beside it, or give {assumptions.spelled(objective=ScoreEntropy.name)} "
-                "(log-scores, as SEDD's) or "
-                f"{assumptions.spelled(objective=MaskedCrossEntropy.name)} (logits, as MDLM's)"
-            )
-        objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
-    # MDLM trains without unless told otherwise; its configuration says so, if it is there.
-    known.setdefault(
-        "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
-    )
-    return known
 
 
 def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:

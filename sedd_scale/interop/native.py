@@ -161,7 +161,9 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     directory.mkdir()
     temporary = begin_checkpoint(directory / "checkpoints", step)
     records = _write_tensors(source, temporary)
+    tokenizer_fingerprint = None
     if described.tokenizer_directory is not None:
+        tokenizer_fingerprint = load_tokenizer(described.tokenizer_directory).fingerprint
         shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
     about = {
         "step": step,
@@ -169,7 +171,7 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
         "tokens": described.tokens,
         "config": described.config.to_dict(),
         "dataset_fingerprint": None,
-        "tokenizer_fingerprint": _tokenizer_fingerprint(described),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
         "num_tokens": described.num_tokens,
         "block_length": described.block_length,
         DETAILS_KEY: dict(described.details),
@@ -179,12 +181,6 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     write_manifest(temporary, records)
     publish_checkpoint(temporary, keep=0)
     (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")
-
-
-def _tokenizer_fingerprint(described: Description) -> str | None:
-    if described.tokenizer_directory is None:
-        return None
-    return load_tokenizer(described.tokenizer_directory).fingerprint
 
 
 def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileRecord]:

@@ -84,11 +84,9 @@ class ReferenceTrainingSource(ForeignSource):
         if not isinstance(tree, dict) or "model" not in tree or "state_dict" in tree:
             return False
         ema = tree.get("ema")
-        return (
-            "shadow_params" in ema
-            if isinstance(ema, dict)
-            else bool({"optimizer", "step"} & {*tree})
-        )
+        if isinstance(ema, dict):
+            return "shadow_params" in ema
+        return "optimizer" in tree or "step" in tree
 
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
         for key in ("model", "ema", "optimizer", "step"):

@@ -57,7 +57,11 @@ def verify(
         model = load_pretrained(path, device="cpu", weights=weights, assumptions=own)
         identity.append(_identity(model))
         if len(identity) == 2:
-            _check_alike(first, second, *identity)
+            for what, value in identity[0].items():
+                if value != (other := identity[1][what]):
+                    raise CheckpointError(
+                        f"{first} and {second} are different models: {what} is {value} and {other}"
+                    )
         scores.append(_log_scores(model, seed))
         del model
     difference = (scores[0].double() - scores[1].double()).abs()
@@ -76,16 +80,6 @@ def _identity(model: ScoreModel) -> dict[str, object]:
         "scale_by_sigma": model.config.resolved_scale_by_sigma,
         "block length": model.block_length,
     }
-
-
-def _check_alike(
-    first: str | Path, second: str | Path, a: dict[str, object], b: dict[str, object]
-) -> None:
-    for what, value in a.items():
-        if value != b[what]:
-            raise CheckpointError(
-                f"{first} and {second} are different models: {what} is {value} and {b[what]}"
-            )
 
 
 def _log_scores(model: ScoreModel, seed: int) -> Tensor:
