@@ -21,7 +21,7 @@ from torch import Tensor
 from sedd_scale.arrays import Shape
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
+from sedd_scale.interop.pickled_files import PickledFile
 from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 CONFIG_FILE = "config.json"
@@ -305,7 +305,8 @@ def entry_of(pickled: PickledFile | None, name: str, tensor: Tensor) -> Entry:
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     if tensor.layout != torch.strided:
         dtype = str(tensor.layout).removeprefix("torch.")
-    return Entry(name, shape, dtype, size_in_bytes(tensor), lambda: pickled.read(tensor))
+    num_bytes = math.prod(shape) * tensor.element_size()
+    return Entry(name, shape, dtype, num_bytes, lambda: pickled.read(tensor))
 
 
 def _safetensors(file: Path) -> dict[str, Entry]:

@@ -4,12 +4,11 @@ A run reads and writes its own boxes (`checkpoint.reading`); this is for convers
 tensors whole, one after the other.
 """
 
-import contextlib
 import functools
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -107,11 +106,15 @@ class NativeSource(FileSource):
         # What dcp.load does for a state dict of this one tensor, its index being read already.
         tensor = torch.empty(self.shapes[name])
         planner = dcp.DefaultLoadPlanner()
-        with _reading(self.path):
+        try:
             planner.set_up_planner({f"{name}/{key}": tensor}, self._metadata, True)
             self._reader.set_up_storage_reader(self._metadata, True)
             plan = self._reader.prepare_local_plan(planner.create_local_plan())
             self._reader.read_data(plan, planner).wait()
+        except READ_ERRORS as error:
+            raise CheckpointError(
+                f"checkpoint {self.path} is damaged: {type(error).__name__}: {error}"
+            ) from error
         return tensor
 
     def load(self, parameters: Iterable[LogicalParameter], layout: Layout, weights: str) -> None:
@@ -200,13 +203,3 @@ def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileR
         _, (cause, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"cannot write {directory}: {writer.failure or cause}") from error
     return writer.records
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
-        ) from error
