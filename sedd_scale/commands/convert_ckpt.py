@@ -116,18 +116,18 @@ def convert_command(arguments: argparse.Namespace) -> None:
     """Convert and print where to."""
     from sedd_scale.interop.convert import convert
 
-    for name in ("shard_gb", "noise_parameters", "results"):
+    options = [(target, name) for target in TARGETS for name in FORMATS[target].options or ()]
+    for target, name in options:
         value, flag = getattr(arguments, name), "--" + name.replace("_", "-")
         if value is None:
             continue
-        if name not in (FORMATS[arguments.target_format].options or ()):
-            (target,) = (key for key, row in FORMATS.items() if name in (row.options or ()))
+        if target != arguments.target_format:
             raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
         if name != "results" and (not 0 <= value < math.inf or (value == 0 and name == "shard_gb")):
             raise ConfigError(f"{flag} {value} has to be a number above zero: change it")
-    options: dict[str, Any] = {"results": arguments.results or ()}
+    given: dict[str, Any] = {"results": arguments.results or ()}
     if arguments.shard_gb is not None:
-        options["shard_bytes"] = int(arguments.shard_gb * 1e9)
+        given["shard_bytes"] = int(arguments.shard_gb * 1e9)
     convert(
         arguments.source_format,
         arguments.target_format,
@@ -136,7 +136,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
         weights=arguments.weights,
         extra_parameters=arguments.noise_parameters,
         assumptions=assumptions_of(arguments),
-        **options,
+        **given,
     )
     print(arguments.target)
 

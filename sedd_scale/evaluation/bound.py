@@ -138,6 +138,7 @@ def evaluate_bound(
         raise DataError(
             "a block has no token to predict: give each at least one behind its context"
         )
+    deal = partial(over_ranks, model.layout, on_progress=on_progress, finished=finished)
     if model.causal:
         if protocol != "low-variance" or draws is not None or replicates is not None:
             raise ConfigError(
@@ -145,12 +146,7 @@ def evaluate_bound(
                 "replicates out"
             )
         return evaluate_left_to_right(
-            model,
-            blocks,
-            batch_size=batch_size,
-            span_n2=span_n2,
-            on_progress=on_progress,
-            finished=finished,
+            model, blocks, batch_size=batch_size, span_n2=span_n2, deal=deal
         )
     if protocol == "any-order":
         return evaluate_any_order(
@@ -161,8 +157,7 @@ def evaluate_bound(
             batch_size=batch_size,
             ids_n=ids_n,
             span_n2=span_n2,
-            on_progress=on_progress,
-            finished=finished,
+            deal=deal,
         )
     if isinstance(objective, D3PMAbsorb):
         if t_min is not None:
@@ -184,7 +179,7 @@ def evaluate_bound(
         group = groups[which]
         return _group_nats(model, blocks[group], ids_n[group], span_n2[group], plan)
 
-    found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
+    found = deal(len(groups), nats)
     return _combine(model, [_GroupNats(*parts) for parts in found], span_n2, plan, began)
 
 

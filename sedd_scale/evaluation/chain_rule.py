@@ -13,6 +13,7 @@ closer the more orders.
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,7 @@ from sedd_scale.diffusion.corruption import keyed_uniforms
 from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.diffusion.row_law import CrossEntropy
 from sedd_scale.errors import CheckpointError, ConfigError
-from sedd_scale.evaluation.finished_groups import FinishedGroups
 from sedd_scale.evaluation.result import ANY_ORDER, EXACT, BoundResult, OtherNats
-from sedd_scale.evaluation.shared_work import over_ranks
 from sedd_scale.evaluation.standard_error import (
     Estimate,
     error_over_blocks,
@@ -33,7 +32,7 @@ from sedd_scale.evaluation.standard_error import (
 )
 from sedd_scale.model.logit_model import LogitModel
 
-Progress = Callable[[int, int], None]
+Deal = Callable[[int, Callable[[int], tuple[Any, ...]]], list[tuple[Any, ...]]]
 
 
 @torch.no_grad()
@@ -43,13 +42,12 @@ def evaluate_left_to_right(
     *,
     batch_size: int,
     span_n2: IntArray,
-    on_progress: Progress,
-    finished: FinishedGroups | None = None,
+    deal: Deal,
 ) -> BoundResult:
     """The exact likelihood of blocks under an autoregressive model; collective.
 
     Arguments and what is raised are those of `evaluate_bound`, but for span_n2: where the counted
-    text of each block begins and ends.
+    text of each block begins and ends; and for deal: `over_ranks` of the model's layout.
     """
     began = time.perf_counter()
     groups = _slices(len(blocks_nL), batch_size)
@@ -65,7 +63,7 @@ def evaluate_left_to_right(
         )
         return (_finite(nats_B1[:, 0]),)
 
-    found = over_ranks(model.layout, len(groups), nats, on_progress, finished)
+    found = deal(len(groups), nats)
     nats_n = np.concatenate([part for (part,) in found])
     mean = float(nats_n.sum() / text_n.sum())
     error = error_over_blocks((nats_n - mean * text_n) / text_n.mean())
@@ -90,12 +88,11 @@ def evaluate_any_order(
     batch_size: int,
     ids_n: Sequence[int] | IntArray,
     span_n2: IntArray,
-    on_progress: Progress,
-    finished: FinishedGroups | None = None,
+    deal: Deal,
 ) -> BoundResult:
     """Bound and likelihood of blocks from random orders of their positions; collective.
 
-    Each order costs one network call per token. Other arguments are those of `evaluate_bound`.
+    Each order costs one network call per token. Other arguments are those above.
 
     Raises:
         ConfigError: the model has no masks, or its outputs depend on time, or fewer than 2 orders.
@@ -137,7 +134,7 @@ def evaluate_any_order(
             np.add.at(nats_K, numbers, _finite(found_B1[:, 0]))
         return (nats_K,)
 
-    found = over_ranks(model.layout, len(blocks_nL), nats, on_progress, finished)
+    found = deal(len(blocks_nL), nats)
     nats_nK = np.stack([part for (part,) in found])
     length = float(text_n.mean())
     estimate = estimate_from_replicates(nats_nK / length, text_n / length)

@@ -44,10 +44,11 @@ def weighted_times(
     sigma_0, sigma_1 = schedule.sigma(ends)
     share = 1.0 if bounded else 0.5
 
+    def mixed(move: Tensor, sigma: Tensor) -> Tensor:
+        return share * (move / (move_1 - move_0)) + (1.0 - share) * (sigma / (sigma_1 - sigma_0))
+
     def quantile(t: Tensor) -> Tensor:
-        by_move = (schedule.move_probability(t) - move_0) / (move_1 - move_0)
-        by_sigma = (schedule.sigma(t) - sigma_0) / (sigma_1 - sigma_0)
-        return share * by_move + (1.0 - share) * by_sigma
+        return mixed(schedule.move_probability(t) - move_0, schedule.sigma(t) - sigma_0)
 
     low, high = torch.full_like(u_K, t_min), torch.ones_like(u_K)
     for _ in range(_HALVINGS):
@@ -56,9 +57,7 @@ def weighted_times(
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     t_K = (low + high) / 2
     slope_of_move = schedule.rate_over_expm1(t_K) * schedule.move_probability(t_K)
-    by_move = slope_of_move / (move_1 - move_0)
-    by_sigma = schedule.rate(t_K) / (sigma_1 - sigma_0)
-    return t_K, 1.0 / (share * by_move + (1.0 - share) * by_sigma)
+    return t_K, 1.0 / mixed(slope_of_move, schedule.rate(t_K))
 
 
 def masks_by_their_number(

@@ -4,7 +4,7 @@ Names, shapes and row order are ours, whatever the file's are.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
+from sedd_scale.interop.assumptions import Assumptions
+from sedd_scale.interop.foreign_files import CheckpointFiles
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.parameters import layer_shapes
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 
@@ -98,9 +102,40 @@ class CheckpointSource(ABC):
     def _read(self, name: str, key: str) -> Tensor:
         """The tensor `key` of a parameter, which the file has, in our row order."""
 
+    @torch.no_grad()
+    def load(self, parameters: Iterable[LogicalParameter], layout: Layout, weights: str) -> None:
+        """Fill this process's shards of a model's parameters with "ema" or "master" weights."""
+        for logical in parameters:
+            assert logical.shard is not None
+            logical.shard.copy_(logical.slice_of(self.read(logical.name, weights)))
+
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the file has them."""
         return [(name, shape, "float32", 4 * prod(shape)) for name, shape in self.shapes.items()]
+
+
+class FileSource(CheckpointSource):
+    """A checkpoint in files, of a format in `FORMATS`.
+
+    Args:
+        files: of which it says that they are its own.
+        assumptions: what they do not say.
+
+    Raises:
+        CheckpointError: they are not exactly the model they describe.
+    """
+
+    @abstractmethod
+    def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether files that no format before it claims look like its own; none is read twice.
+
+        Raises:
+            CheckpointError: they look like two formats, or there are none.
+        """
 
 
 class WeightsOnly(CheckpointSource):

@@ -7,6 +7,7 @@ when all of it is on disk.
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sedd_scale.errors import CheckpointError
@@ -21,7 +22,7 @@ from sedd_scale.interop.model_card import last_validation, model_card, read_repo
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.reference_training import write_reference_training
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES
-from sedd_scale.interop.sedd_directory import check_expressible, write_published_files
+from sedd_scale.interop.sedd_directory import write_published_files
 
 
 def convert(
@@ -65,26 +66,21 @@ def convert(
             f"{temporary} is in the way, left by another conversion: wait for it or remove it"
         )
     opened = open_checkpoint(source, format=source_format, assumptions=assumptions)
-    card = ""
-    if target_format == "sedd-hf":
-        card = _card(opened, source, target.name, weights or "ema", results)
-    if weights is not None:
-        opened = WeightsOnly(opened, weights)
+    held = opened if weights is None else WeightsOnly(opened, weights)
+    card = partial(_card, opened, source, target.name, weights or "ema", results)
 
     def training_file() -> None:
         file = temporary
         if target.suffix not in (".pth", ".pt"):
             temporary.mkdir()
             file = temporary / TRAINING_FILE
-        write_reference_training(file, opened, extra_parameters=extra_parameters)
+        write_reference_training(file, held, extra_parameters=extra_parameters)
 
     writers: dict[str, Callable[[], None]] = {
-        "native": lambda: write_native_run(opened, temporary),
-        "sedd-hf": lambda: write_published_files(temporary, opened, card, shard_bytes=shard_bytes),
+        "native": lambda: write_native_run(held, temporary),
+        "sedd-hf": lambda: write_published_files(temporary, held, card, shard_bytes=shard_bytes),
         "sedd-train": training_file,
     }
-    if target_format != "native":
-        check_expressible(opened.described, fixed_mlp_ratio=target_format == "sedd-hf")
     _write_beside(temporary, target, writers[target_format])
 
 
@@ -92,7 +88,6 @@ def _card(
     opened: CheckpointSource, source: Path, name: str, weights: str, results: Sequence[Path]
 ) -> str:
     """The model card of an export; with the run's validation if the averages are exported."""
-    check_expressible(opened.described)
     measured = []
     if opened.format == "native" and weights == "ema":
         # A step-N lies in RUN/checkpoints.

@@ -6,6 +6,7 @@ where `vocab_embed.embedding` is; of two, such as weights and averages, each has
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from torch import Tensor
 from sedd_scale.arrays import Shape
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.pickled_files import PickledFile, size_in_bytes
+from sedd_scale.interop.pickled_files import PickledFile
 from sedd_scale.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 CONFIG_FILE = "config.json"
@@ -82,7 +83,41 @@ class Weights(NamedTuple):
     file: PickledFile | None
 
 
-def described_path(path: Path) -> Path:
+class CheckpointFiles:
+    """What lies at a path, each file read once, when it is first asked for.
+
+    Args:
+        verify: hash every file of a checkpoint of ours when it is opened; sizes are always
+            compared.
+
+    Attributes:
+        named: the path as it was given.
+        path: of a file that is no checkpoint by itself, its directory.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.named, self.verify = Path(path), verify
+        self.path = _described_path(self.named)
+
+    @functools.cached_property
+    def config(self) -> Mapping[str, Any]:
+        """What config.json says; empty where there is none."""
+        return read_json(self.path / CONFIG_FILE) if self.path.is_dir() else {}
+
+    @functools.cached_property
+    def weights(self) -> Path:
+        """As of `weights_file`."""
+        return weights_file(self.path)
+
+    @functools.cached_property
+    def pickled(self) -> PickledFile | None:
+        """The file of weights, where it is one of torch.save."""
+        file = self.weights
+        is_other = file.name.endswith(".index.json") or is_safetensors(file)
+        return None if is_other else PickledFile(file)
+
+
+def _described_path(path: Path) -> Path:
     """The directory of a file that is no checkpoint by itself: its parts or its configuration."""
     named = path.name in (CONFIG_FILE, *STANDARD_FILES)
     for index in (INDEX_FILE, PICKLED_INDEX):  # one shard of several
@@ -100,6 +135,8 @@ def weights_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint")
     for name in (*STANDARD_FILES, TRAINING_FILE, f"checkpoints-meta/{TRAINING_FILE}"):
         if (path / name).exists():
             return path / name
@@ -141,7 +178,7 @@ def is_safetensors(file: Path) -> bool:
     return head[8:9] == b"{" or (file.suffix == ".safetensors" and not zipfile.is_zipfile(file))
 
 
-def open_weights(file: Path, assumptions: Assumptions) -> Weights:
+def open_weights(files: CheckpointFiles, assumptions: Assumptions) -> Weights:
     """The network of a file, or of the shards that an index names; nothing is read yet.
 
     Args:
@@ -150,16 +187,13 @@ def open_weights(file: Path, assumptions: Assumptions) -> Weights:
     Raises:
         CheckpointError: a file is missing or damaged, holds no network, or several.
     """
+    file, pickled = files.weights, files.pickled
     tree: Mapping[str, Any] = {}
-    pickled = None
-    if file.name.endswith(".index.json"):
-        groups = {"": _sharded(file)}
-    elif is_safetensors(file):
-        groups = {"": _safetensors(file)}
-    else:
-        pickled = PickledFile(file)
+    if pickled is not None:
         tree = pickled.tree if isinstance(pickled.tree, dict) else {}
         groups = dict(_state_dicts(pickled, pickled.tree, "", set()))
+    else:
+        groups = {"": (_sharded if file.name.endswith(".index.json") else _safetensors)(file)}
     networks: dict[str, Network] = {}
     for place, entries in groups.items():
         for network in _networks(file, entries):
@@ -271,7 +305,8 @@ def entry_of(pickled: PickledFile | None, name: str, tensor: Tensor) -> Entry:
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     if tensor.layout != torch.strided:
         dtype = str(tensor.layout).removeprefix("torch.")
-    return Entry(name, shape, dtype, size_in_bytes(tensor), lambda: pickled.read(tensor))
+    num_bytes = math.prod(shape) * tensor.element_size()
+    return Entry(name, shape, dtype, num_bytes, lambda: pickled.read(tensor))
 
 
 def _safetensors(file: Path) -> dict[str, Entry]:

@@ -21,37 +21,51 @@ from sedd_scale.diffusion.objectives import MaskedCrossEntropy, ScoreEntropy
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
-    CheckpointSource,
     Description,
+    FileSource,
     tokenizer_in,
 )
-from sedd_scale.interop.foreign_config import NOTHING, Said, assumed, known_of, mask_of
-from sedd_scale.interop.foreign_files import Entry, Weights, entry_of, open_weights, weights_file
+from sedd_scale.interop.foreign_config import (
+    NOTHING,
+    Said,
+    assumed,
+    is_published,
+    known_of,
+    mask_of,
+)
+from sedd_scale.interop.foreign_files import (
+    CheckpointFiles,
+    Entry,
+    Weights,
+    entry_of,
+    open_weights,
+)
 from sedd_scale.interop.foreign_shapes import config_of_shapes
 from sedd_scale.interop.sedd_directory import published_shapes
 from sedd_scale.interop.sedd_names import INV_FREQ, our_rows, published_names
 from sedd_scale.planning.model_states import STATE_KEYS
 
 
-class ForeignSource(CheckpointSource):
+class ForeignSource(FileSource):
     """A file of weights, or a directory that holds one, maybe with its configuration.
 
     Args:
-        format: sedd-hf or mdlm: whether the configuration is SEDD's.
-        assumptions: what the files do not say.
+        path: what messages name, and where its tokenizer may be; None: that of the files.
 
     Raises:
         CheckpointError: it is no such file, a tensor is missing, unknown or misshapen, or the
             network may be two things and nothing says which.
     """
 
-    def __init__(self, path: Path, format: str, assumptions: Assumptions | None = None) -> None:
-        self.path, self.format = path, format
-        assumptions = assumptions or Assumptions()
-        file = weights_file(path)
-        self._weights = weights = open_weights(file, assumptions)
+    format = "mdlm"
+
+    def __init__(
+        self, files: CheckpointFiles, assumptions: Assumptions, *, path: Path | None = None
+    ) -> None:
+        self.path = path = path or files.path
+        self._weights = weights = open_weights(files, assumptions)
         prefix, shapes = weights.network.prefix, weights.network.shapes
-        known = self._known(file, weights, assumptions)
+        known = self._known(files.weights, weights, assumptions)
         config = config_of_shapes(path, shapes, known)
         expected = published_shapes(config)
         master, named = weights.network.tensors, weights.averages
@@ -88,9 +102,44 @@ class ForeignSource(CheckpointSource):
         num_layers = config.model.num_layers
         self._theirs = {ours: theirs for theirs, ours in published_names(num_layers).items()}
 
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """It takes what no other does."""
+        return True
+
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
-        said = known_of(file, weights.tree, assumptions)
-        return meaning(file, weights.network.prefix, said, assumptions)
+        """What is said, and what follows from it of the outputs' meaning.
+
+        Raises:
+            CheckpointError: nothing says what the outputs are, and they may be two things.
+        """
+        prefix = weights.network.prefix
+        known = known_of(file, weights.tree, assumptions)
+        is_uniform = known.get("graph.name", NOTHING).value == "uniform"
+        objective = known.get("training.objective", NOTHING)
+        if is_uniform and "model.parametrisation" not in known:
+            if objective.by_user or not prefix:
+                mean, score = (assumptions.spelled(parametrisation=p) for p in ("mean", "score"))
+                raise CheckpointError(
+                    f"{file} does not say what its outputs are: give {mean} (logits of the clean "
+                    f"token, as Duo's and UDLM's) or {score} (log-scores, as SEDD's)"
+                )
+            known["model.parametrisation"] = Said("mean", "")
+        if not is_uniform and objective is NOTHING:
+            if not prefix:
+                kinds = ScoreEntropy, MaskedCrossEntropy
+                sedd, mdlm = (assumptions.spelled(objective=kind.name) for kind in kinds)
+                raise CheckpointError(
+                    f"{file} does not say what its outputs are: put the config.json of a published "
+                    f"SEDD model beside it, or give {sedd} (log-scores, as SEDD's) or {mdlm} "
+                    "(logits, as MDLM's)"
+                )
+            objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
+        # MDLM trains without unless told otherwise; its configuration says so, if it is there.
+        known.setdefault(
+            "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
+        )
+        return known
 
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._tensors[key][self._theirs[name]].read()
@@ -107,40 +156,15 @@ class ForeignSource(CheckpointSource):
         ]
 
 
-def meaning(
-    file: Path, prefix: str, said: Mapping[str, Said], assumptions: Assumptions
-) -> dict[str, Said]:
-    """What is said, and what follows from it of the outputs' meaning.
+class PublishedSource(ForeignSource):
+    """A directory in the published format, whose configuration says all."""
 
-    Raises:
-        CheckpointError: nothing says what the outputs are, and they may be two things.
-    """
-    known = dict(said)
-    is_uniform = known.get("graph.name", NOTHING).value == "uniform"
-    objective = known.get("training.objective", NOTHING)
-    if is_uniform and "model.parametrisation" not in known:
-        if objective.by_user or not prefix:
-            raise CheckpointError(
-                f"{file} does not say what its outputs are: give "
-                f"{assumptions.spelled(parametrisation='mean')} (logits of the clean token, as "
-                f"Duo's and UDLM's) or {assumptions.spelled(parametrisation='score')} (log-scores, "
-                "as SEDD's)"
-            )
-        known["model.parametrisation"] = Said("mean", "")
-    if not is_uniform and objective is NOTHING:
-        if not prefix:
-            raise CheckpointError(
-                f"{file} does not say what its outputs are: put the config.json of a published "
-                f"SEDD model beside it, or give {assumptions.spelled(objective=ScoreEntropy.name)} "
-                "(log-scores, as SEDD's) or "
-                f"{assumptions.spelled(objective=MaskedCrossEntropy.name)} (logits, as MDLM's)"
-            )
-        objective = known["training.objective"] = Said(MaskedCrossEntropy.name, "")
-    # MDLM trains without unless told otherwise; its configuration says so, if it is there.
-    known.setdefault(
-        "model.time_conditioning", Said(objective.value != MaskedCrossEntropy.name, "")
-    )
-    return known
+    format = "sedd-hf"
+
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether its config.json is that of a published SEDD."""
+        return is_published(files.config)
 
 
 def shadow_parameters(path: Path, ema: Any) -> list[Tensor]:

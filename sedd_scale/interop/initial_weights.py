@@ -25,6 +25,7 @@ from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import add_assumptions, assumptions_of, given_by_name, text_of
 from sedd_scale.interop.checkpoint_source import CheckpointSource, model_shapes
+from sedd_scale.interop.foreign_files import CheckpointFiles
 from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
 from sedd_scale.tokenizers.base import Tokenizer
@@ -156,14 +157,14 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
     # What neither the files nor the user say is as the run has it; of MDLM's outputs, which are
     # scaled log-scores whatever the run would have them, the scale is known.
     otherwise = {"graph": config.graph.name, "num_heads": config.model.num_heads}
-    if detect_format(path) == "sedd-train":
+    files = CheckpointFiles(path, verify=config.checkpoint.verify and is_first)
+    if detect_format(files) == "sedd-train":
         otherwise["scale_by_sigma"] = config.resolved_scale_by_sigma
     source = open_checkpoint(
-        path,
+        files,
         assumptions=assumptions_of(
             given_by_name(add_assumptions, pairs, key), spelling=f"{key}=", **otherwise
         ),
-        verify=config.checkpoint.verify and is_first,
     )
     weights = InitialWeights(source, config)
     _check_tokenizer(source, config, corpus)

@@ -203,14 +203,11 @@ def _loading(name: str, described: Description) -> str:
     if described.tokenizer_directory is not None:
         about = json.loads((described.tokenizer_directory / TOKENIZER_FILE).read_text())
         kind = about.get("kind")
-    sample = (
-        "print(sedd_scale.sample(model, 1, steps=128)[0].text)\n"
-        if kind
-        else "print(sedd_scale.sample(model, 1, steps=128)[0].tokens)\n"
-    )
+    what = "text" if kind else "tokens"
     text = (
         "With sedd_scale:\n\n```python\nimport sedd_scale\n\n"
-        f'model = sedd_scale.load_pretrained("{name}")\n{sample}```\n\n'
+        f'model = sedd_scale.load_pretrained("{name}")\n'
+        f"print(sedd_scale.sample(model, 1, steps=128)[0].{what})\n```\n\n"
     )
     if config.noise.name in REFERENCE_NOISE:
         text += (

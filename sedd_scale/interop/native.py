@@ -4,12 +4,11 @@ A run reads and writes its own boxes (`checkpoint.reading`); this is for convers
 tensors whole, one after the other.
 """
 
-import contextlib
 import functools
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,21 +25,27 @@ from sedd_scale.checkpoint.boxes import BoxSavePlanner, LogicalTensor
 from sedd_scale.checkpoint.directory import (
     begin_checkpoint,
     find_checkpoint,
+    is_ours,
     meta_text,
     publish_checkpoint,
     read_meta,
 )
 from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
-from sedd_scale.checkpoint.reading import check_state, read_metadata, verify_files
+from sedd_scale.checkpoint.reading import check_state, load_weights, read_metadata, verify_files
 from sedd_scale.config import config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
     CheckpointSource,
     Description,
+    FileSource,
     model_shapes,
     tokenizer_in,
 )
+from sedd_scale.interop.foreign_files import STANDARD_FILES, CheckpointFiles
+from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import load_tokenizer
@@ -49,17 +54,13 @@ from sedd_scale.tokenizers.opening import load_tokenizer
 DETAILS_KEY = "foreign"
 
 
-class NativeSource(CheckpointSource):
-    """A run directory, its checkpoints/ folder, or one step-N directory.
-
-    Args:
-        verify: hash every file; sizes are always compared.
-    """
+class NativeSource(FileSource):
+    """A run directory, its checkpoints/ folder, or one step-N directory; it says all of itself."""
 
     format = "native"
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.path = find_checkpoint(path)
+    def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None:
+        self.path = find_checkpoint(files.path)
         self.holds = frozenset(STATE_KEYS)
         meta = read_meta(self.path)
         try:
@@ -80,7 +81,7 @@ class NativeSource(CheckpointSource):
         )
         self._reader = dcp.FileSystemReader(self.path)
         self._metadata = read_metadata(self.path)
-        verify_files(self.path, hashes=verify)
+        verify_files(self.path, hashes=files.verify)
         shapes = {
             f"{name}/{key}": shape
             for name, shape in model_shapes(config).items()
@@ -88,16 +89,37 @@ class NativeSource(CheckpointSource):
         }
         check_state(self.path, shapes, self._metadata)
 
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether a run or a checkpoint of ours is there, and no weights beside it."""
+        path = files.path
+        if not is_ours(path):
+            return False
+        if path.is_dir() and any((path / name).exists() for name in STANDARD_FILES):
+            raise CheckpointError(
+                f"{path} holds a run and weights of another format: name one of them, as "
+                f"{path}/checkpoints or in a directory of its own"
+            )
+        return True
+
     def _read(self, name: str, key: str) -> Tensor:
         # What dcp.load does for a state dict of this one tensor, its index being read already.
         tensor = torch.empty(self.shapes[name])
         planner = dcp.DefaultLoadPlanner()
-        with _reading(self.path):
+        try:
             planner.set_up_planner({f"{name}/{key}": tensor}, self._metadata, True)
             self._reader.set_up_storage_reader(self._metadata, True)
             plan = self._reader.prepare_local_plan(planner.create_local_plan())
             self._reader.read_data(plan, planner).wait()
+        except READ_ERRORS as error:
+            raise CheckpointError(
+                f"checkpoint {self.path} is damaged: {type(error).__name__}: {error}"
+            ) from error
         return tensor
+
+    def load(self, parameters: Iterable[LogicalParameter], layout: Layout, weights: str) -> None:
+        """As of any source; box by box, so that a process reads its own shards alone."""
+        load_weights(self.path, parameters, layout, weights=weights, verify=False)
 
     def contents(self) -> list[tuple[str, Shape, str, int]]:
         """Name, shape, type and bytes of each tensor as the checkpoint has them."""
@@ -142,7 +164,9 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     directory.mkdir()
     temporary = begin_checkpoint(directory / "checkpoints", step)
     records = _write_tensors(source, temporary)
+    tokenizer_fingerprint = None
     if described.tokenizer_directory is not None:
+        tokenizer_fingerprint = load_tokenizer(described.tokenizer_directory).fingerprint
         shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
     about = {
         "step": step,
@@ -150,7 +174,7 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
         "tokens": described.tokens,
         "config": described.config.to_dict(),
         "dataset_fingerprint": None,
-        "tokenizer_fingerprint": _tokenizer_fingerprint(described),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
         "num_tokens": described.num_tokens,
         "block_length": described.block_length,
         DETAILS_KEY: dict(described.details),
@@ -160,12 +184,6 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     write_manifest(temporary, records)
     publish_checkpoint(temporary, keep=0)
     (directory / "config.yaml").write_text(described.config.to_yaml(), encoding="utf-8")
-
-
-def _tokenizer_fingerprint(described: Description) -> str | None:
-    if described.tokenizer_directory is None:
-        return None
-    return load_tokenizer(described.tokenizer_directory).fingerprint
 
 
 def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileRecord]:
@@ -185,13 +203,3 @@ def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileR
         _, (cause, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"cannot write {directory}: {writer.failure or cause}") from error
     return writer.records
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
-        ) from error

@@ -8,7 +8,6 @@ What else was pickled is of classes that are not here, and whose code must not r
 that knows the names of tensors alone gives an `Inert` object in the place of each.
 """
 
-import math
 import pickle
 import types
 import warnings
@@ -88,12 +87,12 @@ def _offset_in_file(tensor: Tensor) -> int:
     return int(offset)
 
 
-def placeholder(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor for the tree of `write_pickled`: shape and type, no numbers."""
+def placeholder(shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor for the tree of `write_pickled`: its shape, and no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=torch.float32)
 
 
 def write_pickled(path: Path, tree: Any, numbers: dict[int, Callable[[], Tensor]]) -> None:
@@ -127,11 +126,6 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from tensors_in(value)
-
-
-def size_in_bytes(tree: Any) -> int:
-    """Bytes of all tensors of a tree."""
-    return sum(math.prod(t.shape) * t.element_size() for t in tensors_in(tree))
 
 
 class Inert(dict[Any, Any]):

@@ -1,6 +1,7 @@
 """One door to every checkpoint that can be run: our own and those of other programs."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,8 +9,7 @@ import torch
 from sedd_scale.errors import CheckpointError
 from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import tokenizer_in
-from sedd_scale.interop.formats import detect_format, open_checkpoint
+from sedd_scale.interop.formats import open_checkpoint
 from sedd_scale.interop.model_card import model_card
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
@@ -17,7 +17,6 @@ from sedd_scale.interop.sedd_directory import write_published_files
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from sedd_scale.tokenizers.base import Tokenizer
 from sedd_scale.tokenizers.opening import load_tokenizer
 
 
@@ -43,13 +42,18 @@ def load_pretrained(
     Raises:
         CheckpointError: nothing readable there, or parameters missing, unknown or misshapen.
     """
-    path = Path(path)
     layout = layout or initialize_layout()
-    # A run's own shards are read box by box, which no other format can do.
-    if detect_format(path) == "native" and (assumptions is None or not assumptions.given()):
-        model = _load_native(path, layout, weights=weights)
-    else:
-        model = _load_foreign(path, layout, weights=weights, assumptions=assumptions)
+    source = open_checkpoint(path, assumptions=assumptions)
+    described = source.described
+    directory = described.tokenizer_directory
+    model = ScoreModel(
+        described.config,
+        described.num_tokens,
+        layout,
+        block_length=described.block_length,
+        tokenizer=None if directory is None else load_tokenizer(directory),
+    )
+    source.load(logical_parameters(model.network, layout), layout, weights)
     return model.to(device=device or layout.device, dtype=dtype).eval()
 
 
@@ -77,47 +81,5 @@ def save_pretrained(model: ScoreModel, directory: str | Path, *, format: str = "
         if format == "native":
             write_native_run(source, directory)
         else:
-            card = model_card(directory.name, source.described, ())
+            card = partial(model_card, directory.name, source.described, ())
             write_published_files(directory, source, card)
-
-
-def _load_native(path: Path, layout: Layout, *, weights: str) -> ScoreModel:
-    from sedd_scale.checkpoint.directory import find_checkpoint, read_meta
-    from sedd_scale.checkpoint.reading import load_weights
-    from sedd_scale.config import config_from_dict
-
-    step_directory = find_checkpoint(path)
-    meta = read_meta(step_directory)
-    model = ScoreModel(
-        config_from_dict(meta["config"]),
-        meta["num_tokens"],
-        layout,
-        block_length=meta["block_length"],
-        tokenizer=_load_tokenizer(tokenizer_in(step_directory)),
-    )
-    parameters = list(logical_parameters(model.network, layout))
-    load_weights(step_directory, parameters, layout, weights=weights)
-    return model
-
-
-def _load_foreign(
-    path: Path, layout: Layout, *, weights: str, assumptions: Assumptions | None
-) -> ScoreModel:
-    source = open_checkpoint(path, assumptions=assumptions)
-    described = source.described
-    model = ScoreModel(
-        described.config,
-        described.num_tokens,
-        layout,
-        block_length=described.block_length,
-        tokenizer=_load_tokenizer(described.tokenizer_directory),
-    )
-    with torch.no_grad():
-        for logical in logical_parameters(model.network, layout):
-            assert logical.shard is not None
-            logical.shard.copy_(logical.slice_of(source.read(logical.name, weights)))
-    return model
-
-
-def _load_tokenizer(directory: Path | None) -> Tokenizer | None:
-    return None if directory is None else load_tokenizer(directory)

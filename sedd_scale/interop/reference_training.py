@@ -23,7 +23,7 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.foreign_config import SEDD, Said, known_of
-from sedd_scale.interop.foreign_files import Weights, entry_of, weights_file
+from sedd_scale.interop.foreign_files import CheckpointFiles, Weights, entry_of
 from sedd_scale.interop.foreign_source import ForeignSource, shadow_parameters
 from sedd_scale.interop.pickled_files import placeholder, tensors_in, write_pickled
 from sedd_scale.interop.sedd_directory import check_expressible, published_shapes
@@ -41,8 +41,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ReferenceTrainingSource(ForeignSource):
     """A checkpoint.pth, or the directory it is in: as `ForeignSource`, with moments and steps."""
 
-    def __init__(self, path: Path, assumptions: Assumptions | None = None) -> None:
-        super().__init__(weights_file(path), "sedd-train", assumptions)
+    format = "sedd-train"
+
+    def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None:
+        super().__init__(files, assumptions, path=files.weights)
         tree, order = self._weights.tree, self._order
         numbered, group = _optimizer_state(self.path, tree["optimizer"])
         optimizer_step = 0
@@ -74,6 +76,17 @@ class ReferenceTrainingSource(ForeignSource):
                 "extra_parameters": len(numbered) - len(order),
             },
         )
+
+    @staticmethod
+    def claims(files: CheckpointFiles) -> bool:
+        """Whether a model is there, and averages without names; without any it is cut short."""
+        tree = files.pickled.tree if files.pickled is not None else None
+        if not isinstance(tree, dict) or "model" not in tree or "state_dict" in tree:
+            return False
+        ema = tree.get("ema")
+        if isinstance(ema, dict):
+            return "shadow_params" in ema
+        return "optimizer" in tree or "step" in tree
 
     def _known(self, file: Path, weights: Weights, assumptions: Assumptions) -> dict[str, Said]:
         for key in ("model", "ema", "optimizer", "step"):

@@ -26,7 +26,7 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> list[Path]:
+) -> None:
     """Write float32 tensors as model.safetensors, or as shards and their index.
 
     Args:
@@ -53,7 +53,6 @@ def write_safetensors(
         total = sum(4 * math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return files
 
 
 def _write_file(

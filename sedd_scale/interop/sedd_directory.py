@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -67,12 +68,16 @@ def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -
 
 
 def write_published_files(
-    directory: Path, source: CheckpointSource, card: str, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    directory: Path,
+    source: CheckpointSource,
+    card: Callable[[], str],
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write config.json, the averaged weights, the tokenizer and a card into a new directory.
 
     Args:
-        card: text of README.md.
+        card: gives the text of README.md, of a model that can be written.
         shard_bytes: largest size of one file's tensors.
 
     Raises:
@@ -82,6 +87,7 @@ def write_published_files(
     check_expressible(described)
     config, block_length = described.config, described.block_length
     assert block_length is not None
+    card_text = card()
     directory.mkdir()
     about = published_config(config, num_tokens=described.num_tokens, block_length=block_length)
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
@@ -98,4 +104,4 @@ def write_published_files(
     write_safetensors(directory, shapes, read_published, shard_bytes=shard_bytes)
     if described.tokenizer_directory is not None:
         shutil.copytree(described.tokenizer_directory, directory / TOKENIZER_DIRECTORY)
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+    (directory / CARD_FILE).write_text(card_text, encoding="utf-8")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop import FORMATS
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.formats import SELF_DESCRIBED, detect_format
+from sedd_scale.interop.formats import detect_format
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.model.score_model import ScoreModel
 
@@ -52,11 +53,15 @@ def verify(
     scores: list[Tensor] = []
     identity: list[dict[str, object]] = []
     for path in (Path(first), Path(second)):
-        own = None if detect_format(path) in SELF_DESCRIBED else assumptions
+        own = None if FORMATS[detect_format(path)].says_all else assumptions
         model = load_pretrained(path, device="cpu", weights=weights, assumptions=own)
         identity.append(_identity(model))
         if len(identity) == 2:
-            _check_alike(first, second, *identity)
+            for what, value in identity[0].items():
+                if value != (other := identity[1][what]):
+                    raise CheckpointError(
+                        f"{first} and {second} are different models: {what} is {value} and {other}"
+                    )
         scores.append(_log_scores(model, seed))
         del model
     difference = (scores[0].double() - scores[1].double()).abs()
@@ -75,16 +80,6 @@ def _identity(model: ScoreModel) -> dict[str, object]:
         "scale_by_sigma": model.config.resolved_scale_by_sigma,
         "block length": model.block_length,
     }
-
-
-def _check_alike(
-    first: str | Path, second: str | Path, a: dict[str, object], b: dict[str, object]
-) -> None:
-    for what, value in a.items():
-        if value != b[what]:
-            raise CheckpointError(
-                f"{first} and {second} are different models: {what} is {value} and {b[what]}"
-            )
 
 
 def _log_scores(model: ScoreModel, seed: int) -> Tensor:

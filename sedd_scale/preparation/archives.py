@@ -24,8 +24,8 @@ from sedd_scale.preparation.document_formats import (
     LeftOut,
     Row,
     format_by_name,
-    is_file,
     plain_rows,
+    seekable,
 )
 
 _MOST_OBJECTS = 64  # held of one key
@@ -212,8 +212,7 @@ def _tar_members(stream: io.BufferedReader) -> Iterator[_Member]:
 
 
 def _zip_members(stream: io.BufferedReader, where: str) -> Iterator[_Member]:
-    source: Any = stream if is_file(stream) else io.BytesIO(stream.read())
-    with zipfile.ZipFile(source) as archive:
+    with zipfile.ZipFile(seekable(stream)) as archive:
         entries = archive.infolist()
         if entries and min(entry.header_offset for entry in entries) > 0:
             raise DataError(

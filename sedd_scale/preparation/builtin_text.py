@@ -107,15 +107,11 @@ def _split(path: Path) -> tuple[list[str], str]:
     for node in ast.walk(tree):
         if isinstance(node, _Commented):
             text = ast.get_docstring(node)
-            if text is not None and _is_plain(text):
+            # Half a pair, which an escape may spell, has no UTF-8.
+            if text is not None and not _HALF_PAIR.search(text):
                 expression = node.body[0]
                 docstrings.append((expression.lineno, text))
                 dropped.update(range(expression.lineno, (expression.end_lineno or 0) + 1))
     lines = source.split("\n")
     kept = [line for number, line in enumerate(lines, start=1) if number not in dropped]
     return [text for _, text in sorted(docstrings)], "\n".join(kept)
-
-
-def _is_plain(text: str) -> bool:
-    """Whether UTF-8 can hold the text: an escape in a docstring may spell half a surrogate pair."""
-    return _HALF_PAIR.search(text) is None

@@ -165,9 +165,10 @@ def _not_utf8_column(where: str, name: str, error: UnicodeDecodeError) -> DataEr
     )
 
 
-def is_file(stream: io.BufferedReader) -> bool:
-    """Whether a stream is a file of the disk, where any place of it can be read."""
-    return isinstance(getattr(stream, "raw", None), io.FileIO)
+def seekable(stream: io.BufferedReader) -> Any:
+    """The stream if it is a file of the disk, where any place of it can be read; else its bytes."""
+    is_file = isinstance(getattr(stream, "raw", None), io.FileIO)
+    return stream if is_file else io.BytesIO(stream.read())
 
 
 def _text(content: bytes, where: str) -> str:
@@ -277,7 +278,7 @@ def _parquet_rows(
         raise DataError(
             f"{where} needs the package pyarrow: pip install 'sedd_scale[parquet]'"
         ) from error
-    source: Any = stream if is_file(stream) else io.BytesIO(stream.read())
+    source = seekable(stream)
     _refuse_several(source, where)
     try:
         table = parquet.ParquetFile(source)

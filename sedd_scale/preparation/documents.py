@@ -41,6 +41,8 @@ FORMAT_HELP = (
     "and .zip, each also .gz, .xz, .zst or .bz2"
 )
 
+# A format, and the bytes that tell it, with their place.
+_MAGIC = (("tar", 257, b"ustar"), ("parquet", 0, b"PAR1"), ("zip", 0, b"PK\3\4"))
 _LIKE_JSON = re.compile(rb'\s*(?:\[\s*)?\{\s*"[^"\n]{0,99}"\s*:')
 
 
@@ -250,10 +252,8 @@ def format_of(path: Path, given: str | None = None) -> str:
 
 def _format(stream: io.BufferedReader, where: str) -> str:
     head = stream.peek(512)
-    if head[257:262] == b"ustar":
-        return "tar"
-    for format, magic in (("parquet", b"PAR1"), ("zip", b"PK\3\4")):
-        if head.startswith(magic):
+    for format, place, magic in _MAGIC:
+        if head.startswith(magic, place):
             return format
     named = format_by_name(Path(where).name)
     if named in (None, "text") and _LIKE_JSON.match(head.removeprefix(codecs.BOM_UTF8)):

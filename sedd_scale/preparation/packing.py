@@ -10,6 +10,7 @@ the documents' own. A document longer than L begins a block and is cut every L t
 
 import base64
 import zlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from sedd_scale.tokenizers.base import Tokenizer
 PACKINGS = ("continuous", "documents")
 # Documents are counted by length in powers of two: fewer than 2, 4, ... 2^HISTOGRAM_BINS tokens.
 HISTOGRAM_BINS = 40
+_TOTALS = ("documents", "tokens", "padding", "characters", "utf8_bytes")
 
 
 class SplitPacker:
@@ -35,6 +37,9 @@ class SplitPacker:
         block_length: L.
         packing: one of `PACKINGS`.
         state: what `save_state` gave, to resume from there.
+
+    Attributes:
+        totals: documents, tokens, padding, characters and utf8_bytes so far.
     """
 
     def __init__(
@@ -47,22 +52,16 @@ class SplitPacker:
         state: dict[str, Any] | None = None,
     ) -> None:
         assert packing in PACKINGS
-        self.documents = 0
-        self.tokens = 0
-        self.padding = 0
+        self.writer = writer
+        self.totals: Counter[str] = Counter(dict.fromkeys(_TOTALS, 0))
         self._codec = codec
-        self._writer = writer
         self._block_length = block_length
         self._packing = packing
-        self._characters = 0
-        self._utf8_bytes = 0
         self._counts = np.zeros(codec.vocab_size, dtype=np.int64)
         self._lengths = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
         self._remainder: npt.NDArray[Any] = np.empty(0, dtype=np.int64)
         if state is not None:
-            self.documents, self.tokens = state["documents"], state["tokens"]
-            self.padding = state["padding"]
-            self._characters, self._utf8_bytes = state["characters"], state["utf8_bytes"]
+            self.totals.update({name: state[name] for name in _TOTALS})
             self._counts = _unpacked(state["counts"])
             self._lengths = _unpacked(state["lengths"])
             self._remainder = _unpacked(state["remainder"])
@@ -70,15 +69,11 @@ class SplitPacker:
     def save_state(self) -> dict[str, Any]:
         """All that was counted and not yet written, of plain types."""
         return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "padding": self.padding,
-            "characters": self._characters,
-            "utf8_bytes": self._utf8_bytes,
+            **self.totals,
             "counts": _packed(self._counts),
             "lengths": _packed(self._lengths),
             "remainder": _packed(self._remainder),
-            "writer": self._writer.save_state(),
+            "writer": self.writer.save_state(),
         }
 
     def add(self, batch: Encoded, chosen: npt.NDArray[np.bool_]) -> None:
@@ -86,10 +81,10 @@ class SplitPacker:
         lengths = batch.lengths[chosen]
         if not lengths.size:
             return
-        self.documents += len(lengths)
-        self.tokens += int(lengths.sum()) + len(lengths)
-        self._characters += int(batch.characters[chosen].sum())
-        self._utf8_bytes += int(batch.utf8_bytes[chosen].sum())
+        self.totals["documents"] += len(lengths)
+        self.totals["tokens"] += int(lengths.sum()) + len(lengths)
+        self.totals["characters"] += int(batch.characters[chosen].sum())
+        self.totals["utf8_bytes"] += int(batch.utf8_bytes[chosen].sum())
         bins = np.minimum(np.frexp(lengths + 1.0)[1] - 1, HISTOGRAM_BINS - 1)
         self._lengths += np.bincount(bins, minlength=HISTOGRAM_BINS)
         ids = batch.ids[np.repeat(chosen, batch.lengths)]
@@ -101,7 +96,7 @@ class SplitPacker:
             stream = self._aligned(stream, ends + np.arange(1, len(ends) + 1))
         stream = np.concatenate([self._remainder.astype(ids.dtype), stream])
         whole = len(stream) - len(stream) % self._block_length
-        self._writer.write(stream[:whole].reshape(-1, self._block_length))
+        self.writer.write(stream[:whole].reshape(-1, self._block_length))
         self._remainder = stream[whole:].copy()
 
     def _aligned(self, stream: npt.NDArray[Any], ends: IntArray) -> npt.NDArray[Any]:
@@ -118,7 +113,7 @@ class SplitPacker:
                 position += room
             position += end - begin
             begin = end
-        self.padding += sum(pads)
+        self.totals["padding"] += sum(pads)
         return np.insert(
             stream, np.repeat(np.array(places, dtype=np.int64), pads), self._codec.eos_id
         )
@@ -132,28 +127,28 @@ class SplitPacker:
         dropped = len(self._remainder)
         if self._packing == "documents" and dropped:
             pad = self._block_length - dropped
-            self.padding += pad
+            self.totals["padding"] += pad
             last = np.append(self._remainder, np.full(pad, self._codec.eos_id))
-            self._writer.write(last.reshape(1, -1))
+            self.writer.write(last.reshape(1, -1))
             dropped = 0
-        self._writer.close()
-        if self._writer.num_blocks == 0:
+        self.writer.close()
+        if self.writer.num_blocks == 0:
             wider = "" if name == "train" else f"a larger --{name}-fraction, "
             raise DataError(
-                f"the {name} split has {self.tokens} tokens, less than one block of "
+                f"the {name} split has {self.totals['tokens']} tokens, less than one block of "
                 f"{self._block_length}: give more text, {wider}or a shorter --block-length"
             )
         unknown = self._codec.unknown_id
         last_bin = int(np.flatnonzero(self._lengths)[-1])
         return {
-            "shards": self._writer.shards,
-            "blocks": self._writer.num_blocks,
-            "documents": self.documents,
-            "tokens": self.tokens,
+            "shards": self.writer.shards,
+            "blocks": self.writer.num_blocks,
+            "documents": self.totals["documents"],
+            "tokens": self.totals["tokens"],
             "dropped_tokens": dropped,
-            "padding_tokens": self.padding,
-            "characters": self._characters,
-            "utf8_bytes": self._utf8_bytes,
+            "padding_tokens": self.totals["padding"],
+            "characters": self.totals["characters"],
+            "utf8_bytes": self.totals["utf8_bytes"],
             "unknown_tokens": 0 if unknown is None else int(self._counts[unknown]),
             "unigram_entropy_nats": unigram_entropy(self._counts),
             # Documents of 2^i - 1 to 2^(i+1) - 2 tokens, EOS left out.

@@ -157,7 +157,6 @@ class _Run:
         self._duplicates: int = state.get("duplicates", 0)
         self._before: Counter[str] = Counter(state.get("notes", {}))
         self._notes = self._before
-        self._writers: list[ShardWriter] = []
         self._saved_shards = -1
         self._saved_at = time.monotonic()
         self._seen: journal.SeenDocuments | None = None
@@ -173,7 +172,6 @@ class _Run:
                 blocks_per_shard=chosen.blocks_per_shard,
                 state=None if split_state is None else split_state["writer"],
             )
-            self._writers.append(writer)
             self.packers[name] = SplitPacker(
                 codec,
                 writer,
@@ -189,8 +187,8 @@ class _Run:
             "encoding",
             documents.bytes_read,
             documents.total_bytes,
-            sum(packer.documents for packer in packers),
-            sum(packer.tokens for packer in packers),
+            sum(packer.totals["documents"] for packer in packers),
+            sum(packer.totals["tokens"] for packer in packers),
         )
 
     def add(self, batch: Encoded, rule: SplitRule, place: Place, notes: Counter[str]) -> None:
@@ -212,7 +210,7 @@ class _Run:
             packer.add(batch, kept & (splits == name))
         self._passed += len(batch.digests)
         self.place = place
-        finished = sum(len(writer.shards) for writer in self._writers)
+        finished = sum(len(packer.writer.shards) for packer in self.packers.values())
         now = time.monotonic()
         if finished != self._saved_shards or now - self._saved_at > JOURNAL_SECONDS:
             self._save()
@@ -258,8 +256,8 @@ class _Run:
     def __exit__(self, *_: object) -> None:
         if self._seen is not None:
             self._seen.close()
-        for writer in self._writers:
-            writer.release()
+        for packer in self.packers.values():
+            packer.writer.release()
 
 
 def _open_tokenizer(chosen: Preparation) -> Tokenizer:

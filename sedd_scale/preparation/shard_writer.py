@@ -14,11 +14,6 @@ from sedd_scale.errors import DataError
 WRITE_BLOCKS = 1024
 
 
-def shard_name(split: str, shard: int) -> str:
-    """The file name of a split's shard."""
-    return f"{split}-{shard:06d}.tar"
-
-
 class ShardWriter:
     """Writes the blocks of one split into shards of `blocks_per_shard` blocks.
 
@@ -125,7 +120,7 @@ class ShardWriter:
 
     @property
     def _path(self) -> Path:
-        return self._directory / shard_name(self._split, len(self.shards))
+        return self._directory / f"{self._split}-{len(self.shards):06d}.tar"
 
     @property
     def _temporary(self) -> Path:

@@ -133,6 +133,14 @@ def test_what_the_published_format_cannot_say_is_not_written(
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_model_without_a_block_length_is_not_exported(tmp_path: Path) -> None:
+    model = tiny_model("absorb", "loglinear")
+    model.block_length = None
+    with pytest.raises(CheckpointError, match="does not name its block length"):
+        save_pretrained(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_mdlm_is_read_only(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no conversion from native to mdlm"):
         convert("native", "mdlm", tmp_path, tmp_path / "new")

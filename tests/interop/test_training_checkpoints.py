@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from sedd_scale import load_pretrained
 from sedd_scale.errors import CheckpointError
+from sedd_scale.interop import FORMATS, foreign_files
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.formats import open_checkpoint
+from sedd_scale.interop.pickled_files import PickledFile
 from tests.plain_network import PlainNetwork
 
 VOCAB, WIDTH, BLOCKS, HEADS, COND = 11, 24, 3, 2, 8
@@ -280,3 +282,20 @@ def test_variants_of_mdlm_are_read_as_what_they_are_or_refused(tmp_path: Path) -
         r"misshapen: backbone\.blocks\.1\.attn_out\.weight is \[24, 25\] and should be \[24, 24\]",
         folder('{"n_heads": 2}', wrong),
     )
+
+
+def test_each_row_names_its_reader() -> None:
+    assert [row.source.format for row in FORMATS.values()] == list(FORMATS)
+
+
+def test_a_pickle_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(training_checkpoint()[0], tmp_path / "checkpoint.pth")
+    opened: list[Path] = []
+
+    def counted(path: Path) -> PickledFile:
+        opened.append(path)
+        return PickledFile(path)
+
+    monkeypatch.setattr(foreign_files, "PickledFile", counted)
+    assert open_checkpoint(tmp_path, assumptions=SHORT).format == "sedd-train"
+    assert opened == [tmp_path / "checkpoint.pth"]
