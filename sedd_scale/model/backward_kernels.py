@@ -66,7 +66,8 @@ def gate_backward(
     out_LBH = torch.empty(update_LBH.shape, dtype=update_LBH.dtype, device=grad_LBH.device)
     num_sums = 1 if bias_H is None else 2
     sums, grid, sizes = _sums_of_positions(grad_LBH, num_sums, min(COLUMNS, _power_of_2(width)))
-    gate_backward_kernel[(*grid, -(-width // sizes["BLOCK"]))](
+    programs = (*grid, -(-width // sizes["BLOCK"]))
+    gate_backward_kernel[programs](
         grad_LBH.contiguous(),
         update_LBH.contiguous(),
         gate_BH.contiguous(),
