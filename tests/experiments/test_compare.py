@@ -201,6 +201,7 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
     assert experiment.tokens_per_run > 0
     known = {
         "ablations": {"no_time_conditioning", "no_zero_init", "uniform_geometric"},
+        "precision": {"fp32", "bf16_stream_fp32", "bf16_stream_bf16"},
     }.get(path.stem, {"autoregressive", "score_entropy_absorb", "score_entropy_uniform"})
     assert known <= set(experiment.variants)
 
