@@ -94,21 +94,36 @@ def pretend() -> None:
 
 
 def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """What Inductor makes of a function of tensors, and how many bytes that reads and writes."""
+    """What Inductor makes of a function of tensors, and how many bytes that reads and writes.
+
+    Positions and sequences may be any number, as in training, which only a build of PyTorch with
+    CUDA can follow; in another they are what they are.
+    """
+    from torch._dynamo.source import ConstantSource
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    sizes: dict[int, Any] = {}
+    if torch.backends.cuda.is_built():
+        for size in (LENGTH, BATCH):
+            symbol = environment.create_symbol(
+                size, ConstantSource(f"any_{size}"), DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            sizes[size] = environment.create_symintnode(symbol, hint=size)
 
     def on(device: str) -> list[Any]:
         return [
-            torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
+            torch.empty(
+                [sizes.get(size, size) for size in one.shape], dtype=one.dtype, device=device
+            )
             if isinstance(one, Tensor)
             else one
             for one in arguments
@@ -129,7 +144,7 @@ def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -
         traced = make_fx(
             torch.func.functionalize(of_tensors, remove="mutations"),
             decomposition_table=select_decomp_table(),
-            tracing_mode="fake",
+            tracing_mode="symbolic" if sizes else "fake",
         )(*(one for one in given if isinstance(one, Tensor)))
     for node in traced.graph.nodes:
         if "device" in node.kwargs:
@@ -137,7 +152,7 @@ def inductor_kernels(function: Callable[..., Any], arguments: tuple[Any, ...]) -
     FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*tensors)
     with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         graph = GraphLowering(
-            traced, example_inputs=tensors, shape_env=mode.shape_env, is_inference=True
+            traced, example_inputs=tensors, shape_env=environment, is_inference=True
         )
         with V.set_graph_handler(graph):
             graph.run(*tensors)
