@@ -70,7 +70,7 @@ def read_rates(path: Path) -> Device:
 
 
 # Of the launches that are left on the host's side in a micro-batch's block, forward and backward.
-LAUNCHES_PER_BLOCK = 74
+LAUNCHES_PER_BLOCK = 78
 # From when a step's numbers are read to the first kernels of the next; the update runs meanwhile.
 WAIT_SECONDS = 1.0e-3
 
