@@ -114,10 +114,11 @@ def test_a_frozen_rank_ends_the_others_with_their_stacks(story: Story) -> None:
     assert story.stacks.startswith("rank 0: no progress for")
     assert "train_step" in story.stacks and "Thread" in story.stacks
     assert not story.stacks_of_frozen
-    # Thawed, it finds that it is alone, and says so in one line.
-    # A CUDA build of torch warns of a machine without a GPU.
+    # Thawed, it finds that it is alone, and says so in one line; on a busy machine its watchdog may
+    # be first. A CUDA build of torch warns of a machine without a GPU.
     said = [line for line in frozen.splitlines() if not line.startswith("W")]
-    assert len(said) == 1 and "rank 1: a rank was lost" in said[0], frozen
+    alone = len(said) == 1 and "rank 1: a rank was lost" in said[0]
+    assert alone or said[0].startswith("rank 1: no progress for"), frozen
 
 
 def test_a_killed_rank_is_restarted_by_the_launcher_and_the_run_goes_on(story: Story) -> None:
