@@ -37,7 +37,7 @@ def modulated_norm(
     """(hidden - mean) / sqrt(variance + epsilon) * scale + shift over H, and `hidden` again.
 
     The first is [L, B, H] of `dtype`, computed in float32; what is kept for the backward pass is
-    one such tensor. The second is for whatever else uses the stream: its
+    one such tensor, or the stream itself. The second is for whatever else uses the stream: its
     gradient is added to the norm's in the norm's own backward pass.
     """
     shape = hidden_LBH.shape
