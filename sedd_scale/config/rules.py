@@ -66,17 +66,16 @@ def _check_multiple(config: ConfigTree, key: str, of: str, fix: str) -> None:
 
 def _check_model(config: ConfigTree) -> None:
     model, precision = config.model, config.training.precision
-    _check_multiple(config, "model.hidden_size", "model.num_heads", "change one of them")
-    if config.trunk.head_dim % 2:
+    if model.head_dim is None:
+        fix = "change one of them or set model.head_dim"
+        _check_multiple(config, "model.hidden_size", "model.num_heads", fix)
+    if model.num_kv_heads is not None:
+        _check_multiple(config, "model.num_heads", "model.num_kv_heads", "change one of them")
+    _check_positions(config)
+    if model.conditioning == "none" and model.time_conditioning:
         raise ConfigError(
-            f"model.hidden_size={model.hidden_size} over model.num_heads={model.num_heads} "
-            f"gives heads of odd width {config.trunk.head_dim}, which rotary embedding cannot "
-            "turn: change one of them to make it even"
-        )
-    if 0 < model.rotary_base < 1:
-        raise ConfigError(
-            f"model.rotary_base={model.rotary_base} would turn later entries faster: give at least "
-            "1, or 0 for no positions"
+            "model.conditioning=none leaves nothing that sigma could condition, but "
+            "model.time_conditioning=true: set model.time_conditioning=false"
         )
     if model.parametrisation == "mean" and not config.graph.facts.has_mean:
         raise ConfigError(
@@ -128,6 +127,38 @@ def _check_model(config: ConfigTree) -> None:
         )
 
 
+def _check_positions(config: ConfigTree) -> None:
+    model, length = config.model, config.data.block_length
+    if model.positions == "rotary" and config.trunk.head_dim % 2:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} over model.num_heads={model.num_heads} "
+            f"gives heads of odd width {config.trunk.head_dim}, which rotary embedding cannot "
+            "turn: change one of them to make it even"
+            if model.head_dim is None
+            else f"model.head_dim={model.head_dim} is odd, and rotary embedding cannot turn it: "
+            "make it even"
+        )
+    if 0 < model.rotary_base < 1:
+        raise ConfigError(
+            f"model.rotary_base={model.rotary_base} would turn later entries faster: give at least "
+            "1, or 0 for no positions"
+        )
+    if model.rotary_scaling != "none" and model.rotary_original_length is None:
+        raise ConfigError(
+            f"model.rotary_scaling={model.rotary_scaling} needs to know the length first trained "
+            "on: set model.rotary_original_length"
+        )
+    if model.positions == "learned" and model.max_positions is None:
+        raise ConfigError(
+            "model.positions=learned needs to know how many there are: set model.max_positions"
+        )
+    if model.max_positions is not None and (length or 0) > model.max_positions:
+        raise ConfigError(
+            f"data.block_length={length} is longer than model.max_positions={model.max_positions}: "
+            "change one of them"
+        )
+
+
 def _check_objective(config: ConfigTree) -> None:
     objective = config.training.objective
     if objective != "score_entropy":
@@ -148,6 +179,13 @@ def _check_parallel(config: ConfigTree) -> None:
     model, parallel = config.model, config.parallel
     fix = "set parallel.tensor to a divisor of it"
     _check_multiple(config, "model.num_heads", "parallel.tensor", fix)
+    if model.num_kv_heads is not None:
+        _check_multiple(config, "model.num_kv_heads", "parallel.tensor", fix)
+    if config.trunk.inner % parallel.tensor:
+        raise ConfigError(
+            f"model.ffn_hidden_size={config.trunk.inner} is not a multiple of "
+            f"parallel.tensor={parallel.tensor}: {fix}"
+        )
     if parallel.pipeline > model.num_layers:
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline} is more stages than "

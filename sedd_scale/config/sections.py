@@ -44,11 +44,68 @@ def _key(
     return field(default=default, metadata=metadata)
 
 
+_ROTARY = {"model.positions": ("rotary",)}
+_SCALED = {"model.rotary_scaling": ("llama3", "yarn")}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     hidden_size: int = _key(768, "Width of the residual stream.", at_least=1, shared=NETWORK)
     num_layers: int = _key(12, "Number of transformer blocks.", at_least=1, shared=NETWORK)
     num_heads: int = _key(12, "Attention heads in each block.", at_least=1, shared=NETWORK)
+    num_kv_heads: int | None = _key(
+        None,
+        "Heads of keys and values, each shared by as many query heads; null: num_heads.",
+        at_least=1,
+        shared=NETWORK,
+    )
+    head_dim: int | None = _key(
+        None, "Width of one head; null: hidden_size / num_heads.", at_least=1, shared=NETWORK
+    )
+    norm: str = _key(
+        "layernorm",
+        "Norm before attention, before the MLP and before the head.",
+        choices=("layernorm", "rmsnorm"),
+        shared=NETWORK,
+    )
+    norm_bias: bool = _key(False, "Give every norm a bias beside its weight.", shared=NETWORK)
+    norm_epsilon: float = _key(
+        1e-5, "Added to the mean square that a norm divides by.", above=0, shared=NETWORK
+    )
+    qk_norm: bool = _key(
+        False, "Norm queries and keys over each head, with one weight for all.", shared=NETWORK
+    )
+    activation: str = _key(
+        "gelu",
+        "Activation of the MLP; gelu: its tanh form; swiglu, geglu: times a second product.",
+        choices=("gelu", "swiglu", "geglu"),
+        shared=NETWORK,
+    )
+    ffn_hidden_size: int | None = _key(
+        None,
+        "Inner width of the MLP; null: mlp_ratio times hidden_size.",
+        at_least=1,
+        shared=NETWORK,
+    )
+    qkv_bias: bool = _key(False, "Give queries, keys and values a bias.", shared=NETWORK)
+    attention_out_bias: bool = _key(False, "Give attention's output a bias.", shared=NETWORK)
+    mlp_bias: bool = _key(True, "Give the MLP's matrices biases.", shared=NETWORK)
+    head_bias: bool = _key(True, "Give the map to logits a bias.", shared=NETWORK)
+    tied_embedding: bool = _key(
+        False, "Let the map to logits have the token embedding's weights.", shared=NETWORK
+    )
+    conditioning: str = _key(
+        "adaln",
+        "How sigma conditions the network; none: not at all, without the weights for it.",
+        choices=("adaln", "none"),
+        shared=NETWORK,
+    )
+    adaln_gate_init: str = _key(
+        "zero",
+        "Gates of the branches at the start; one: those of a network without conditioning.",
+        choices=("zero", "one"),
+        only_with={"model.conditioning": ("adaln",)},
+    )
     cond_dim: int = _key(
         128,
         "Width of the time conditioning that modulates every block.",
@@ -61,7 +118,10 @@ class ModelConfig:
         shared=NETWORK,
     )
     mlp_ratio: int = _key(
-        4, "Inner width of the MLP in multiples of hidden_size.", at_least=1, shared=NETWORK
+        4,
+        "Inner width of the MLP in multiples of hidden_size, where ffn_hidden_size is null.",
+        at_least=1,
+        shared=NETWORK,
     )
     dropout: float = _key(
         0.1, "Probability of dropping a number on each residual branch.", at_least=0, below=1
@@ -88,11 +148,59 @@ class ModelConfig:
     document_attention: bool = _key(
         False, "Attend only to positions of the same document of a packed block.", shared=TASK
     )
+    positions: str = _key(
+        "rotary",
+        "How positions are known; learned: a vector for each, added to the token's.",
+        choices=("rotary", "learned", "none"),
+        shared=NETWORK,
+    )
+    max_positions: int | None = _key(
+        None,
+        "Vectors of positions=learned: the longest sequence there can be.",
+        at_least=1,
+        shared=NETWORK,
+        only_with={"model.positions": ("learned",)},
+    )
     rotary_base: float = _key(
         10_000.0,
         "Base of the rotary angles; smaller tells near positions apart better; 0: no positions.",
         at_least=0,
         shared=NETWORK,
+        only_with=_ROTARY,
+    )
+    rotary_scaling: str = _key(
+        "none",
+        "How rotary angles are slowed down for sequences longer than those first trained on.",
+        choices=("none", "llama3", "yarn"),
+        shared=NETWORK,
+        only_with=_ROTARY,
+    )
+    rotary_factor: float = _key(
+        1.0, "By how much, at most.", at_least=1, shared=NETWORK, only_with=_SCALED
+    )
+    rotary_original_length: int | None = _key(
+        None, "The length first trained on.", at_least=1, shared=NETWORK, only_with=_SCALED
+    )
+    rotary_low: float = _key(
+        1.0,
+        "Angles that turn fewer times over that length are slowed down by all of the factor.",
+        above=0,
+        shared=NETWORK,
+        only_with=_SCALED,
+    )
+    rotary_high: float | None = _key(
+        None,
+        "Those that turn more often are left alone; null: 4 of llama3, 32 of yarn.",
+        above=0,
+        shared=NETWORK,
+        only_with=_SCALED,
+    )
+    rotary_attention_factor: float | None = _key(
+        None,
+        "What yarn multiplies queries and keys by; null: 0.1 ln(rotary_factor) + 1.",
+        above=0,
+        shared=NETWORK,
+        only_with={"model.rotary_scaling": ("yarn",)},
     )
     residual_dtype: str = _key(
         "fp32", "Number format of the residual stream.", choices=("fp32", "bf16")

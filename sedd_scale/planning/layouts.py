@@ -125,6 +125,8 @@ def plan(config: Config, world_size: int, *, vocab_size: int, block_length: int)
             for layer in layers[first:end]
             for parameter in layer
         ]
+        if config.model.tied_embedding and first > 0 and end == len(layers):
+            numels.append(layers[0][0].local_numel(parallel.tensor))  # a copy, for the head
         activations = stage_activations(
             config,
             vocab_size=vocab_size,

@@ -4,11 +4,13 @@ The shapes are those of sedd_scale/model, in the order in which its modules regi
 the flattened parameters of a rank in that order.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sedd_scale.config import Config
+from sedd_scale.config.trunk import Matrix
 
 SIGMA_FEATURES = 256
 
@@ -51,44 +53,66 @@ def num_states(config: Config, vocab_size: int) -> int:
 
 def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
     """The parameters of each layer of the list that a pipeline cuts: embedding, blocks, head."""
-    model = config.model
+    model, trunk = config.model, config.trunk
     width, cond = model.hidden_size, model.cond_dim
     states = num_states(config, vocab_size)
+    has_sigma = model.conditioning == "adaln"
 
     def modulation(layer: str, num_vectors: int) -> Iterator[ParameterShape]:
         rows = num_vectors * width
-        yield ParameterShape(f"{layer}.modulation.linear.weight", "modulation", (rows, cond))
-        yield ParameterShape(f"{layer}.modulation.linear.bias", "modulation", (rows,))
+        if has_sigma:
+            yield ParameterShape(f"{layer}.modulation.linear.weight", "modulation", (rows, cond))
+            yield ParameterShape(f"{layer}.modulation.linear.bias", "modulation", (rows,))
 
-    def norm(name: str) -> ParameterShape:
-        return ParameterShape(f"{name}.weight", "norms", (width,))
+    def norm(name: str) -> Iterator[ParameterShape]:
+        yield ParameterShape(f"{name}.weight", "norms", (width,))
+        if trunk.norm_bias:
+            yield ParameterShape(f"{name}.bias", "norms", (width,))
 
-    def block(index: int) -> Iterator[ParameterShape]:
-        name = f"blocks.{index}"
-        yield norm(f"{name}.norm1")
-        yield norm(f"{name}.norm2")
-        yield from modulation(name, 6)
-        for matrix in config.trunk.matrices:
-            full, part, split_dim = f"{name}.{matrix.name}", matrix.part, matrix.split_dim
+    def matrices(block: str, module: Iterable[Matrix]) -> Iterator[ParameterShape]:
+        """Weights, then biases: split with its rows, and whole where columns are."""
+        biases = []
+        for matrix in module:
+            full, part, split_dim = f"{block}.{matrix.name}", matrix.part, matrix.split_dim
             shape = (matrix.rows, matrix.columns)
             yield ParameterShape(f"{full}.weight", part, shape, split_dim)
             if matrix.has_bias:
-                # A bias is split with its rows, and whole where columns are.
                 split = None if split_dim else 0
-                yield ParameterShape(f"{full}.bias", part, (matrix.rows,), split)
+                biases.append(ParameterShape(f"{full}.bias", part, shape[:1], split))
+        yield from biases
+
+    def block(index: int) -> Iterator[ParameterShape]:
+        name = f"blocks.{index}"
+        yield from norm(f"{name}.norm1")
+        yield from norm(f"{name}.norm2")
+        yield from modulation(name, 6)
+        for module, its in itertools.groupby(trunk.matrices, lambda matrix: matrix.module):
+            yield from matrices(name, its)
+            if module == "attention.linear_qkv" and trunk.qk_norm:
+                for of in ("q_norm", "k_norm"):
+                    yield ParameterShape(
+                        f"{name}.attention.{of}.weight", "norms", (trunk.head_dim,)
+                    )
 
     def embedding() -> Iterator[ParameterShape]:
         yield ParameterShape("embedding.tokens.weight", "token embedding", (states, width), 0)
+        if model.positions == "learned":
+            assert model.max_positions is not None
+            shape = (model.max_positions, width)
+            yield ParameterShape("embedding.positions.weight", "position embedding", shape)
         for name, columns in (("linear1", SIGMA_FEATURES), ("linear2", cond)):
             weight = f"embedding.sigma.{name}"
-            yield ParameterShape(f"{weight}.weight", "noise embedding", (cond, columns))
-            yield ParameterShape(f"{weight}.bias", "noise embedding", (cond,))
+            if has_sigma:
+                yield ParameterShape(f"{weight}.weight", "noise embedding", (cond, columns))
+                yield ParameterShape(f"{weight}.bias", "noise embedding", (cond,))
 
     def head() -> Iterator[ParameterShape]:
-        yield norm("head.norm")
+        yield from norm("head.norm")
         yield from modulation("head", 2)
-        yield ParameterShape("head.linear.weight", "head", (states, width), 0)
-        yield ParameterShape("head.linear.bias", "head", (states,), 0)
+        if not model.tied_embedding:
+            yield ParameterShape("head.linear.weight", "head", (states, width), 0)
+        if model.head_bias:
+            yield ParameterShape("head.linear.bias", "head", (states,), 0)
 
     blocks = [tuple(block(index)) for index in range(model.num_layers)]
     return [tuple(embedding()), *blocks, tuple(head())]

@@ -432,7 +432,7 @@ def test_every_key_that_shapes_a_model_or_its_task_says_what_it_belongs_to() -> 
     assert shaping == {
         *("model.dropout", "model.vocab_size", "model.attention", "model.residual_dtype"),
         *("model.zero_init", "model.init_from", "model.init_options"),
-        "model.grow_vocab",
+        *("model.grow_vocab", "model.adaln_gate_init"),
     }
 
 
