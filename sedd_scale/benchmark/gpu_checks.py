@@ -69,7 +69,7 @@ def _passes(stream_LBH: Tensor) -> dict[str, Tensor]:
     inputs = [value.clone().requires_grad_() for value in values]
     stream, scale, shift, gate, bias = inputs
     normed, kept = fused.modulated_norm(stream, scale, shift, epsilon=1e-5, dtype=dtype)
-    inner = fused.bias_gelu(normed, bias, overwrite=False)
+    inner = fused.mlp_activation(normed, bias, "gelu", overwrite=False)
     output = fused.gated_residual(kept, inner, gate, bias_H=bias, dropout=drop)
     grads = torch.autograd.grad(output, inputs, stream_LBH.cos())
     return {f"passes' {name}": grad.float() for name, grad in zip(names, grads, strict=True)}

@@ -152,7 +152,11 @@ def _attention(config: "Config", device: "torch.device") -> dict[str, tuple[Prog
     heads = config.trunk.heads // config.parallel.tensor
     shape = (length, batch, heads, config.trunk.head_dim)
     dtype = _weights_dtype(config)
-    inputs = [torch.rand(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    shared = (*shape[:2], config.trunk.kv_heads // config.parallel.tensor, shape[-1])
+    inputs = [
+        torch.rand(*sizes, device=device).to(dtype).requires_grad_()
+        for sizes in (shape, shared, shared)
+    ]
     grad = torch.ones(shape, dtype=dtype, device=device)
     flops = 4.0 * length * length * batch * heads * shape[-1]
 
@@ -171,6 +175,7 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
 
     from sedd_scale.model import fused
     from sedd_scale.model.dropout import dropout
+    from sedd_scale.model.rotary import RotaryAngles, rotary_table
     from sedd_scale.planning.model_states import BYTES
     from sedd_scale.planning.step_time import block_bytes
 
@@ -184,10 +189,12 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
 
     stream, update = (of(length, batch, width, dtype=kind) for kind in (residual, dtype))
     vectors = [of(batch, width, dtype=dtype) for _ in range(3)]
-    sizes = (trunk.inner, trunk.qkv_rows)
+    sizes = (trunk.inner_rows, trunk.qkv_rows)
     inner, mixed = (of(length, batch, size, dtype=dtype) for size in sizes)
-    bias, wide_bias = of(width, dtype=dtype), of(trunk.inner, dtype=dtype)
-    table = fused.rotary_table(length, trunk.head_dim, model.rotary_base, dtype, device)
+    bias = of(width, dtype=dtype) if trunk.mlp_bias else None
+    wide_bias = of(trunk.inner_rows, dtype=dtype) if trunk.mlp_bias else None
+    table = rotary_table(length, trunk.head_dim, RotaryAngles.of(model), dtype, device)
+    norms = of(2 * trunk.head_dim, dtype=dtype) if trunk.qk_norm else None
     keys = torch.arange(batch, device=device)
     rate, grads = model.dropout, list["torch.Tensor"]()
 
@@ -200,19 +207,29 @@ def _passes(config: "Config", device: "torch.device") -> dict[str, tuple[Program
         outputs = []
         for added in (None, bias):
             normed, kept = fused.modulated_norm(
-                after, scale.float(), shift, epsilon=1e-5, dtype=dtype
+                after,
+                scale.float(),
+                shift,
+                epsilon=model.norm_epsilon,
+                dtype=dtype,
+                centred=model.norm == "layernorm",
             )
-            after = fused.gated_residual(kept, update, gate, bias_H=added, dropout=drop)
+            opened = gate if model.conditioning == "adaln" else None
+            after = fused.gated_residual(kept, update, opened, bias_H=added, dropout=drop)
             outputs.append(normed)
-        wide = fused.bias_gelu(inner, wide_bias, overwrite=True)
+        wide = fused.mlp_activation(inner, wide_bias, model.activation, overwrite=True)
         turned = fused.rotated_query_key_value(
-            mixed.view(length, batch, trunk.heads, 3, trunk.head_dim), *table
+            mixed.view(length, batch, trunk.kv_heads, -1, trunk.head_dim),
+            *table,
+            norms,
+            model.norm_epsilon,
         )
         outputs += [after, wide, *turned]
-        leaves = [stream, update, *vectors, bias, inner, wide_bias, mixed]
+        given = [stream, update, *vectors, bias, inner, wide_bias, mixed, norms]
+        leaves = [one for one in given if one is not None]
         if not grads:
             grads.extend(torch.ones_like(output) for output in outputs)
-        torch.autograd.grad(outputs, leaves, grads)
+        torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
 
     counted = block_bytes(
         trunk,

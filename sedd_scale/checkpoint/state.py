@@ -27,7 +27,7 @@ def fragment_tensors(fragments: "ZeroFragments", *, saving: bool) -> dict[str, L
     tensors = {}
     for logical, key in fragments.states():
         tensor = LogicalTensor(logical.shape)
-        if not saving or fragments.layout.owns_copy(split=logical.partition_dim is not None):
+        if not saving or logical.owned(fragments.layout):
             fragment = fragments.get(logical, key)
             if fragment is not None:
                 tensor.add(logical, fragment.flat, fragment.start)
@@ -92,7 +92,7 @@ class HostCopy:
         found = {
             (logical.name, key): (logical, fragment)
             for logical, key in fragments.states()
-            if layout.owns_copy(split=logical.partition_dim is not None)
+            if logical.owned(layout)
             if (fragment := fragments.get(logical, key)) is not None
         }
         memory = torch.empty(sum(fragment.flat.numel() for _, fragment in found.values()))

@@ -217,6 +217,11 @@ class ModelConfig:
         False, "Let a dataset with more tokens than init_from append them to its vocabulary."
     )
 
+    @property
+    def cond_width(self) -> int:
+        """Width of the conditioning vector; 0: there is none."""
+        return self.cond_dim if self.conditioning == "adaln" else 0
+
 
 @dataclass(frozen=True)
 class GraphConfig:

@@ -10,11 +10,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from sedd_scale.config import ModelConfig
 from sedd_scale.model.attention import Context
 from sedd_scale.model.block import Stream
 from sedd_scale.model.head import Head
@@ -38,7 +41,7 @@ class PipelineStage(PipelineModule):
     """This process's stage; the last one computes the loss from what the head returns."""
 
     def __init__(
-        self, builders: list[LayerBuilder], cond_dim: int, layout: Layout, *, causal: bool
+        self, builders: list[LayerBuilder], model: ModelConfig, layout: Layout, *, causal: bool
     ) -> None:
         super().__init__(
             layers=[_DeferredLayer(builder) for builder in builders],
@@ -49,7 +52,8 @@ class PipelineStage(PipelineModule):
             partition_method="uniform",
         )
         self.layout = layout
-        self.cond_dim = cond_dim
+        self.cond_dim = model.cond_width
+        self.tied = model.tied_embedding
         self.causal = causal
         self.context_width = 1
         self.sigma_shape = torch.Size()
@@ -71,6 +75,16 @@ class PipelineStage(PipelineModule):
             (noisy_BL, sigma_B, context_BK)
             for (noisy_BL, sigma_B, _), context_BK in zip(inputs, contexts, strict=True)
         ]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """What DeepSpeed adds up gradients of: weights that the first and last stage both have."""
+        if not self.tied:
+            return []
+        embedding, head = self.forward_funcs[0], self.forward_funcs[-1]
+        group = parallel_state.get_embedding_group()
+        if self.layout.is_first_stage:
+            return [(embedding.tokens.weight, group)]
+        return [(head.linear.weight, group)] if self.layout.is_last_stage else []
 
     @property
     def stack(self) -> list[nn.Module]:

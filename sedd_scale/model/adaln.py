@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from sedd_scale.config import ModelConfig
 from sedd_scale.model.fused import modulated_norm
 from sedd_scale.parallel.layout import Layout
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
-NORM_EPSILON = 1e-5
 
 
 class SigmaEmbedding(nn.Module):
@@ -43,36 +43,50 @@ class SigmaEmbedding(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm without bias, then the shift and scale of adaLN; computed in float32."""
+    """The norm that a configuration names, then adaLN's shift and scale; computed in float32."""
 
-    def __init__(self, hidden_size: int, layout: Layout) -> None:
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.weight = nn.Parameter(torch.empty(model.hidden_size))
+        self.bias = nn.Parameter(torch.empty(model.hidden_size)) if model.norm_bias else None
+        self.epsilon, self.centred = model.norm_epsilon, model.norm == "layernorm"
         self.layout = layout
 
     def forward(
-        self, hidden_LBH: Tensor, shift_BH: Tensor, scale_BH: Tensor
+        self, hidden_LBH: Tensor, shift_BH: Tensor | None, scale_BH: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """LN(hidden) * (1 + scale) + shift in the weights' type, and hidden; [L, B, H] each.
+        """norm(hidden) * (1 + scale) + shift in the weights' type, and hidden; [L, B, H] each.
 
-        What else uses the stream takes the second, as `modulated_norm` says.
+        Without a condition both are None. What else uses the stream takes the second, as
+        `modulated_norm` says.
         """
-        weight = sum_gradient_over_sequence(self.weight, self.layout)
+        factor = sum_gradient_over_sequence(self.weight, self.layout).float()
+        offset = torch.zeros_like(factor)
+        if self.bias is not None:
+            offset = sum_gradient_over_sequence(self.bias, self.layout).float()
+        if scale_BH is None or shift_BH is None:
+            each = hidden_LBH.shape[1:]
+            factor, offset = factor.expand(each), offset.expand(each)
+        else:
+            opening_BH = 1 + scale_BH.float()
+            factor = factor * opening_BH
+            offset = shift_BH if self.bias is None else shift_BH + offset * opening_BH
         return modulated_norm(
             hidden_LBH,
-            weight.float() * (1 + scale_BH.float()),
-            shift_BH,
-            epsilon=NORM_EPSILON,
+            factor,
+            offset,
+            epsilon=self.epsilon,
             dtype=self.weight.dtype,
+            centred=self.centred,
         )
 
 
 class Modulation(nn.Module):
     """The linear map from c to the shifts, scales and gates of one layer (zero at the start)."""
 
-    def __init__(self, cond_dim: int, hidden_size: int, num_vectors: int, layout: Layout) -> None:
+    def __init__(self, model: ModelConfig, num_vectors: int, layout: Layout) -> None:
         super().__init__()
-        self.linear = nn.Linear(cond_dim, num_vectors * hidden_size)
+        self.linear = nn.Linear(model.cond_dim, num_vectors * model.hidden_size)
         self.num_vectors = num_vectors
         self.layout = layout
 
@@ -85,6 +99,25 @@ class Modulation(nn.Module):
             first = segments * rank // ranks
             vectors = vectors[first : first + max(1, segments // ranks)]
         return vectors.chunk(self.num_vectors, dim=-1)
+
+
+class NoModulation(nn.Module):
+    """In its place in a network without conditioning: no vectors."""
+
+    def __init__(self, num_vectors: int) -> None:
+        super().__init__()
+        self.num_vectors = num_vectors
+
+    def forward(self, cond_BC: Tensor) -> tuple[None, ...]:
+        """A None for each vector."""
+        return (None,) * self.num_vectors
+
+
+def modulation(model: ModelConfig, num_vectors: int, layout: Layout) -> nn.Module:
+    """What gives a layer its shifts, scales and gates, as the configuration says."""
+    if model.conditioning == "none":
+        return NoModulation(num_vectors)
+    return Modulation(model, num_vectors, layout)
 
 
 def sum_gradient_over_sequence(value: Tensor, layout: Layout) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention: which positions see which, three backends, and what Megatron-core calls.
 
-L positions, B sequences, h heads of this rank, D head width, E ends of documents.
+L positions, B sequences, h heads of this rank, D head width, E ends of documents. Of keys and
+values there may be fewer heads, each shared by as many queries that lie side by side.
 
 Packed documents are given by their ends, ends_BE: exclusive positions, ascending. E is the largest
 number of documents in a sequence; the last document ends at L, and shorter lists are filled with L.
@@ -101,13 +102,19 @@ class AttentionPattern(ABC):
         raise TypeError(f"{type(self).__name__} is of one length")
 
 
+def _sdpa(query_BhLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, **how: Any) -> Tensor:
+    """PyTorch's attention; h / G queries share a key."""
+    shared = query_BhLD.shape[1] != key_BGLD.shape[1]
+    return F.scaled_dot_product_attention(
+        query_BhLD, key_BGLD, value_BGLD, enable_gqa=shared, **how
+    )
+
+
 class WholeSequence(AttentionPattern):
     """All of the sequence, or all that came before."""
 
     def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query_BhLD, key_BhLD, value_BhLD, is_causal=self.causal
-        )
+        return _sdpa(query_BhLD, key_BhLD, value_BhLD, is_causal=self.causal)
 
     def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
         from flash_attn import flash_attn_func
@@ -132,9 +139,7 @@ class WithinDocuments(AttentionPattern):
             documents_BL = documents_of(self.ends_BE, query_BhLD.shape[2])
             mask_B1LL = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
             self._mask_B1LL = mask_B1LL.tril() if self.causal else mask_B1LL
-        return F.scaled_dot_product_attention(
-            query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL
-        )
+        return _sdpa(query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL)
 
     def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -148,6 +153,11 @@ class WithinDocuments(AttentionPattern):
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, _, length, _ = self._lengths(query_BLhD)
+        each = query_BLhD.shape[2] // key_BLhD.shape[2]
+        if each > 1:  # torch 2.11 takes as many keys as queries alone
+            key_BLhD, value_BLhD = (
+                part.repeat_interleave(each, 2) for part in (key_BLhD, value_BLhD)
+            )
         query, key, value = (part.flatten(0, 1) for part in (query_BLhD, key_BLhD, value_BLhD))
         window = (-1, 0) if self.causal else (-1, -1)
         output = varlen_attn(query, key, value, bounds, bounds, length, length, window_size=window)
@@ -312,7 +322,5 @@ class KeyValueCache:
         seen = torch.ones(count, end, dtype=torch.bool, device=key.device).tril(self.length)
         self.length = end
         with sdpa_kernel(_OF_ANY_SHAPE):
-            output = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=None if count == 1 else seen
-            )
+            output = _sdpa(query, keys, values, attn_mask=None if count == 1 else seen)
         return output.permute(2, 0, 1, 3)

@@ -28,6 +28,7 @@ def norm_backward(
     rstd_LB1: Tensor,
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fused._norm_backward`."""
     width = grad_LBH.shape[-1]
@@ -44,6 +45,7 @@ def norm_backward(
         sums,
         HAS_STREAM=stream_grad_LBH is not None,
         OF_STREAM=mean_LB1 is not None,
+        CENTRED=centred,
         WIDTH=width,
         **sizes,
     )
@@ -162,6 +164,7 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
     groups,
     HAS_STREAM: tl.constexpr,
     OF_STREAM: tl.constexpr,
+    CENTRED: tl.constexpr,
     WIDTH: tl.constexpr,
     POSITIONS: tl.constexpr,
     TILE: tl.constexpr,
@@ -192,8 +195,10 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
         shift_sums += g
         g = g * factor[None, :]
         along = tl.sum(g * n, 1) / WIDTH
-        level = tl.sum(g, 1) / WIDTH
-        result = (g - level[:, None] - n * along[:, None]) * inverse[:, None]
+        if CENTRED:
+            level = tl.sum(g, 1) / WIDTH
+            g = g - level[:, None]
+        result = (g - n * along[:, None]) * inverse[:, None]
         if HAS_STREAM:
             result += _read(stream_grad, place, counted)
         tl.store(out + place, result.to(out.dtype.element_ty), mask=counted)

@@ -1,5 +1,6 @@
 """One transformer block: Megatron-core attention and MLP under adaLN-zero."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +19,18 @@ from torch.utils.checkpoint import (
 )
 
 from sedd_scale.config import ModelConfig
-from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient_over_sequence
+from sedd_scale.config.trunk import GATE_PARTS
+from sedd_scale.model.adaln import (
+    AdaptiveNorm,
+    modulation,
+    sum_gradient,
+    sum_gradient_over_sequence,
+)
 from sedd_scale.model.attention import Context, CoreAttention, is_installed
 from sedd_scale.model.dropout import Dropout, dropout
-from sedd_scale.model.fused import (
-    bias_gelu,
-    gated_residual,
-    rotary_table,
-    rotated_query_key_value,
-)
+from sedd_scale.model.fused import gated_residual, mlp_activation, rotated_query_key_value
+from sedd_scale.model.parameters import holds_parts
+from sedd_scale.model.rotary import RotaryAngles, rotary_table
 from sedd_scale.parallel.layout import Layout
 
 Stream = tuple[Tensor, Tensor, Context]
@@ -69,21 +73,37 @@ class RotarySelfAttention(SelfAttention):
     """Megatron-core's self-attention with rotary positions applied where q, k and v are made.
 
     Attributes:
-        rotary_base: see `rotary_table`.
+        weight: of the norms of queries and keys, one under the other, where there are such. Under
+            ZeRO 3 it is whole here, and would not be in a module of its own.
     """
 
-    rotary_base: float
+    weight: nn.Parameter | None
+
+    def with_model(self, model: ModelConfig, layout: Layout) -> "RotarySelfAttention":
+        """Itself, told what Megatron-core's configuration has no words for."""
+        self.angles, self.layout, self.epsilon = RotaryAngles.of(model), layout, model.norm_epsilon
+        width, self.weight = self.hidden_size_per_attention_head, None
+        if model.qk_norm:
+            self.weight = nn.Parameter(torch.empty(2 * width))
+            holds_parts(self.weight, {"q_norm": width, "k_norm": width})
+        return self
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[L, B, h, D] each, for this rank's heads; L is whole under sequence parallelism."""
         mixed, _ = self.linear_qkv(hidden_states)
-        mixed = mixed.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
-        first, last = self.core_attention.places(len(mixed))
         width = self.hidden_size_per_attention_head
-        table = rotary_table(last, width, self.rotary_base, mixed.dtype, mixed.device)
-        return rotated_query_key_value(mixed, *(part[first : first + len(mixed)] for part in table))
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, width))
+        first, last = self.core_attention.places(len(mixed))
+        cos, sin = (
+            part[first : first + len(mixed)]
+            for part in rotary_table(last, width, self.angles, mixed.dtype, mixed.device)
+        )
+        weights: Tensor | None = self.weight
+        if weights is not None and self.layout.tensor > 1:
+            weights = sum_gradient(weights, self.layout)  # each rank has other heads
+        return rotated_query_key_value(mixed, cos, sin, weights, self.epsilon)
 
 
 class UnsharedRowParallelLinear(tensor_parallel.RowParallelLinear):
@@ -98,21 +118,26 @@ class UnsharedRowParallelLinear(tensor_parallel.RowParallelLinear):
         return product.clone()
 
 
-class BiasGeluMLP(MLP):
-    """Megatron-core's MLP with its first bias and its GELU in one pass.
+class FusedMLP(MLP):
+    """Megatron-core's MLP with its first bias and its activation in one pass.
 
     `overwrite` is to be off where the first product is kept for a recomputation.
     """
 
     overwrite = True
+    activation: str
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """[L, B, H] to [L, B, H] and the bias that is still to be added."""
         inner, bias = self.linear_fc1(hidden_states)
-        output: tuple[Tensor, Tensor] = self.linear_fc2(
-            bias_gelu(inner, bias, overwrite=self.overwrite)
-        )
+        inner = mlp_activation(inner, bias, self.activation, overwrite=self.overwrite)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(inner)
         return output
+
+
+def _with_bias(has_bias: bool, kind: type[nn.Module], *sizes: int, **rest: Any) -> nn.Module:
+    """A layer with the bias that the model has, whatever Megatron-core's own rule is."""
+    return kind(*sizes, **{**rest, "bias": has_bias})
 
 
 class Block(nn.Module):
@@ -126,8 +151,7 @@ class Block(nn.Module):
         self,
         index: int,
         model: ModelConfig,
-        attention_config: TransformerConfig,
-        mlp_config: TransformerConfig,
+        config: TransformerConfig,
         layout: Layout,
         *,
         recompute: str | None,
@@ -138,33 +162,34 @@ class Block(nn.Module):
         self.dropout = model.dropout
         self.layout = layout
         self.recompute = recompute
-        self.norm1 = AdaptiveNorm(model.hidden_size, layout)
-        self.norm2 = AdaptiveNorm(model.hidden_size, layout)
-        self.modulation = Modulation(model.cond_dim, model.hidden_size, 6, layout)
+        self.norm1 = AdaptiveNorm(model, layout)
+        self.norm2 = AdaptiveNorm(model, layout)
+        self.modulation = modulation(model, 6, layout)
+        column_linear = tensor_parallel.ColumnParallelLinear
         row_linear = tensor_parallel.RowParallelLinear
         if recompute == "selective":
             row_linear = UnsharedRowParallelLinear
         self.attention = RotarySelfAttention(
-            attention_config,
+            dataclasses.replace(config, add_bias_linear=model.attention_out_bias),
             SelfAttentionSubmodules(
-                linear_qkv=tensor_parallel.ColumnParallelLinear,
+                linear_qkv=functools.partial(_with_bias, model.qkv_bias, column_linear),
                 core_attention=functools.partial(CoreAttention, backend=model.attention),
                 linear_proj=row_linear,
             ),
             layer_number=index + 1,
             attn_mask_type=AttnMaskType.no_mask,
-        )
-        self.attention.rotary_base = model.rotary_base
-        self.mlp = BiasGeluMLP(
-            mlp_config,
-            MLPSubmodules(
-                linear_fc1=tensor_parallel.ColumnParallelLinear,
-                linear_fc2=row_linear,
-            ),
-            ffn_hidden_size=mlp_config.ffn_hidden_size,
+        ).with_model(model, layout)
+        self.mlp = FusedMLP(
+            config,
+            MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
+            ffn_hidden_size=config.ffn_hidden_size,
             tp_group=layout.tensor_group,
         )
+        self.mlp.activation = model.activation
         self.mlp.overwrite = recompute != "selective"
+        if config.gated_linear_unit:
+            for parameter in self.mlp.linear_fc1.parameters():
+                holds_parts(parameter, dict.fromkeys(GATE_PARTS, len(parameter) // 2))
 
     def forward(self, stream: Stream) -> Stream:
         """[L, B, H] to [L, B, H]; L is this rank's share under sequence parallelism."""
@@ -197,11 +222,12 @@ class Block(nn.Module):
         length, batch, _ = hidden_LBH.shape
         hidden_1MH = hidden_LBH.flatten(0, 1).index_select(0, rows_M)[None]
         segments = 1 if cond_BC.dim() == 2 else len(cond_BC)
-        segment_M = rows_M // (batch * length // segments)
-        cond_MC, *of_row = (
-            part.flatten(0, -2).index_select(0, segment_M * batch + rows_M % batch)
-            for part in (cond_BC, *vectors[3:])
-        )
+        sequence_M = rows_M // (batch * length // segments) * batch + rows_M % batch
+        of_row = [
+            part if part is None else part.flatten(0, -2).index_select(0, sequence_M)
+            for part in vectors[3:]
+        ]
+        cond_MC = cond_BC.flatten(0, -2).index_select(0, sequence_M)
         context = context._replace(keys_B=context.keys_B.index_select(0, rows_M % batch))
         return self._feed(hidden_1MH, of_row, context), cond_MC, context
 
@@ -210,25 +236,36 @@ class Block(nn.Module):
         hidden_LBH = self._attend(hidden_LBH, vectors[:3], context)
         return self._feed(hidden_LBH, vectors[3:], context), cond_BC, context
 
-    def _attend(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context: Context) -> Tensor:
+    def _attend(
+        self, hidden_LBH: Tensor, vectors: Sequence[Tensor | None], context: Context
+    ) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
         normed, hidden_LBH = self.norm1(hidden_LBH, shift_BH, scale_BH)
-        update, _ = self.attention(normed, attention_mask=context.pattern)
-        dropped = self._dropout(hidden_LBH, context.keys_B, site=2 * self.index)
-        return gated_residual(hidden_LBH, update, gate_BH, dropout=dropped)
+        update, bias = self.attention(normed, attention_mask=context.pattern)
+        return self._added(hidden_LBH, update, bias, gate_BH, context, site=2 * self.index)
 
-    def _feed(self, hidden_LBH: Tensor, vectors: Sequence[Tensor], context: Context) -> Tensor:
+    def _feed(
+        self, hidden_LBH: Tensor, vectors: Sequence[Tensor | None], context: Context
+    ) -> Tensor:
         shift_BH, scale_BH, gate_BH = vectors
         normed, hidden_LBH = self.norm2(hidden_LBH, shift_BH, scale_BH)
         update, bias = self.mlp(normed)
-        dropped = self._dropout(hidden_LBH, context.keys_B, site=2 * self.index + 1)
-        return gated_residual(
-            hidden_LBH,
-            update,
-            gate_BH,
-            bias_H=sum_gradient_over_sequence(bias, self.layout),
-            dropout=dropped,
-        )
+        return self._added(hidden_LBH, update, bias, gate_BH, context, site=2 * self.index + 1)
+
+    def _added(
+        self,
+        hidden_LBH: Tensor,
+        update_LBH: Tensor,
+        bias_H: Tensor | None,
+        gate_BH: Tensor | None,
+        context: Context,
+        *,
+        site: int,
+    ) -> Tensor:
+        if bias_H is not None:
+            bias_H = sum_gradient_over_sequence(bias_H, self.layout)
+        dropped = self._dropout(hidden_LBH, context.keys_B, site=site)
+        return gated_residual(hidden_LBH, update_LBH, gate_BH, bias_H=bias_H, dropout=dropped)
 
     def _dropout(self, hidden_LBH: Tensor, keys_B: Tensor, *, site: int) -> Dropout | None:
         if not (self.training and self.dropout > 0):

@@ -9,7 +9,6 @@ width. Vectors of a sequence are [B, H], or [S, B, H] where each of its S segmen
 has its own; the passes then see rows as [S, L / S, B, H] and vectors as [S, 1, B, H].
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_scale.config.trunk import GATED
 from sedd_scale.files.compiler import compiles_kernels
 from sedd_scale.model import compiled
 from sedd_scale.model.compiled import compiled_on_gpu
@@ -33,8 +33,11 @@ def modulated_norm(
     *,
     epsilon: float,
     dtype: torch.dtype,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(hidden - mean) / sqrt(variance + epsilon) * scale + shift over H, and `hidden` again.
+
+    Without `centred` no mean is taken off (RMSNorm, arXiv 1910.07467).
 
     The first is [L, B, H] of `dtype`, computed in float32; what is kept for the backward pass is
     one such tensor, or the stream itself. The second is for whatever else uses the stream: its
@@ -43,7 +46,7 @@ def modulated_norm(
     shape = hidden_LBH.shape
     vectors = [_over_positions(vector.float()) for vector in (scale_BH, shift_BH)]
     hidden_LBH = _in_segments(hidden_LBH, scale_BH)
-    normed_LBH, hidden_LBH = _ModulatedNorm.apply(hidden_LBH, *vectors, epsilon, dtype)
+    normed_LBH, hidden_LBH = _ModulatedNorm.apply(hidden_LBH, *vectors, epsilon, dtype, centred)
     return normed_LBH.view(shape), hidden_LBH.view(shape)
 
 
@@ -78,14 +81,32 @@ def _norm_forward(
     epsilon: float,
     dtype: torch.dtype,
     keeps_stream: bool,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, what is kept beside the stream, or else of it, and 1 / deviation."""
-    width = hidden_LBH.shape[-1:]
-    normed_LBH, mean_LB1, rstd_LB1 = torch.native_layer_norm(
-        hidden_LBH.float(), width, None, None, epsilon
-    )
+    if centred:
+        width = hidden_LBH.shape[-1:]
+        normed_LBH, mean_LB1, rstd_LB1 = torch.native_layer_norm(
+            hidden_LBH.float(), width, None, None, epsilon
+        )
+    else:
+        normed_LBH, rstd_LB1 = _over_root_mean_square(hidden_LBH.float(), epsilon)
+        mean_LB1 = torch.zeros_like(rstd_LB1)
     output_LBH = torch.addcmul(shift_BH, normed_LBH, scale_BH)
     return output_LBH.to(dtype), mean_LB1 if keeps_stream else normed_LBH.to(dtype), rstd_LB1
+
+
+def _over_root_mean_square(rows: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Rows over the root of their mean square, and one over that root."""
+    square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square()
+    inverse = torch.rsqrt(square / rows.shape[-1] + epsilon)
+    return rows * inverse, inverse
+
+
+def _of_root_mean_square(grad: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of rows from that of what `_over_root_mean_square` made of them."""
+    along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / grad.shape[-1]
+    return torch.addcmul(grad, normed, along, value=-1).mul_(inverse)
 
 
 def _norm_backward(
@@ -96,6 +117,7 @@ def _norm_backward(
     rstd_LB1: Tensor,
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the stream, the scale and the shift.
 
@@ -106,20 +128,24 @@ def _norm_backward(
     if mean_LB1 is not None:
         normed_LBH = (normed_LBH - mean_LB1) * rstd_LB1
     grad_scale_BH = _sum_over_positions(grad_LBH * normed_LBH, scale_BH)
-    # The gradient of a norm whose input has mean 0 and deviation 1 is that of any other but for its
-    # deviation: so the input itself need not be kept.
-    mean, rstd = torch.zeros_like(rstd_LB1), torch.ones_like(rstd_LB1)
-    grad_normed_LBH = torch.ops.aten.native_layer_norm_backward(
-        grad_LBH * scale_BH,
-        normed_LBH,
-        normed_LBH.shape[-1:],
-        mean,
-        rstd,
-        None,
-        None,
-        [True, False, False],
-    )[0]
-    grad_hidden_LBH = grad_normed_LBH.mul_(rstd_LB1).to(hidden_dtype)
+    if centred:
+        # The gradient of a norm whose input has mean 0 and deviation 1 is that of any other but for
+        # its deviation: so the input itself need not be kept.
+        mean, rstd = torch.zeros_like(rstd_LB1), torch.ones_like(rstd_LB1)
+        grad_normed_LBH = torch.ops.aten.native_layer_norm_backward(
+            grad_LBH * scale_BH,
+            normed_LBH,
+            normed_LBH.shape[-1:],
+            mean,
+            rstd,
+            None,
+            None,
+            [True, False, False],
+        )[0]
+        grad_hidden_LBH = grad_normed_LBH.mul_(rstd_LB1)
+    else:
+        grad_hidden_LBH = _of_root_mean_square(grad_LBH * scale_BH, normed_LBH, rstd_LB1)
+    grad_hidden_LBH = grad_hidden_LBH.to(hidden_dtype)
     if stream_grad_LBH is not None:
         grad_hidden_LBH = grad_hidden_LBH.add_(stream_grad_LBH)
     return grad_hidden_LBH, grad_scale_BH, _sum_over_positions(grad_LBH, scale_BH)
@@ -134,13 +160,14 @@ class _ModulatedNorm(torch.autograd.Function):
         shift_BH: Tensor,
         epsilon: float,
         dtype: torch.dtype,
+        centred: bool,
     ) -> tuple[Tensor, Tensor]:
         # On a GPU what the norm made of the stream is made again, where that is read as fast.
         keeps_stream = compiled.on_gpu(hidden_LBH) and hidden_LBH.dtype == dtype
         output_LBH, kept, rstd_LB1 = _norm_forward(
-            hidden_LBH, scale_BH, shift_BH, epsilon, dtype, keeps_stream
+            hidden_LBH, scale_BH, shift_BH, epsilon, dtype, keeps_stream, centred
         )
-        ctx.hidden_dtype = hidden_LBH.dtype
+        ctx.hidden_dtype, ctx.centred = hidden_LBH.dtype, centred
         of_stream = (hidden_LBH, kept) if keeps_stream else (kept, None)
         ctx.save_for_backward(*of_stream, rstd_LB1, scale_BH)
         ctx.set_materialize_grads(False)
@@ -151,24 +178,32 @@ class _ModulatedNorm(torch.autograd.Function):
         ctx: Any, grad_LBH: Tensor | None, stream_grad_LBH: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_LBH is None:
-            return stream_grad_LBH, None, None, None, None
+            return stream_grad_LBH, None, None, None, None, None
         kept_LBH, mean_LB1, rstd_LB1, scale_BH = ctx.saved_tensors
         grads = _kernel_of(_norm_backward, grad_LBH)(
             *(grad_LBH, stream_grad_LBH, kept_LBH, mean_LB1, rstd_LB1, scale_BH),
             ctx.hidden_dtype,
+            ctx.centred,
         )
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def gated_residual(
     hidden_LBH: Tensor,
     update_LBH: Tensor,
-    gate_BH: Tensor,
+    gate_BH: Tensor | None,
     *,
     bias_H: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """hidden + gate * dropout(update + bias), in the type of `hidden`; None drops nothing."""
+    """hidden + gate * dropout(update + bias), in the type of `hidden`; None drops nothing.
+
+    Without a gate the update is added as it is.
+    """
+    if gate_BH is None:
+        rate, *hashes = dropout or (0.0,)
+        dropped_LBH = _dropped(update_LBH, bias_H, rate, *hashes)
+        return torch.add(hidden_LBH, dropped_LBH.to(hidden_LBH.dtype), alpha=1 / (1 - rate))
     gate_BH, shape = gate_BH.to(hidden_LBH.dtype), hidden_LBH.shape
     rate, hashes = 0.0, list[Tensor]()
     if dropout is not None:
@@ -254,14 +289,62 @@ class _GatedResidual(torch.autograd.Function):
         return grad_LBH, *grads, *([None] * (1 + len(hashes)))
 
 
-def bias_gelu(inner_LBF: Tensor, bias_F: Tensor, *, overwrite: bool) -> Tensor:
-    """GELU (tanh approximation) of inner + bias.
+def mlp_activation(
+    inner_LBF: Tensor, bias_F: Tensor | None, activation: str, *, overwrite: bool
+) -> Tensor:
+    """The activation of inner + bias.
+
+    "gelu" is GELU's tanh approximation. Of "swiglu" and "geglu" [L, B, 2 F] become [L, B, F]: SiLU
+    or GELU of the first half, times the second (arXiv 2002.05202).
 
     With `overwrite` the sum takes the place of `inner`, which must be a product whose own backward
     pass does not look at it.
     """
-    result: Tensor = _BiasGelu.apply(inner_LBF, bias_F, overwrite)
+    if activation in GATED:
+        if bias_F is not None:
+            inner_LBF = inner_LBF.add_(bias_F) if overwrite else inner_LBF + bias_F
+        result: Tensor = _Gated.apply(inner_LBF, activation == "swiglu")
+        return result
+    if bias_F is None:
+        return F.gelu(inner_LBF, approximate="tanh")
+    result = _BiasGelu.apply(inner_LBF, bias_F, overwrite)
     return result
+
+
+@compiled_on_gpu
+def _gated_forward(inner_LBF: Tensor, by_silu: bool) -> Tensor:
+    gate_LBF, up_LBF = inner_LBF.chunk(2, dim=-1)
+    opened_LBF = F.silu(gate_LBF) if by_silu else F.gelu(gate_LBF, approximate="tanh")
+    return opened_LBF * up_LBF
+
+
+@compiled_on_gpu
+def _gated_backward(grad_LBF: Tensor, inner_LBF: Tensor, by_silu: bool, out_LBF: Tensor) -> None:
+    """Write to `out` the gradient of `inner`."""
+    gate_LBF, up_LBF = inner_LBF.chunk(2, dim=-1)
+    to_gate_LBF, to_up_LBF = out_LBF.chunk(2, dim=-1)
+    through_LBF = grad_LBF * up_LBF
+    if by_silu:
+        to_up_LBF.copy_(F.silu(gate_LBF)).mul_(grad_LBF)
+        to_gate_LBF.copy_(torch.ops.aten.silu_backward(through_LBF, gate_LBF))
+    else:
+        to_up_LBF.copy_(F.gelu(gate_LBF, approximate="tanh")).mul_(grad_LBF)
+        to_gate_LBF.copy_(torch.ops.aten.gelu_backward(through_LBF, gate_LBF, approximate="tanh"))
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inner_LBF: Tensor, by_silu: bool) -> Tensor:
+        ctx.save_for_backward(inner_LBF)
+        ctx.by_silu = by_silu
+        return _gated_forward(inner_LBF, by_silu)
+
+    @staticmethod
+    def backward(ctx: Any, grad_LBF: Tensor) -> tuple[Tensor, None]:
+        (inner_LBF,) = ctx.saved_tensors
+        out_LBF = torch.empty_like(inner_LBF)
+        _gated_backward(grad_LBF, inner_LBF, ctx.by_silu, out_LBF)
+        return out_LBF, None
 
 
 @compiled_on_gpu
@@ -295,64 +378,100 @@ class _BiasGelu(torch.autograd.Function):
         return *_kernel_of(_gelu_backward, grad_LBF)(grad_LBF, *ctx.saved_tensors), None
 
 
-@functools.lru_cache(maxsize=8)
-def rotary_table(
-    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, [L, 1, 1, 1, D / 2] each (Su et al., 2104.09864).
-
-    Entry i turns by position / base^(2i / D); base 0 turns nothing.
-    """
-    # The table outlives the call: made in inference mode it could not serve training after.
-    with torch.inference_mode(False):
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        position = torch.arange(length, dtype=torch.float32, device=device)
-        turn = base**exponent if base else torch.full_like(exponent, torch.inf)
-        angle = position[:, None] / turn
-        angle = angle[:, None, None, None]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def rotated_query_key_value(
-    mixed_LBh3D: Tensor, cos: Tensor, sin: Tensor
+    mixed_LBGRD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [L, B, h, D] of each head, the first two turned by their position.
+    """Queries [L, B, h, D], keys and values [L, B, G, D], the first two turned by their position.
 
     Entry i of a head turns with entry i + D / 2; `cos` and `sin` are as `rotary_table` makes them.
+
+    Args:
+        mixed_LBGRD: of each head of keys and values the h / G queries that share it, the key and
+            the value: R = h / G + 2.
+        weights: of the norms of queries and keys, [2 D]: both are first divided by their root mean
+            square over D. None: there is no such norm.
+        epsilon: of these norms.
     """
-    query, key, value = _RotatedQueryKeyValue.apply(mixed_LBh3D, cos, sin)
+    query, key, value = _RotatedQueryKeyValue.apply(mixed_LBGRD, cos, sin, weights, epsilon)
     return query, key, value
 
 
 @compiled_on_gpu
-def _turn(pair_LBh2D: Tensor, cos: Tensor, sin: Tensor, turned_LBh2D: Tensor) -> None:
+def _turn(pair_LBhRD: Tensor, cos: Tensor, sin: Tensor, turned_LBhRD: Tensor) -> None:
     """Write to `turned` the entries of `pair` turned by the angles."""
-    half = pair_LBh2D.shape[-1] // 2
-    first, second = pair_LBh2D[..., :half], pair_LBh2D[..., half:]
-    to_first, to_second = turned_LBh2D[..., :half], turned_LBh2D[..., half:]
+    half = pair_LBhRD.shape[-1] // 2
+    first, second = pair_LBhRD[..., :half], pair_LBhRD[..., half:]
+    to_first, to_second = turned_LBhRD[..., :half], turned_LBhRD[..., half:]
     to_first.copy_(first).mul_(cos).addcmul_(second, sin, value=-1)
     to_second.copy_(second).mul_(cos).addcmul_(first, sin)
+
+
+def _of_heads(weights: Tensor, rows: int) -> Tensor:
+    """The weight of each of the queries and of the key, float32 [R - 1, D], from [2 D]."""
+    query, key = weights.float().view(2, 1, -1)
+    return torch.cat([query.expand(rows - 2, -1), key])
+
+
+@compiled_on_gpu
+def _head_norm(pair_LBGRD: Tensor, weight_RD: Tensor, epsilon: float) -> Tensor:
+    normed, _ = _over_root_mean_square(pair_LBGRD.float(), epsilon)
+    return (normed * weight_RD).to(pair_LBGRD.dtype)
+
+
+@compiled_on_gpu
+def _head_norm_backward(
+    grad_LBGRD: Tensor, pair_LBGRD: Tensor, weight_RD: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of queries and keys, and what adds up to that of their weights."""
+    normed, inverse = _over_root_mean_square(pair_LBGRD.float(), epsilon)
+    grad = grad_LBGRD.float()
+    return _of_root_mean_square(grad * weight_RD, normed, inverse), grad * normed
 
 
 class _RotatedQueryKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mixed_LBh3D: Tensor, cos: Tensor, sin: Tensor
+        ctx: Any,
+        mixed_LBGRD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        weights: Tensor | None,
+        epsilon: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        pair_LBh2D = mixed_LBh3D[..., :2, :]
-        turned_LBh2D = torch.empty_like(pair_LBh2D, memory_format=torch.contiguous_format)
-        _turn(pair_LBh2D, cos, sin, turned_LBh2D)
-        query, key = turned_LBh2D.unbind(3)
-        return query, key, mixed_LBh3D[..., 2, :]
+        pair, ctx.epsilon = mixed_LBGRD[..., :-1, :], epsilon
+        # With a norm the inputs are kept, of which the values are a view and alive as they are.
+        ctx.save_for_backward(cos, sin, weights, None if weights is None else mixed_LBGRD)
+        if weights is not None:
+            pair = _head_norm(pair, _of_heads(weights, mixed_LBGRD.shape[3]), epsilon)
+        # One tensor where a key has one query, so that they turn in one pass.
+        parts = [pair] if pair.shape[3] == 2 else list(pair.split([pair.shape[3] - 1, 1], 3))
+        turned = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        for part, to_part in zip(parts, turned):
+            _turn(part, cos, sin, to_part)
+        query, key = turned if len(turned) == 2 else turned[0].split(1, 3)
+        return query.flatten(2, 3), key.squeeze(3), mixed_LBGRD[..., -1, :]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, weights, mixed = ctx.saved_tensors
+        query, key, value = grads
         # One tensor for the three, as the product wants it: no concatenation.
-        grad_LBh3D = grads[0].new_empty((*grads[0].shape[:3], 3, grads[0].shape[3]))
-        for place, grad_LBhD in enumerate(grads[:2]):
-            grad_LBh1D = grad_LBh3D[..., place : place + 1, :]
-            _turn(grad_LBhD.unsqueeze(3), cos, -sin, grad_LBh1D)
-        grad_LBh3D[..., 2, :] = grads[2]
-        return grad_LBh3D, None, None
+        groups = key.shape[2]
+        rows = query.shape[2] // groups + 2
+        grad = query.new_empty((*key.shape[:3], rows, key.shape[3]))
+        _turn(query.unflatten(2, (groups, -1)), cos, -sin, grad[..., : rows - 2, :])
+        _turn(key.unsqueeze(3), cos, -sin, grad[..., rows - 2 : rows - 1, :])
+        grad[..., -1, :] = value
+        grad_weights = None
+        if weights is not None:
+            pair = grad[..., :-1, :]
+            given = (pair, mixed[..., :-1, :], _of_heads(weights, rows), ctx.epsilon)
+            grad_pair, parts = _head_norm_backward(*given)
+            pair.copy_(grad_pair)
+            of_rows = parts.sum((0, 1, 2))
+            grad_weights = torch.cat([of_rows[:-1].sum(0), of_rows[-1]]).to(weights.dtype)
+        return grad, None, None, grad_weights, None

@@ -10,9 +10,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from sedd_scale.config import ModelConfig
 from sedd_scale.diffusion.row_law import RowLaw
-from sedd_scale.model.adaln import AdaptiveNorm, Modulation, sum_gradient
+from sedd_scale.model.adaln import AdaptiveNorm, modulation, sum_gradient
 from sedd_scale.model.block import Stream
+from sedd_scale.model.parameters import TOKENS, is_copy_of
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import (
     ScoreTargets,
@@ -48,7 +50,8 @@ class ScoreLinear(ColumnParallelLinear):
         if law is not None:
             shard = dataclasses.replace(shard, law=law)
         function = linear_score_entropy_per_sequence if per_sequence else linear_score_entropy
-        return function(hidden_LBH, self.weight, self.bias, targets, shard)
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        return function(hidden_LBH, self.weight, bias, targets, shard)
 
 
 class Head(nn.Module):
@@ -58,7 +61,7 @@ class Head(nn.Module):
         self,
         law: RowLaw,
         padded_states: int,
-        cond_dim: int,
+        model: ModelConfig,
         config: TransformerConfig,
         layout: Layout,
     ) -> None:
@@ -68,15 +71,18 @@ class Head(nn.Module):
         self.vocab_rows = {"linear.weight": graph.num_states, "linear.bias": graph.num_states}
         self.num_states = graph.num_states
         self.layout = layout
-        self.norm = AdaptiveNorm(config.hidden_size, layout)
-        self.modulation = Modulation(cond_dim, config.hidden_size, 2, layout)
+        self.norm = AdaptiveNorm(model, layout)
+        self.modulation = modulation(model, 2, layout)
         self.linear = ScoreLinear(
             config.hidden_size,
             padded_states,
             config=config,
             init_method=config.init_method,
+            bias=model.head_bias,
             tp_group=layout.tensor_group,
         )
+        if model.tied_embedding:
+            is_copy_of(self.linear.weight, TOKENS)
         columns = padded_states // layout.tensor
         start = columns * layout.tensor_rank
         self.linear.shard = VocabShard(

@@ -4,7 +4,6 @@ A pipeline takes the list and keeps its stage's part; everything else runs it wh
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -26,7 +25,11 @@ from sedd_scale.model.attention import CoreAttention, KeyValueCache, packed_cont
 from sedd_scale.model.block import Block, Stream
 from sedd_scale.model.embedding import Embedding
 from sedd_scale.model.head import Head
-from sedd_scale.model.parameters import initialize_parameters, split_over_tensor_ranks
+from sedd_scale.model.parameters import (
+    copied_name,
+    initialize_parameters,
+    split_over_tensor_ranks,
+)
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets
 
@@ -39,19 +42,16 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
     The weights are float32 and the same under every layout; an engine casts them.
     """
     model, parallel, objective = config.model, config.parallel, make_objective(config)
-    mlp_config = _transformer_config(model, layout)
-    attention_config = dataclasses.replace(mlp_config, add_bias_linear=False)
+    transformer = _transformer_config(model, layout)
     padded_states = -(-graph.num_states // layout.tensor) * layout.tensor
-    residual_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.residual_dtype]
 
     def embedding() -> nn.Module:
         return Embedding(
             graph.num_states,
             padded_states,
-            model.cond_dim,
-            mlp_config,
+            model,
+            transformer,
             layout,
-            residual_dtype,
             time_conditioning=model.time_conditioning and not objective.causal,
             causal=objective.causal,
         )
@@ -61,26 +61,25 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
         return Block(
             index,
             model,
-            attention_config,
-            mlp_config,
+            transformer,
             layout,
             recompute=parallel.recompute_mode if every > 0 and index % every == 0 else None,
         )
 
     def head() -> nn.Module:
-        return Head(
-            law_of(config, graph, cross_entropy=objective.cross_entropy),
-            padded_states,
-            model.cond_dim,
-            mlp_config,
-            layout,
-        )
+        law = law_of(config, graph, cross_entropy=objective.cross_entropy)
+        return Head(law, padded_states, model, transformer, layout)
 
     def initialized(build: LayerBuilder) -> nn.Module:
         layer = build()
         _mark_split_parameters(layer)
-        seed, zero_init = config.training.seed, model.zero_init
-        initialize_parameters(layer, layout, seed=seed, zero_init=zero_init)
+        initialize_parameters(
+            layer,
+            layout,
+            seed=config.training.seed,
+            zero_init=model.zero_init,
+            open_gates=model.adaln_gate_init == "one",
+        )
         return layer
 
     builders: list[LayerBuilder] = [embedding]
@@ -90,18 +89,20 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
 
 
 def _transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
-    """What Megatron-core's layers are told; with biases, as in the feed-forward layers."""
+    """What Megatron-core's layers are told; biases are those of the feed-forward layers."""
     trunk = TrunkShape.of(model)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=trunk.width,
         num_attention_heads=trunk.heads,
+        num_query_groups=trunk.kv_heads,
+        kv_channels=trunk.head_dim,
         ffn_hidden_size=trunk.inner,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
         activation_func=functools.partial(F.gelu, approximate="tanh"),
-        add_bias_linear=True,
-        gated_linear_unit=False,
+        add_bias_linear=trunk.mlp_bias,
+        gated_linear_unit=trunk.gated,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
@@ -128,6 +129,10 @@ class ScoreNetwork(nn.Module):
     def __init__(self, builders: list[LayerBuilder]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(build() for build in builders)
+        if copied_name(self.head.linear.weight) is not None:
+            embedding = self.layers[0]
+            assert isinstance(embedding, Embedding)
+            self.head.linear.weight = embedding.tokens.weight
 
     @property
     def stack(self) -> list[nn.Module]:
@@ -160,9 +165,13 @@ class ScoreNetwork(nn.Module):
         cores = [module for module in self.modules() if isinstance(module, CoreAttention)]
         for core in cores:
             core.cache = KeyValueCache(capacity)
+        embedding = self.layers[0]
+        assert isinstance(embedding, Embedding)
+        embedding.cache = cores[0].cache
         try:
             yield
         finally:
+            embedding.cache = None
             for core in cores:
                 core.cache = None
 

@@ -38,6 +38,12 @@ class LogicalParameter:
     offset: int
     begin: int = 0
     """Where the shard begins in the flattened parameter."""
+    is_copy: bool = False
+    """Whether another pipeline stage has it too, and speaks for it."""
+
+    def owned(self, layout: Layout) -> bool:
+        """Whether this process speaks for its shard, of which others may hold a copy."""
+        return not self.is_copy and layout.owns_copy(split=self.partition_dim is not None)
 
     @property
     def shard(self) -> torch.Tensor | None:
@@ -79,12 +85,16 @@ def logical_parameters(module: nn.Module, layout: Layout) -> Iterator[LogicalPar
     `vocab_rows`, a mapping from parameter name to the number of rows that are not padding. A
     parameter that `holds_parts` is one logical parameter a part, LAYER.MODULE.PART.weight.
     """
+    seen: set[nn.Parameter] = set()
     for layer in module.modules():
         prefix = getattr(layer, "logical_name", None)
         if prefix is None:
             continue
         vocab_rows: dict[str, int] = getattr(layer, "vocab_rows", {})
         for name, parameter in layer.named_parameters():
+            if parameter in seen:  # of an earlier layer, which has a name for it
+                continue
+            seen.add(parameter)
             rows, *others = getattr(parameter, "ds_shape", parameter.shape)
             split = bool(getattr(parameter, "tensor_model_parallel", False))
             partition_dim = int(parameter.partition_dim) if split else None  # type: ignore[attr-defined]
@@ -101,14 +111,17 @@ def logical_parameters(module: nn.Module, layout: Layout) -> Iterator[LogicalPar
                 if name in vocab_rows:
                     shape[0] = vocab_rows[name]
                 of_module, _, kind = name.rpartition(".")
+                own = f"{prefix}.{of_module}.{part}.{kind}" if part else f"{prefix}.{name}"
+                copied = copied_name(parameter)
                 yield LogicalParameter(
-                    name=f"{prefix}.{of_module}.{part}.{kind}" if part else f"{prefix}.{name}",
+                    name=copied or own,
                     parameter=parameter,
                     local_shape=local_shape,
                     shape=tuple(shape),
                     partition_dim=partition_dim,
                     offset=offset,
                     begin=begin,
+                    is_copy=copied is not None,
                 )
                 begin += math.prod(local_shape)
 
@@ -125,21 +138,39 @@ def holds_parts(parameter: nn.Parameter, parts: dict[str, int]) -> None:
     parameter.logical_parts = dict(parts)  # type: ignore[attr-defined]
 
 
+TOKENS = "embedding.tokens.weight"
+
+
+def is_copy_of(parameter: nn.Parameter, name: str) -> None:
+    """Mark a parameter as another's copy on another pipeline stage, by the other's logical name."""
+    parameter.logical_copy = name  # type: ignore[attr-defined]
+
+
+def copied_name(parameter: torch.Tensor) -> str | None:
+    """The logical name of what it is a copy of; None: it is none."""
+    return getattr(parameter, "logical_copy", None)
+
+
 @torch.no_grad()
-def initialize_parameters(module: nn.Module, layout: Layout, *, seed: int, zero_init: bool) -> None:
+def initialize_parameters(
+    module: nn.Module, layout: Layout, *, seed: int, zero_init: bool, open_gates: bool = False
+) -> None:
     """Give every parameter its initial value, the same under every layout.
 
-    Norm weights are one; embedding, weights and biases are U(-1/sqrt(fan_in), 1/sqrt(fan_in)), with
-    the embedding's fan-in its width; adaLN modulations and the head's linear map are zero when
-    `zero_init` (Lou et al., appendix on architecture; adaLN-zero, Peebles and Xie 2023).
+    Norm weights are one and their biases zero; embedding, weights and biases are
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), with the embedding's fan-in its width; adaLN modulations and
+    the head's linear map are zero when `zero_init` (Lou et al., appendix on architecture;
+    adaLN-zero, Peebles and Xie 2023). With
+    `open_gates` the biases of blocks' gates are one.
     """
     fan_in: dict[str, int] = {}
     for logical in logical_parameters(module, layout):
         name = logical.name
         if name.endswith("weight"):
             fan_in[name.rsplit(".", 1)[0]] = logical.shape[-1]
-        if ".norm" in name:
-            whole = torch.ones(logical.shape)
+        of_module, kind = name.split(".")[-2:]
+        if "norm" in of_module:
+            whole = torch.full(logical.shape, float(kind == "weight"))
         elif zero_init and (".modulation." in name or name.startswith("head.linear")):
             whole = torch.zeros(logical.shape)
         else:
@@ -147,5 +178,7 @@ def initialize_parameters(module: nn.Module, layout: Layout, *, seed: int, zero_
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             whole = torch.empty(logical.shape).uniform_(-bound, bound, generator=generator)
+        if open_gates and name.startswith("blocks.") and name.endswith(".modulation.linear.bias"):
+            whole.view(2, 3, -1)[:, 2] = 1.0  # shift, scale and gate of either branch
         assert logical.shard is not None
         logical.shard.copy_(logical.slice_of(whole))

@@ -72,8 +72,8 @@ def stage_activations(
             else:
                 kept += block
     # Gradients of the MLP's inner tensors, and of the stream in float32.
-    inner = tokens * config.trunk.inner // parallel.tensor
-    workspace = 2 * weight_bytes * inner + 4 * FLOAT32 * stream
+    inner = tokens * (config.trunk.inner_rows + config.trunk.inner) // parallel.tensor
+    workspace = weight_bytes * inner + 4 * FLOAT32 * stream
     workspace += block if recomputed else 0
     if layers[-1] == model.num_layers + 1:
         # The norm's output, and the linear map's input at every position.
@@ -95,13 +95,13 @@ def _block_bytes(config: Config, stream: int, tokens: int) -> int:
     per_branch = {
         "norm's output": weight_bytes,
         "modulated norm, the linear map's input": weight_bytes,
-        "branch before its gate": weight_bytes,
+        "branch before its gate": weight_bytes if config.model.cond_width else 0,
     }
     split = {
         "queries, keys and values": trunk.qkv_rows,
         "turned queries and keys": trunk.turned_rows,
         "attention's output": trunk.query_rows,
-        "before and after GELU": 2 * trunk.inner,
+        "before and after the activation": trunk.inner_rows + trunk.inner,
     }
     branches = 2 * sum(per_branch.values()) * stream
     shards = weight_bytes * tokens * sum(split.values()) // config.parallel.tensor
@@ -113,7 +113,7 @@ def _product_bytes(config: Config, tokens: int) -> int:
     trunk = config.trunk
     weight_bytes = BYTES[config.training.precision]
     # Queries, keys and values, attention's output, and the MLP's inner product.
-    kept = trunk.qkv_rows + trunk.query_rows + trunk.inner
+    kept = trunk.qkv_rows + trunk.query_rows + trunk.inner_rows
     inner = tokens * kept // config.parallel.tensor
     # Of row-parallel products each rank holds its part of the sum, at every position.
     outer = 2 * tokens * trunk.width
@@ -154,7 +154,7 @@ def _boundary_bytes(
     model, pipeline = config.model, config.parallel.pipeline
     if pipeline == 1:
         return 0
-    cond_rows = -(-model.cond_dim // model.hidden_size)
+    cond_rows = -(-model.cond_width // model.hidden_size)
     extra = config.training.micro_batch * cond_rows * model.hidden_size
     packed = residual_bytes * (stream + extra)
     received, sent = stage > 0, stage < pipeline - 1

@@ -52,9 +52,10 @@ def step_flops(config: Config, *, vocab_size: int, block_length: int) -> StepFlo
     width, length = model.hidden_size, block_length
     linear = 2 * config.trunk.products
     attention = 4 * length * config.trunk.query_rows
-    modulation = 2 * model.cond_dim * 6 * width / length
+    cond = model.cond_width
+    modulation = 2 * cond * 6 * width / length
     block = linear + attention + modulation
-    noise = 2 * model.cond_dim * (SIGMA_FEATURES + model.cond_dim + 2 * width) / length
+    noise = 2 * cond * (SIGMA_FEATURES + cond + 2 * width) / length
     head = 2 * width * vocab_size
     rows = head_rows(config)
     trunk = model.num_layers * block + noise

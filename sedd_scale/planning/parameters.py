@@ -54,13 +54,12 @@ def num_states(config: Config, vocab_size: int) -> int:
 def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
     """The parameters of each layer of the list that a pipeline cuts: embedding, blocks, head."""
     model, trunk = config.model, config.trunk
-    width, cond = model.hidden_size, model.cond_dim
+    width, cond = model.hidden_size, model.cond_width
     states = num_states(config, vocab_size)
-    has_sigma = model.conditioning == "adaln"
 
     def modulation(layer: str, num_vectors: int) -> Iterator[ParameterShape]:
         rows = num_vectors * width
-        if has_sigma:
+        if cond:
             yield ParameterShape(f"{layer}.modulation.linear.weight", "modulation", (rows, cond))
             yield ParameterShape(f"{layer}.modulation.linear.bias", "modulation", (rows,))
 
@@ -102,7 +101,7 @@ def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
             yield ParameterShape("embedding.positions.weight", "position embedding", shape)
         for name, columns in (("linear1", SIGMA_FEATURES), ("linear2", cond)):
             weight = f"embedding.sigma.{name}"
-            if has_sigma:
+            if cond:
                 yield ParameterShape(f"{weight}.weight", "noise embedding", (cond, columns))
                 yield ParameterShape(f"{weight}.bias", "noise embedding", (cond,))
 

@@ -101,8 +101,10 @@ def block_bytes(trunk: TrunkShape, *, residual: int, weight: int) -> dict[str, i
         "gates backward": 2 * trunk.width * (residual + 2 * weight),
         # Query and key in and out in both directions; a value's gradient to beside theirs.
         "rotary turns": 2 * weight * (2 * trunk.turned_rows + values),
+        # As the turns, and what adds up to their weights' gradients, written and read in float32.
+        "norms of queries and keys": trunk.qk_norm * trunk.turned_rows * (5 * weight + 8),
         # Forward in and out; backward two in, one out.
-        "GELU": trunk.inner * (2 * weight + 3 * weight),
+        "activation": weight * (3 * trunk.inner_rows + 2 * trunk.inner),
     }
 
 
@@ -175,10 +177,10 @@ def step_time(
     head = 2 * width * states * rows
     passes = block_bytes(trunk, residual=residual, weight=weight)
     forward = sum(size for name, size in passes.items() if "forward" in name)
-    # Norms and gates are shared over the sequence; turns and GELU over the tensor ranks' heads.
+    # Norms and gates of the stream are shared over the sequence, the others over tensor ranks.
     shared = parallel.tensor if parallel.sequence_parallel else 1
-    streamed = (sum(passes.values()) - passes["rotary turns"] - passes["GELU"]) / shared
-    split = (passes["rotary turns"] + passes["GELU"]) / parallel.tensor
+    of_stream = sum(size for name, size in passes.items() if name.endswith(("forward", "backward")))
+    streamed, split = of_stream / shared, (sum(passes.values()) - of_stream) / parallel.tensor
     positions = tokens * blocks
     chunk = max(MIN_CHUNK_ROWS, GPU_CHUNK_BYTES // (4 * states))
     chunks = -(-rows // chunk)

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     weights: torch.dtype
     given: bool
     segments: int = 1
+    centred: bool = True
 
     def arguments(self) -> tuple[Any, ...]:
         """What the forward pass leaves for the backward pass, and gradients."""
@@ -57,10 +58,12 @@ class Case(NamedTuple):
             return stream, update, gate, bias if self.given else None, False, rate, *hashes
         hidden, scale = 3 * stream + 1, of(*vector)
         keeps = self.stream == self.weights
-        _, kept, rstd = fused._norm_forward(hidden, scale, scale, 1e-5, self.weights, keeps)
+        _, kept, rstd = fused._norm_forward(
+            hidden, scale, scale, 1e-5, self.weights, keeps, self.centred
+        )
         of_stream = (hidden, kept) if keeps else (kept, None)
         beside = of(*shape, dtype=self.stream) if self.given else None
-        return update, beside, *of_stream, rstd, scale, self.stream
+        return update, beside, *of_stream, rstd, scale, self.stream, self.centred
 
     def found(self) -> tuple[Tensor | None, ...]:
         """By the kernel."""
@@ -78,7 +81,10 @@ CASES = [
     for stream, weights in ((FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF))
     for given in (True, False)
     if name != "gelu" or (given and stream == weights)
-] + [Case(name, 35, 4, 48, HALF, HALF, name == "norm", segments=3) for name in ("norm", "gate")]
+] + [
+    *(Case(name, 35, 4, 48, HALF, HALF, name == "norm", segments=3) for name in ("norm", "gate")),
+    *(Case("norm", 5, 3, 24, FLOAT, kind, True, centred=False) for kind in (FLOAT, HALF)),
+]
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "norm forward": (
             fused._norm_forward,
-            (stream, vector, vector, 1e-5, torch.bfloat16, True),
+            (stream, vector, vector, 1e-5, torch.bfloat16, True, True),
         ),
         "gate forward": (fused._gate_forward, (stream, stream, gate, None, *drop)),
         "biased gate forward": (fused._gate_forward, (stream, stream, gate, bias, *drop)),

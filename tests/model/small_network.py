@@ -13,9 +13,9 @@ from sedd_scale.config.sections import GraphConfig, ParallelConfig, TrainingConf
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.model import dropout
-from sedd_scale.model.fused import rotary_table
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.model.rotary import rotary_table
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import ScoreTargets, score_targets
 from tests.diffusion.reference import noise_columns

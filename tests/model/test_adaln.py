@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_scale.config import ModelConfig
 from sedd_scale.model.adaln import (
     AdaptiveNorm,
     Modulation,
@@ -73,7 +74,7 @@ def norm_by_formula(hidden: Tensor, weight: Tensor, shift: Tensor, scale: Tensor
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_adaptive_norm_is_the_formula(layout: Layout, offset: float) -> None:
-    norm = AdaptiveNorm(16, layout)
+    norm = AdaptiveNorm(ModelConfig(hidden_size=16), layout)
     weight, shift, scale = normal(16, seed=1), normal(3, 16, seed=2), normal(3, 16, seed=3)
     with torch.no_grad():
         norm.weight.copy_(weight)
@@ -90,7 +91,7 @@ def test_bf16_weights_are_normed_in_float32(layout: Layout, residual: torch.dtyp
 
     Beside it float32's own roundings, 30 * 2^-24 of numbers near 30: 1e-4 is fifty times that.
     """
-    norm = AdaptiveNorm(16, layout)
+    norm = AdaptiveNorm(ModelConfig(hidden_size=16), layout)
     with torch.no_grad():
         norm.weight.copy_(normal(16, seed=1))
     norm.to(torch.bfloat16)
@@ -104,7 +105,7 @@ def test_bf16_weights_are_normed_in_float32(layout: Layout, residual: torch.dtyp
 
 
 def test_modulation_gives_its_vectors_in_order(layout: Layout) -> None:
-    modulation = Modulation(4, 5, 6, layout).double()
+    modulation = Modulation(ModelConfig(hidden_size=5, cond_dim=4), 6, layout).double()
     cond = normal(3, 4)
     vectors = modulation(cond)
     assert [tuple(vector.shape) for vector in vectors] == [(3, 5)] * 6

@@ -37,15 +37,18 @@ def norm(
     rstd: Tensor,
     scale: Tensor,
     _: torch.dtype,
+    centred: bool,
 ) -> tuple[Tensor, ...]:
     """Of a norm without scale whose output is n, the gradient of g = grad * scale.
 
-    (g - mean of g - n * mean of g n) / deviation, means over channels.
+    (g - mean of g - n * mean of g n) / deviation, means over channels; without the mean of g where
+    none is taken off the stream.
     """
     normed = kept if mean is None else (kept - mean) * rstd
     scaled = grad * scale
     along = (scaled * normed).mean(-1, keepdim=True)
-    of_stream = (scaled - scaled.mean(-1, keepdim=True) - normed * along) * rstd
+    level = scaled.mean(-1, keepdim=True) if centred else 0.0
+    of_stream = (scaled - level - normed * along) * rstd
     of_stream = of_stream if beside is None else of_stream + beside
     sums = ((grad * normed).sum(-3), grad.sum(-3))
     return of_stream, *(total.view(scale.shape) for total in sums)

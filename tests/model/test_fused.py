@@ -12,12 +12,12 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.model import compiled, fused
 from sedd_scale.model.dropout import dropout, keep_mask
 from sedd_scale.model.fused import (
-    bias_gelu,
     gated_residual,
+    mlp_activation,
     modulated_norm,
-    rotary_table,
     rotated_query_key_value,
 )
+from sedd_scale.model.rotary import RotaryAngles, rotary_table
 from sedd_scale.parallel.layout import initialize_layout
 from tests.model.small_network import gradients, noisy_batch, relative, small_network
 from tests.tolerance import GRADIENT, float32_bounds
@@ -116,14 +116,14 @@ def test_the_stream_gets_its_other_gradient_in_the_norms_pass() -> None:
 def test_bias_gelu(overwrite: bool) -> None:
     inner, bias = numbers(LENGTH, BATCH, WIDTH), numbers(WIDTH)
     assert_same(
-        lambda x, b: bias_gelu(x * 1, b, overwrite=overwrite),
+        lambda x, b: mlp_activation(x * 1, b, "gelu", overwrite=overwrite),
         lambda x, b: F.gelu(x + b, approximate="tanh"),
         [inner, bias],
     )
 
 
 def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
-    cos, sin = rotary_table(LENGTH, HEAD_DIM, 1e4, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, HEAD_DIM, RotaryAngles(1e4), torch.float64, torch.device("cpu"))
     mixed = numbers(1, BATCH, HEADS, 3, HEAD_DIM, dtype=torch.float64)
     query, key, value = rotated_query_key_value(mixed.expand(LENGTH, -1, -1, -1, -1), cos, sin)
     torch.testing.assert_close(query.norm(dim=-1), mixed[..., 0, :].norm(dim=-1).expand(5, -1, -1))
@@ -137,7 +137,7 @@ def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
 
 
 def test_rotation_has_the_right_gradient() -> None:
-    cos, sin = rotary_table(LENGTH, HEAD_DIM, 1e4, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, HEAD_DIM, RotaryAngles(1e4), torch.float64, torch.device("cpu"))
     mixed = numbers(LENGTH, 1, HEADS, 3, HEAD_DIM, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotated_query_key_value(x * 1, cos, sin), mixed)
 
@@ -151,7 +151,7 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
     )
     half = x.bfloat16()
     gated = [(given, kept, rate, *hashes) for given in (None, bias) for kept in (False, True)]
-    cos, sin = rotary_table(LENGTH, 4, 1e4, torch.float32, torch.device("cpu"))
+    cos, sin = rotary_table(LENGTH, 4, RotaryAngles(1e4), torch.float32, torch.device("cpu"))
     pair = x.view(LENGTH, BATCH, 1, 2, 4)
 
     def turned(turn: Callable[..., None]) -> Tensor:
@@ -160,8 +160,8 @@ def test_every_pass_is_one_graph_for_the_compiler() -> None:
         return result
 
     cases: list[tuple[Callable[..., object], tuple[object, ...]]] = [
-        (fused._norm_forward, (x, scale, shift, 1e-5, torch.bfloat16, False)),
-        (fused._norm_forward, (x, scale, shift, 1e-5, torch.float32, True)),
+        (fused._norm_forward, (x, scale, shift, 1e-5, torch.bfloat16, False, True)),
+        (fused._norm_forward, (x, scale, shift, 1e-5, torch.float32, True, True)),
         *((fused._gate_forward, (x, half, scale, *given)) for given in gated),
         (fused._gelu_forward, (x, bias)),
     ]

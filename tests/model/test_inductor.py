@@ -63,4 +63,4 @@ def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]
     # Of query, key and value together the turns read two thirds.
     turns = made["turns"] - weight
     assert 2 * turns + weight + weight == pytest.approx(model["rotary turns"], **close)
-    assert made["GELU forward"] == pytest.approx(model["GELU"] * 2 / 5, **close)
+    assert made["GELU forward"] == pytest.approx(model["activation"] * 2 / 5, **close)

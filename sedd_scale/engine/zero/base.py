@@ -16,7 +16,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor, nn
 
-from sedd_scale.model.parameters import LogicalParameter
+from sedd_scale.model.parameters import LogicalParameter, copied_name
 from sedd_scale.parallel.layout import Layout
 
 
@@ -129,6 +129,8 @@ class GatheringZero(Zero):
 
 def is_counted(parameter: Tensor, layout: Layout) -> bool:
     """Whether this rank's gradient is in the norm: what is not split every tensor rank holds."""
+    if copied_name(parameter) is not None:
+        return False
     return layout.owns_copy(split=getattr(parameter, "tensor_model_parallel", False))
 
 

@@ -72,6 +72,8 @@ class _Gradients:
         self._complete = [len(group) * engine.gradient_accumulation_steps() for group in self._sums]
         self._started: list[Any] = []
         self._counted: list[Tensor] = []
+        # A weight that two stages have is added up over them first, after the backward pass.
+        self._waits = layout.pipeline > 1 and bool(engine.module.get_tied_weights_and_groups())
         for parameters, mine in zip(self._weights, self._mine, strict=True):
             for parameter in parameters:
                 if parameter._hp_mapping is not None and is_counted(parameter, layout):
@@ -104,7 +106,11 @@ class _Gradients:
         weight._hp_grad = total  # type: ignore[attr-defined]
         weight.grad = None
         self._times[group] += 1
-        while self._next >= 0 and self._times[self._next] == self._complete[self._next]:
+        while (
+            not self._waits
+            and self._next >= 0
+            and self._times[self._next] == self._complete[self._next]
+        ):
             self._start()
 
     @property
