@@ -53,7 +53,7 @@ class Embedding(nn.Module):
         self.positions, self.cache = None, None
         if model.positions == "learned":
             assert model.max_positions is not None
-            self.positions = LearnedPositions(model.max_positions, model.hidden_size)
+            self.positions = LearnedPositions(model.max_positions, model.hidden_size, layout)
         self.sigma = SigmaEmbedding(model.cond_dim) if model.conditioning == "adaln" else None
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Stream:
@@ -72,8 +72,7 @@ class Embedding(nn.Module):
         if self.positions is not None:
             first = self.layout.first_position(len(hidden))
             first += 0 if self.cache is None else self.cache.length
-            vectors_L1H = self.positions(first, len(hidden))
-            hidden = hidden + sum_gradient_over_sequence(vectors_L1H, self.layout)
+            hidden = hidden + self.positions(first, len(hidden))
         unpacked = Context.unpacked(context.view(len(noisy_BL), -1), causal=self.causal)
         cond_BC = sigma_B[..., None][..., :0].to(self.tokens.weight.dtype)
         if self.sigma is not None:
@@ -84,8 +83,9 @@ class Embedding(nn.Module):
 class LearnedPositions(nn.Module):
     """A vector for each position."""
 
-    def __init__(self, most: int, width: int) -> None:
+    def __init__(self, most: int, width: int, layout: Layout) -> None:
         super().__init__()
+        self.layout = layout
         self.weight = nn.Parameter(torch.empty(most, width))
 
     def forward(self, first: int, count: int) -> Tensor:
@@ -99,4 +99,5 @@ class LearnedPositions(nn.Module):
                 f"a sequence of {first + count} tokens is longer than the model's "
                 f"{len(self.weight)} positions (model.max_positions): give a shorter one"
             )
-        return self.weight[first : first + count, None]
+        weight = sum_gradient_over_sequence(self.weight, self.layout)
+        return weight[first : first + count, None]

@@ -163,18 +163,18 @@ def initialize_parameters(
     adaLN-zero, Peebles and Xie 2023). With
     `open_gates` the biases of blocks' gates are one.
     """
-    fan_in: dict[str, int] = {}
+    fan_in = 1
     for logical in logical_parameters(module, layout):
         name = logical.name
-        if name.endswith("weight"):
-            fan_in[name.rsplit(".", 1)[0]] = logical.shape[-1]
         of_module, kind = name.split(".")[-2:]
+        if kind == "weight":  # whose bias comes behind it
+            fan_in = logical.shape[-1]
         if "norm" in of_module:
             whole = torch.full(logical.shape, float(kind == "weight"))
         elif zero_init and (".modulation." in name or name.startswith("head.linear")):
             whole = torch.zeros(logical.shape)
         else:
-            bound = 1.0 / math.sqrt(fan_in[name.rsplit(".", 1)[0]])
+            bound = 1.0 / math.sqrt(fan_in)
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             whole = torch.empty(logical.shape).uniform_(-bound, bound, generator=generator)
