@@ -85,13 +85,10 @@ def layer_shapes(config: Config, vocab_size: int) -> list[Layer]:
         yield from norm(f"{name}.norm1")
         yield from norm(f"{name}.norm2")
         yield from modulation(name, 6)
-        for module, its in itertools.groupby(trunk.matrices, lambda matrix: matrix.module):
+        for of in ("q_norm", "k_norm") if trunk.qk_norm else ():
+            yield ParameterShape(f"{name}.attention.{of}.weight", "norms", (trunk.head_dim,))
+        for _, its in itertools.groupby(trunk.matrices, lambda matrix: matrix.module):
             yield from matrices(name, its)
-            if module == "attention.linear_qkv" and trunk.qk_norm:
-                for of in ("q_norm", "k_norm"):
-                    yield ParameterShape(
-                        f"{name}.attention.{of}.weight", "norms", (trunk.head_dim,)
-                    )
 
     def embedding() -> Iterator[ParameterShape]:
         yield ParameterShape("embedding.tokens.weight", "token embedding", (states, width), 0)
