@@ -16,6 +16,11 @@ from tests.repository import ROOT
 
 VOCAB_SIZE, BATCH, LENGTH = 60, 2, 64
 SELECTIVE = "parallel.recompute_mode=selective"
+OTHER = (
+    *("model.norm=rmsnorm", "model.num_kv_heads=2", "model.activation=swiglu"),
+    *("model.mlp_bias=false", "model.qk_norm=true", "model.ffn_hidden_size=300"),
+)
+BARE = (*OTHER, "model.conditioning=none", "model.time_conditioning=false")
 
 
 def storages(things: Iterable[Any]) -> dict[int, int]:
@@ -60,6 +65,9 @@ def predicted(config: Config, *, layers: range, in_flight: int = 1) -> int:
         ("training.precision=bf16", "parallel.recompute_every=3", "model.residual_dtype=bf16"),
         ("training.precision=bf16", "parallel.recompute_every=1", SELECTIVE),
         ("training.precision=fp32", "parallel.recompute_every=2", SELECTIVE, "model.dropout=0.1"),
+        ("training.precision=fp32", *OTHER),
+        ("training.precision=bf16", *OTHER, "parallel.recompute_every=1", SELECTIVE),
+        ("training.precision=bf16", *BARE),
     ],
     ids=" ".join,
 )

@@ -12,6 +12,7 @@ from sedd_scale.planning.flops import head_rows, move_probability, run_seconds, 
 from tests.model.small_network import noisy_batch
 from tests.repository import ROOT
 
+SHARED_HEADS = ("model.num_kv_heads=2", "model.activation=swiglu", "model.ffn_hidden_size=300")
 TINY = ROOT / "configs/runs/tiny.yaml"
 
 
@@ -24,11 +25,20 @@ def product_flops(
 
 @pytest.mark.parametrize("graph_name", ["absorb", "uniform"])
 @pytest.mark.parametrize(
-    ("recompute_every", "recompute_mode"), [(0, "full"), (2, "full"), (1, "selective")]
+    ("recompute_every", "recompute_mode", "trunk"),
+    [
+        (0, "full", ()),
+        (2, "full", ()),
+        (1, "selective", ()),
+        (0, "full", SHARED_HEADS),
+        (0, "full", (*SHARED_HEADS, "model.conditioning=none", "model.time_conditioning=false")),
+    ],
 )
 def test_counts_are_torchs_on_the_real_network(
-    graph_name: str, recompute_every: int, recompute_mode: str
+    graph_name: str, recompute_every: int, recompute_mode: str, trunk: tuple[str, ...]
 ) -> None:
+    if "model.conditioning=none" in trunk and graph_name == "uniform":
+        trunk = (*trunk, "model.parametrisation=mean")
     vocab_size, batch, length = 300, 2, 32
     config = load_config(
         TINY,
@@ -38,6 +48,7 @@ def test_counts_are_torchs_on_the_real_network(
             f"training.global_batch={batch}",
             f"parallel.recompute_every={recompute_every}",
             f"parallel.recompute_mode={recompute_mode}",
+            *trunk,
         ],
     )
     graph = make_graph(graph_name, vocab_size)

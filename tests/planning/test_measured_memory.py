@@ -41,6 +41,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         ["training.precision=bf16", "parallel.tensor=2", "parallel.sequence_parallel=true"],
     ),
     "fp32 pipeline2": (2, ["training.precision=fp32", "parallel.pipeline=2"]),
+    "fp32 pipeline2 shared heads, tied": (
+        2,
+        [
+            *("training.precision=fp32", "parallel.pipeline=2", "model.tied_embedding=true"),
+            *("model.num_kv_heads=2", "model.activation=swiglu", "model.norm=rmsnorm"),
+        ],
+    ),
     "bf16 pipeline2 uniform": (
         2,
         ["training.precision=bf16", "parallel.pipeline=2", "graph.name=uniform"],
