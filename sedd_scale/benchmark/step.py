@@ -7,7 +7,7 @@ forward, loss, backward, clip, AdamW and its moving average.
 import argparse
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sedd_scale.benchmark.arguments import add_measured_arguments, add_shape_arguments
@@ -17,6 +17,8 @@ from sedd_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from sedd_scale.benchmark.synthetic import SyntheticRun
 
 
 def add_arguments(subparsers: Any) -> None:
@@ -37,6 +39,12 @@ def add_arguments(subparsers: Any) -> None:
         "--recompute", type=int, default=0, help="recompute every k-th block (default: 0, none)"
     )
     add_measured_arguments(parser, repeats=3, baseline="the textbook step")
+    parser.add_argument(
+        "--beside",
+        metavar="MODEL",
+        help="another of configs/models, measured in turn: which does more of its required FLOPs "
+        "in a second",
+    )
     parser.add_argument(
         "--profile", action="store_true", help="profile one more step of each side, by operation"
     )
@@ -71,6 +79,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     synthetic = SyntheticRun(config, layout)
     ours = synthetic.program(synthetic.engine())
+    others = []
+    if arguments.beside:
+        given = argparse.Namespace(**{**vars(arguments), "model": arguments.beside})
+        precise = f"training.precision={precision}"
+        other = synthetic_config(given, precise, world_size=launched_world_size())
+        others.append(SyntheticRun(other, layout))
     size = 8192 if device.type == "cuda" else 2560
     product, product_flops = matrix_product(device, precision, size=size)
     programs: list[Callable[[], object]] = [product, ours]
@@ -82,7 +96,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             textbook.step(synthetic.noisy_batch(next(steps)), lr=LEARNING_RATE)
 
         programs.append(baseline)
+    programs += [beside.program(beside.engine()) for beside in others]
     product_seconds, *seconds = median_seconds(programs, repeats=arguments.repeats)
+    others_seconds = [seconds.pop() for _ in others]
+    programs = programs[: 1 + len(seconds)]
     extra = [peak_bytes(program) / 1e6 for program in programs[1:]]
     if arguments.profile:
         for name, program in zip(("step", "baseline"), programs[1:]):
@@ -93,20 +110,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     training, model = config.training, config.model
     tokens = training.global_batch * arguments.block_length
-    rows = layout.data * sum(
-        len(batch.targets.rows_M) for batch in synthetic.micro_batches(1 + arguments.repeats)
-    )
     planned = plan(
         config,
         layout.world_size,
         vocab_size=arguments.vocab_size,
         block_length=arguments.block_length,
     )
-    flops = planned.flops
-    # `required` expects the rows of an average step; these batches have their own.
-    head = (flops.dense - flops.required) / (1 - flops.head_rows) if flops.head_rows < 1 else 0.0
-    required = flops.dense - head * (1 - rows / tokens)
+    rows, required = rows_and_flops(synthetic, 1 + arguments.repeats)
     per_device = required / seconds[0] / layout.world_size
+    beside_flops = [
+        rows_and_flops(one, 1 + arguments.repeats)[1] / taken
+        for one, taken in zip(others, others_seconds)
+    ]
     peak = named_peak(device, precision)
     return {
         "part": "step",
@@ -126,15 +141,44 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **side_by_side(seconds, extra, tokens=tokens),
         "rows": rows,
         "flops_required": required,
-        "flops_dense": flops.dense,
+        "flops_dense": planned.flops.dense,
         "flops_per_token": required / tokens,
         "mfu": None if peak is None else per_device / peak,
         "mfu_of_measured_matmul": per_device / (product_flops / product_seconds),
         "measured_matmul_flops_per_second": product_flops / product_seconds,
+        **_compared(arguments.beside, beside_flops, required / seconds[0]),
         "peak_mb": peak_megabytes(),
         "planned_mb": planned.heaviest.peak / 1e6,
         **environment(),
     }
+
+
+def _compared(name: str | None, theirs: Sequence[float], ours: float) -> dict[str, Any]:
+    """Required FLOPs in a second beside those of another model."""
+    return {
+        key: value
+        for rate in theirs
+        for key, value in (
+            ("beside", name),
+            ("beside_flops_per_second", rate),
+            ("speed_per_flop_over_beside", ours / rate),
+        )
+    }
+
+
+def rows_and_flops(synthetic: "SyntheticRun", step: int) -> tuple[int, float]:
+    """Rows with a loss in a step over all ranks, and the FLOPs that it requires."""
+    from sedd_scale.planning.flops import step_flops
+
+    config, length = synthetic.config, synthetic.length
+    rows = synthetic.layout.data * sum(
+        len(batch.targets.rows_M) for batch in synthetic.micro_batches(step)
+    )
+    flops = step_flops(config, vocab_size=config.model.vocab_size or 0, block_length=length)
+    # `required` expects the rows of an average step; these batches have their own.
+    head = (flops.dense - flops.required) / (1 - flops.head_rows) if flops.head_rows < 1 else 0.0
+    positions = config.training.global_batch * length
+    return rows, flops.dense - head * (1 - rows / positions)
 
 
 def profiled(program: Callable[[], object], *, rows: int = 14) -> str:

@@ -21,6 +21,13 @@ WORLD_SIZES: dict[str, list[int | None]] = {
     "models/large.yaml": [None],
     "models/xl.yaml": [None],
     "models/7b.yaml": [None],
+    **{
+        f"models/{name}.yaml": [None]
+        for name in (
+            *("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "llama_1b", "llama_8b"),
+            *("qwen3_0.6b", "qwen3_1.7b", "qwen3_4b", "qwen3_8b", "qwen3_small"),
+        )
+    },
     "runs/tiny.yaml": [1, 2, 4],
     "runs/quickstart.yaml": [2],
     "runs/openwebtext_small.yaml": [1, 8],

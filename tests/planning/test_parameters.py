@@ -68,3 +68,29 @@ def test_stages_are_cut_as_deepspeed_cuts_them() -> None:
     for num_layers in range(3, 30):
         for pipeline in range(1, num_layers - 1):
             assert stage_bounds(num_layers, pipeline) == partition_uniform(num_layers, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "published"),
+    [
+        ("gpt2", 50_257, 124_439_808),
+        ("gpt2_medium", 50_257, 354_823_168),
+        ("gpt2_large", 50_257, 774_030_080),
+        ("gpt2_xl", 50_257, 1_557_611_200),
+        ("llama_1b", 128_256, 1_235_814_400),
+        ("llama_8b", 128_256, 8_030_261_248),
+        ("qwen3_0.6b", 151_936, 596_049_920),
+        ("qwen3_1.7b", 151_936, 1_720_574_976),
+        ("qwen3_4b", 151_936, 4_022_468_096),
+        ("qwen3_8b", 151_936, 8_190_735_360),
+    ],
+)
+def test_a_family_has_its_published_parameters_and_a_mask(
+    name: str, vocab_size: int, published: int
+) -> None:
+    path = ROOT / f"configs/models/{name}.yaml"
+    config = load_config(path)
+    total = sum(count_by_part(layer_shapes(config, vocab_size)).values())
+    rows = 1 if config.model.tied_embedding else 2
+    assert total == published + rows * config.model.hidden_size
+    assert f"{total:,} parameters" in path.read_text()
