@@ -57,6 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.benchmark.measure import median_seconds, peak_bytes
     from sedd_scale.benchmark.synthetic import LEARNING_RATE, SyntheticRun, synthetic_config
     from sedd_scale.benchmark.textbook import TextbookTrainer
+    from sedd_scale.config.trunk import beyond_published
     from sedd_scale.parallel.layout import initialize_layout, launched_world_size, local_device
     from sedd_scale.planning import plan
     from sedd_scale.tracking.utilisation import matrix_product, named_peak
@@ -74,6 +75,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         f"training.precision={precision}",
         world_size=launched_world_size(),
     )
+    if arguments.baseline and (keys := beyond_published(config.model)):
+        raise ConfigError(
+            f"--baseline with model.{next(iter(keys))}: the textbook step knows the published "
+            "trunk alone; leave one of them out"
+        )
     layout = initialize_layout(
         **config.parallel.axes, sequence_parallel=config.parallel.sequence_parallel
     )

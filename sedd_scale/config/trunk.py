@@ -1,13 +1,29 @@
 """The shape of the trunk's blocks, said once for the network, the plan and benchmarks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from sedd_scale.config.sections import ModelConfig
+from sedd_scale.config.sections import NETWORK, ModelConfig
 
+# What every network of the published trunk says of itself.
+_PUBLISHED = (
+    *("hidden_size", "num_layers", "num_heads", "cond_dim", "mlp_ratio", "rotary_base"),
+    *("scale_by_sigma", "parametrisation", "time_conditioning"),
+)
 GATED = ("swiglu", "geglu")
 """Activations with a second product as their factor."""
 GATE_PARTS = ("gate", "up")
 """What the two are called, in the order in which they lie."""
+
+
+def beyond_published(model: ModelConfig) -> dict[str, Any]:
+    """Keys by which a network has another trunk than published SEDD, with their values."""
+    return {
+        key.name: value
+        for key in fields(model)
+        if key.metadata["shared"] == NETWORK and key.name not in _PUBLISHED
+        if (value := getattr(model, key.name)) != key.default
+    }
 
 
 @dataclass(frozen=True)

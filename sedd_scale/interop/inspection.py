@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sedd_scale.arrays import Shape
+from sedd_scale.config.trunk import beyond_published
+from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource
 from sedd_scale.interop.formats import open_checkpoint
@@ -40,6 +42,8 @@ def _lines(source: CheckpointSource) -> Iterator[str]:
         f"{model.num_layers}, num_heads {model.num_heads}, cond_dim {model.cond_dim}, mlp_ratio "
         f"{model.mlp_ratio}, rotary_base {model.rotary_base:g}"
     )
+    others = (f"{key} {scalar_text(value)}" for key, value in beyond_published(model).items())
+    yield f"trunk       {', '.join(others) or 'as published'}"
     yield f"graph       {config.graph.name}, {described.num_tokens} tokens"
     yield f"objective   {config.training.objective}"
     yield f"noise       {config.noise.name} ({described.noise_range})"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sedd_scale.arrays import Shape
 from sedd_scale.config import Config
+from sedd_scale.config.trunk import beyond_published
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import ScoreEntropy
 from sedd_scale.errors import CheckpointError
@@ -63,6 +64,11 @@ def check_expressible(described: Description, *, fixed_mlp_ratio: bool = True) -
                 f"{key}={scalar_text(found)} cannot be written in the published format, whose "
                 f"{reason}"
             )
+    for key, value in beyond_published(described.config.model).items():
+        raise CheckpointError(
+            f"model.{key}={scalar_text(value)} cannot be written in the published format, whose "
+            "networks all have one trunk"
+        )
     if described.block_length is None:
         raise CheckpointError("the checkpoint does not name its block length")
 
