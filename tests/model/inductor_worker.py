@@ -213,6 +213,7 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     stream, vector = of(LENGTH, BATCH, WIDTH), of(BATCH, WIDTH, dtype=torch.float32)
     gate, bias, wide_bias = of(BATCH, WIDTH), of(WIDTH), of(4 * WIDTH)
     wide = of(LENGTH, BATCH, 4 * WIDTH)
+    heads = of(LENGTH, BATCH, WIDTH // HEAD // 2, 4, HEAD)
     row, channel = of(LENGTH, BATCH, 1, dtype=torch.int32), of(WIDTH, dtype=torch.int32)
     drop = (False, 0.1, row, row, channel)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -223,6 +224,12 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "gate forward": (fused._gate_forward, (stream, stream, gate, None, *drop)),
         "biased gate forward": (fused._gate_forward, (stream, stream, gate, bias, *drop)),
         "GELU forward": (fused._gelu_forward, (wide, wide_bias)),
+        "gated forward": (fused._gated_forward, (wide, True)),
+        "norm of heads": (fused._head_norm, (heads[..., :3, :], of(3, HEAD), 1e-5)),
+        "norm of heads backward": (
+            fused._head_norm_backward,
+            (heads[..., :3, :], heads[..., :3, :], of(3, HEAD), 1e-5),
+        ),
         "row hashes": (
             dropout._row_hashes,
             tuple(of(*shape, dtype=torch.int64) for shape in ((BATCH,), (), (LENGTH,))),
@@ -237,6 +244,14 @@ def passes() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         turn(pair_LBh2D, cos, sin, turned_LBh2D)
         return turned_LBh2D
 
+    opens = fused._gated_backward.__wrapped__  # type: ignore[attr-defined]
+
+    def gated(grad_LBF: Tensor, inner_LBF: Tensor) -> Tensor:
+        out_LBF = torch.empty_like(inner_LBF)
+        opens(grad_LBF, inner_LBF, True, out_LBF)
+        return out_LBF
+
+    found["gated backward"] = (gated, (wide[..., : 2 * WIDTH], wide))
     angles = of(LENGTH, 1, 1, 1, HEAD // 2)
     mixed = of(LENGTH, BATCH, WIDTH // HEAD, 3, HEAD)
     return {**found, "turns": (turned, (mixed, angles, angles))}

@@ -63,4 +63,7 @@ def test_bytes_are_those_of_the_model_of_a_step(found: dict[str, dict[str, Any]]
     # Of query, key and value together the turns read two thirds.
     turns = made["turns"] - weight
     assert 2 * turns + weight + weight == pytest.approx(model["rotary turns"], **close)
+    half = TrunkShape(WIDTH, WIDTH // HEAD, WIDTH // HEAD, HEAD, 2 * WIDTH, gated=True)
+    gated = block_bytes(half, residual=2, weight=weight)["activation"] / WIDTH
+    assert made["gated forward"] + made["gated backward"] == pytest.approx(gated, **close)
     assert made["GELU forward"] == pytest.approx(model["activation"] * 2 / 5, **close)
