@@ -5,6 +5,7 @@ A change of the house may not move them. `python -m tests.test_fixed_numbers` wr
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ BY_STEPS = ("analytic", "euler", "ancestral")
 STEPS = 3
 
 
-def numbers_of(name: str) -> dict[str, Any]:
+def numbers_of(name: str, changes: Sequence[str] | None = None) -> dict[str, Any]:
     """Of three training steps, and of the freshly made network a bound and samples."""
     arguments = argparse.Namespace(
         model="tiny",
@@ -41,7 +42,7 @@ def numbers_of(name: str) -> dict[str, Any]:
         block_length=12,
         batch_size=3,
         accumulate=2,
-        overrides=["model.dropout=0.1", "training.precision=fp32", *OBJECTIVES[name]],
+        overrides=["model.dropout=0.1", "training.precision=fp32", *(changes or OBJECTIVES[name])],
     )
     layout = initialize_layout()
     config = synthetic_config(arguments, world_size=1)
@@ -80,6 +81,12 @@ def test_numbers_are_those_written_down(name: str) -> None:
     for key, tolerance in (("losses", 2e-5), ("grad_norms", 2e-4), ("bound", 1e-6)):
         assert found[key] == pytest.approx(stored[key], rel=tolerance), key
     assert found["samples"] == stored["samples"]
+
+
+def test_absorb_s_mean_parametrisation_is_masked_cross_entropy() -> None:
+    """Weights, losses, bound and samples, whatever the objective is called."""
+    changes = ["graph.name=absorb", "model.parametrisation=mean"]
+    assert numbers_of("absorb, mean", changes) == numbers_of("masked cross-entropy")
 
 
 if __name__ == "__main__":

@@ -165,15 +165,18 @@ def textbook_loss(
     sigma_B, rate_B, _ = noise_B3.float().unbind(1)
     expm1_BL = torch.expm1(sigma_B)[:, None].expand_as(noisy_BL)
     num_tokens = graph.num_tokens
-    if scaled:
+    if scaled and not mean:
         log_score_BLV = (
             log_score_BLV
             - (expm1_BL.log() + torch.log(torch.tensor(float(num_tokens))))[:, :, None]
         )
     if mean:
-        law_BLV = torch.softmax(log_score_BLV, dim=-1)
-        log_score_BLV = torch.log1p(num_tokens / expm1_BL[:, :, None] * law_BLV)
-        log_score_BLV = log_score_BLV - log_score_BLV.gather(-1, noisy_BL[:, :, None])
+        law_BLV = torch.softmax(log_score_BLV[:, :, :num_tokens], dim=-1)
+        if graph.mask_id is not None:
+            log_score_BLV = F.pad(law_BLV.log() - expm1_BL.log()[:, :, None], (0, 1))
+        else:
+            log_score_BLV = torch.log1p(num_tokens / expm1_BL[:, :, None] * law_BLV)
+            log_score_BLV = log_score_BLV - log_score_BLV.gather(-1, noisy_BL[:, :, None])
     log_score_BLV = log_score_BLV.scatter(-1, noisy_BL[:, :, None], 0.0)
     if graph.mask_id is not None:
         masked_BL = noisy_BL == graph.mask_id

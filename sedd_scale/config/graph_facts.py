@@ -15,17 +15,15 @@ class GraphFacts:
             left alone have none.
         scales_by_sigma: whether there are scores up to the known shift of sigma, and they are the
             default.
-        has_mean: whether logits may be those of the clean token's law.
         row_statistics: numbers of a row that cross tensor ranks.
     """
 
     has_mask: bool
     scales_by_sigma: bool
-    has_mean: bool
     row_statistics: int
 
 
 GRAPHS = {
-    "absorb": GraphFacts(has_mask=True, scales_by_sigma=True, has_mean=False, row_statistics=3),
-    "uniform": GraphFacts(has_mask=False, scales_by_sigma=False, has_mean=True, row_statistics=4),
+    "absorb": GraphFacts(has_mask=True, scales_by_sigma=True, row_statistics=3),
+    "uniform": GraphFacts(has_mask=False, scales_by_sigma=False, row_statistics=4),
 }

@@ -77,20 +77,14 @@ def _check_model(config: ConfigTree) -> None:
             "model.conditioning=none leaves nothing that sigma could condition, but "
             "model.time_conditioning=true: set model.time_conditioning=false"
         )
-    if model.parametrisation == "mean" and not config.graph.facts.has_mean:
-        raise ConfigError(
-            f"model.parametrisation=mean belongs to graph.name=uniform, not graph.name="
-            f"{config.graph.name}, where model.scale_by_sigma=true does the same: set "
-            "model.parametrisation=score"
-        )
     sigma_is_known = config.resolved_scale_by_sigma or model.parametrisation == "mean"
     if not model.time_conditioning and not sigma_is_known:
         raise ConfigError(
             f"model.time_conditioning=false with graph.name={config.graph.name}, "
             f"model.scale_by_sigma={str(config.resolved_scale_by_sigma).lower()} and "
             f"model.parametrisation={model.parametrisation} leaves scores no way to depend on "
-            "sigma: set model.time_conditioning=true, or graph.name=absorb with "
-            "model.scale_by_sigma=true, or graph.name=uniform with model.parametrisation=mean"
+            "sigma: set model.time_conditioning=true, model.parametrisation=mean, or "
+            "graph.name=absorb with model.scale_by_sigma=true"
         )
     if model.residual_dtype == "bf16" and precision == "fp32":
         raise ConfigError(
@@ -160,19 +154,22 @@ def _check_positions(config: ConfigTree) -> None:
 
 
 def _check_objective(config: ConfigTree) -> None:
-    objective = config.training.objective
+    objective, has_mask = config.training.objective, config.graph.facts.has_mask
+    normalised = None
     if objective != "score_entropy":
-        if not config.graph.facts.has_mask:
+        normalised = f"training.objective={objective}"
+        if not has_mask:
             raise ConfigError(
-                f"training.objective={objective} needs a mask, which graph.name="
-                f"{config.graph.name} does not have: set graph.name=absorb or "
-                "training.objective=score_entropy"
+                f"{normalised} needs a mask, which graph.name={config.graph.name} does not have: "
+                "set graph.name=absorb or training.objective=score_entropy"
             )
-        if config.model.scale_by_sigma is False:
-            raise ConfigError(
-                f"training.objective={objective} learns normalised scores, but "
-                "model.scale_by_sigma=false: set model.scale_by_sigma=null"
-            )
+    elif config.model.parametrisation == "mean" and has_mask:
+        normalised = "model.parametrisation=mean"
+    if normalised is not None and config.model.scale_by_sigma is False:
+        raise ConfigError(
+            f"{normalised} learns normalised scores, but model.scale_by_sigma=false: set "
+            "model.scale_by_sigma=null"
+        )
 
 
 def _check_parallel(config: ConfigTree) -> None:

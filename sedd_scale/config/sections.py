@@ -114,7 +114,7 @@ class ModelConfig:
     )
     time_conditioning: bool = _key(
         True,
-        "Condition on sigma; false needs scaled absorb, or uniform with parametrisation=mean.",
+        "Condition on sigma; false needs scaled absorb, or parametrisation=mean.",
         shared=NETWORK,
     )
     mlp_ratio: int = _key(
@@ -133,9 +133,10 @@ class ModelConfig:
     )
     parametrisation: str = _key(
         "score",
-        "What outputs are; mean (uniform only): logits of the clean token's law, giving scores.",
+        "What outputs are; mean: logits of the clean token's law, from which scores follow.",
         choices=("score", "mean"),
         shared=NETWORK,
+        only_with={"training.objective": ("score_entropy",)},
     )
     vocab_size: int | None = _key(
         None, "Number of real tokens N, without the mask; null: the dataset's.", at_least=2

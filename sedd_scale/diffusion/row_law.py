@@ -116,9 +116,10 @@ class ScaledAbsorbScores(RowLaw):
 
 
 class CrossEntropy(ScaledAbsorbScores):
-    """Cross-entropy of the clean token, times the noise's third column.
+    """Cross-entropy of the clean token, times the noise's third column: the mean parametrisation.
 
-    Scaled score entropy of normalised rows: their scores are those where the mean of e^z is 1.
+    With q = softmax(z) the law of the clean token, scores are s_y = q_y / (e^sigma - 1), whose
+    score entropy is this loss. They are scaled scores of rows where the mean of e^z is 1.
     """
 
     def rows(
@@ -171,14 +172,15 @@ def row_law(
 
     Args:
         scaled: logits are log-scores up to the known shift of sigma.
-        mean: logits are those of the clean token's law.
+        mean: logits are those of the clean token's law; of absorb their score entropy is
+            weighted cross-entropy, and `scaled` says nothing.
         cross_entropy: the loss is weighted cross-entropy.
 
     Raises:
         ConfigError: a combination that is none.
     """
-    if isinstance(graph, Absorb) and not mean:
-        if cross_entropy:
+    if isinstance(graph, Absorb):
+        if mean or cross_entropy:
             return CrossEntropy(graph)
         return ScaledAbsorbScores(graph) if scaled else AbsorbScores(graph)
     if isinstance(graph, Uniform) and not (scaled or cross_entropy):

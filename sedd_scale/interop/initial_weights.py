@@ -182,10 +182,13 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
         ConfigError: names the key, both values, a tensor with both shapes, and the fix.
     """
     apart = {}
+    ours, theirs = make_objective(config), make_objective(found)
     for key, field, wanted in config.all_keys():
         has = found.value(key)
         if key == "model.scale_by_sigma":  # null stands for what the graph has
             wanted, has = config.resolved_scale_by_sigma, found.resolved_scale_by_sigma
+        if key == "model.parametrisation" and (ours.cross_entropy or theirs.cross_entropy):
+            continue  # outputs of cross-entropy are logits of the clean token's law anyway
         if field.metadata["shared"] == NETWORK and wanted != has:
             apart[key] = (text_of(wanted), text_of(has))
     for key in ("graph.name", *apart):  # from which others may follow
@@ -195,7 +198,7 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
                 f"{key}={wanted} does not fit {what}, which has {has}"
                 f"{_shapes_apart(config, found)}: set {key}={has}"
             )
-    if make_objective(config).causal != make_objective(found).causal:
+    if ours.causal != theirs.causal:
         wanted, has = config.training.objective, found.training.objective
         raise ConfigError(
             f"training.objective={wanted} does not fit {what}, a network of {has}: its attention "

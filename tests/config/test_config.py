@@ -312,7 +312,16 @@ ILLEGAL: list[tuple[list[str], int | None, list[str]]] = [
     (["parallel.recompute_every=-1"], None, ["at least 0"]),
     (["graph.name=uniform", "model.scale_by_sigma=true"], None, ["model.scale_by_sigma=null"]),
     (["model.time_conditioning=false", "graph.name=uniform"], None, ["graph.name=absorb"]),
-    (["model.parametrisation=mean"], None, ["graph.name=absorb", "parametrisation=score"]),
+    (
+        ["model.parametrisation=mean", "model.scale_by_sigma=false"],
+        None,
+        ["learns normalised scores", "model.scale_by_sigma=null"],
+    ),
+    (
+        ["model.parametrisation=mean", "training.objective=d3pm_absorb"],
+        None,
+        ["no effect", "training.objective=score_entropy"],
+    ),
     (
         ["model.time_conditioning=false", "graph.name=uniform"],
         None,
@@ -404,6 +413,8 @@ def test_illegal_combination_is_refused(
         (["model.rotary_base=1"], 1),
         (["training.weight_softening=0.1", "training.objective=masked_cross_entropy"], 1),
         (["model.parametrisation=mean", "graph.name=uniform", "model.time_conditioning=false"], 1),
+        (["model.parametrisation=mean", "model.time_conditioning=false"], 1),
+        (["model.parametrisation=mean", "model.scale_by_sigma=true"], 1),
         (["model.rotary_base=0"], 1),
         (["training.resume=runs/old/checkpoints/step-5"], 1),
     ],

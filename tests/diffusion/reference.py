@@ -11,6 +11,7 @@ Sources: arXiv 2310.16834, sections 3 and 4 (score entropy; Euler, Tweedie tau-l
 x have shape [..], noise levels the leading shape of x, log-scores and tables [.., V].
 """
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,10 @@ def log_scores_from_logits(
     scaled: bool,
     mean: bool = False,
 ) -> Tensor:
-    """What `RowLaw.log_scores` gives, likewise."""
+    """What `RowLaw.log_scores` gives, likewise; of a mean, where a constant is open, of any."""
+    if mean and graph.mask_id is not None:
+        log_sum = logits_V[..., : graph.num_tokens].logsumexp(-1, keepdim=True)
+        logits_V = logits_V - log_sum + math.log(graph.num_tokens)
     return row_law(graph, scaled=scaled, mean=mean).log_scores(logits_V, states, sigma)
 
 

@@ -117,11 +117,11 @@ def test_what_is_known_by_name_is_so(name: str) -> None:
     """The table that plans and checks read, against the graph and the laws of its rows."""
     facts, graph = GRAPHS[name], make_graph(name, 7)
     assert facts.has_mask == (graph.mask_id is not None) == (graph.num_states == 8)
-    for said, option in ((facts.scales_by_sigma, "scaled"), (facts.has_mean, "mean")):
-        if said:
-            assert row_law(graph, **{option: True}).graph is graph
-        else:
-            with pytest.raises(ConfigError, match="does not go with"):
-                row_law(graph, **{option: True})
+    assert row_law(graph, mean=True).graph is graph
+    if facts.scales_by_sigma:
+        assert row_law(graph, scaled=True).graph is graph
+    else:
+        with pytest.raises(ConfigError, match="does not go with"):
+            row_law(graph, scaled=True)
     # Maximum, sum of exponentials and the clean token's logit; and the sum where it is counted.
     assert facts.row_statistics == 3 + (not row_law(graph).counts_own)

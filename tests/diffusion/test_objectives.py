@@ -15,9 +15,10 @@ from sedd_scale.diffusion.objectives import (
     ScoreEntropy,
     make_objective,
 )
+from sedd_scale.diffusion.row_law import row_law
 from sedd_scale.diffusion.schedules import make_schedule
 from sedd_scale.diffusion.score_entropy import RowNoise, cross_entropy_rows
-from tests.diffusion.reference import row_loss, row_statistics
+from tests.diffusion.reference import log_score_score_entropy, row_loss, row_statistics
 
 SCHEDULES = ("loglinear", "geometric", "cosine", "linear")
 NUM_TOKENS = 5
@@ -61,6 +62,34 @@ def test_cross_entropy_is_score_entropy_of_normalised_scores(noise: str) -> None
         scaled=True,
     )
     assert (other.loss > found.loss).all()
+
+
+@pytest.mark.parametrize("noise", SCHEDULES)
+def test_the_mean_parametrisation_of_masks_is_score_entropy_by_its_definition(noise: str) -> None:
+    """Of scores q_y / (e^sigma - 1), with its gradient by autograd through their softmax."""
+    schedule, graph = make_schedule(noise), Absorb(NUM_TOKENS)
+    t_M = torch.linspace(0.05, 0.95, 6, dtype=torch.float64)
+    noise_M = RowNoise(*ScoreEntropy().noise_columns(schedule, t_M, training=False).unbind(1))
+    clean_M, masked_M = torch.tensor([0, 1, 2, 3, 4, 0]), torch.full((6,), NUM_TOKENS)
+    logits_MN = normal(6, NUM_TOKENS).requires_grad_()
+    log_score_MN = logits_MN.log_softmax(1) - noise_M.sigma.expm1().log()[:, None]
+    log_score_MV = torch.cat([log_score_MN, log_score_MN.new_zeros(6, 1)], dim=1)
+    expected_M = log_score_score_entropy(log_score_MV, masked_M, clean_M, noise_M, graph=graph)
+    expected_M.sum().backward()
+
+    law = row_law(graph, mean=True)
+    statistics = row_statistics(logits_MN.detach(), clean_M)
+    rows = law.rows(statistics, noise_M)
+    torch.testing.assert_close(rows.loss, expected_M.detach(), rtol=1e-11, atol=1e-12)
+    table_MN = rows.grad_exp[:, None] * (logits_MN.detach() - statistics.max[:, None]).exp()
+    table_MN[torch.arange(6), clean_M] += rows.grad_target
+    torch.testing.assert_close(table_MN, logits_MN.grad, rtol=1e-9, atol=1e-12)
+    known_MN = law.with_known_constant(logits_MN.detach().clone())
+    found_MV = law.log_scores(
+        torch.cat([known_MN, known_MN.new_zeros(6, 1)], dim=1), masked_M, noise_M.sigma
+    )
+    torch.testing.assert_close(found_MV, log_score_MV.detach(), rtol=1e-11, atol=1e-12)
+    assert law.when_normalised() is None
 
 
 def test_cross_entropy_rows_carry_their_gradient() -> None:

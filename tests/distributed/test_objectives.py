@@ -36,6 +36,7 @@ OBJECTIVES = {
     "autoregressive": ("training.objective=autoregressive", "model.document_attention=true"),
     "masked_cross_entropy": ("training.objective=masked_cross_entropy",),
     "d3pm_absorb": ("training.objective=d3pm_absorb", "training.d3pm_steps=50"),
+    "mean": ("model.parametrisation=mean",),
 }
 LAYOUTS = {
     "one process": (1, ()),
@@ -43,8 +44,8 @@ LAYOUTS = {
     "PP2": (2, ("parallel.pipeline=2",)),
     "DP2 ZeRO 3": (2, ("parallel.zero_stage=3",)),
 }
-# It differs from masked_cross_entropy by the weights of its rows alone, which are made on the host.
-FEW_LAYOUTS = {"d3pm_absorb": ("one process", "TP2 SP")}
+# They differ from masked_cross_entropy by what is made on the host, or by nothing but names.
+FEW_LAYOUTS = dict.fromkeys(("d3pm_absorb", "mean"), ("one process", "TP2 SP"))
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,12 @@ def tiny_model(
     """A random network over a handful of tokens, in eval mode, with far from equal scores.
 
     Args:
-        graph: or "mean", the uniform one under the mean parametrisation.
+        graph: or "mean" and "absorb mean", uniform and absorb under the mean parametrisation.
         changes: of the model's section.
     """
-    if graph == "mean":
-        graph, changes = "uniform", {"parametrisation": "mean", **(changes or {})}
+    if graph in ("mean", "absorb mean"):
+        graph = "uniform" if graph == "mean" else "absorb"
+        changes = {"parametrisation": "mean", **(changes or {})}
     config = config_from_dict(
         {
             "model": {

@@ -22,7 +22,7 @@ T_MIN = 1e-2
 LENGTH = 2
 CASES = [
     (graph, noise)
-    for graph in ("absorb", "uniform", "mean")
+    for graph in ("absorb", "uniform", "mean", "absorb mean")
     for noise in ("loglinear", "geometric", "cosine", "linear")
 ]
 
@@ -37,7 +37,9 @@ def test_estimate_is_the_exact_bound_and_above_the_likelihood(graph: str, noise:
     prior = LENGTH * float(model.graph.prior_kl_per_token(last))
     exact_n = diffusion + decode + prior
 
-    likelihood_n = exact_log_likelihoods(model, T_MIN, LENGTH)
+    # Of normalised scores the bound is so tight that the integration must be finer.
+    steps = 1000 if graph == "absorb mean" else 150
+    likelihood_n = exact_log_likelihoods(model, T_MIN, LENGTH, num_steps=steps)
     assert torch.logsumexp(likelihood_n, 0).item() == pytest.approx(0.0, abs=1e-5)
     assert (exact_n >= -likelihood_n.numpy() - 1e-4).all()
 

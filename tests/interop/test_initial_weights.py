@@ -13,6 +13,7 @@ from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.formats import open_checkpoint
+from sedd_scale.interop.initial_weights import check_same_model
 from sedd_scale.interop.model_source import ModelSource
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.model.parameters import logical_parameters
@@ -258,6 +259,18 @@ def test_another_model_is_refused_before_the_run_begins(
     assert REFUSED[case].format(**named) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_cross_entropy_starts_either_parametrisation() -> None:
+    """Its outputs are logits of clean tokens; those of score entropy are what its key says."""
+    size = f"model.vocab_size={TOKENS}"
+    mean, score = (config_of(size, f"model.parametrisation={kind}") for kind in ("mean", "score"))
+    entropy = config_of(size, "training.objective=masked_cross_entropy")
+    for config in (mean, score):
+        check_same_model(config, entropy, "the source")
+        check_same_model(entropy, config, "the source")
+    with pytest.raises(ConfigError, match=r"set model\.parametrisation=score"):
+        check_same_model(mean, score, "the source")
 
 
 def test_other_tokens_are_refused(dataset: Path, sources: dict[str, Path], tmp_path: Path) -> None:

@@ -33,8 +33,15 @@ from sedd_scale.parallel.vocab_shard import VocabShard
 from tests.distributed.runs import launch
 from tests.model.small_network import gradients, noisy_batch, small_network
 
-# The graph, or "mean": uniform under the mean parametrisation; and whether logits are scaled.
-KINDS = [("absorb", True), ("absorb", False), ("uniform", False), ("mean", False)]
+# The graph, or "mean" and "absorb mean": uniform and absorb under the mean parametrisation; and
+# whether logits are scaled.
+KINDS = [
+    ("absorb", True),
+    ("absorb", False),
+    ("uniform", False),
+    ("mean", False),
+    ("absorb mean", True),
+]
 
 
 class Problem(NamedTuple):
@@ -72,7 +79,7 @@ class Problem(NamedTuple):
 
 def graph_of(name: str, num_tokens: int) -> Graph:
     """The graph of one of `KINDS`."""
-    return make_graph("uniform" if name == "mean" else name, num_tokens)
+    return make_graph("uniform" if name == "mean" else name.split()[0], num_tokens)
 
 
 def make_problem(
@@ -106,7 +113,7 @@ def make_problem(
     return Problem(
         graph,
         scaled,
-        name == "mean",
+        name.endswith("mean"),
         normal(length, 4, width).to(dtype),
         weight.to(dtype),
         bias.to(dtype),

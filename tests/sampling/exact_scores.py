@@ -42,6 +42,7 @@ class ExactScores(LogitModel):
         self.graph: Graph = make_graph(graph, num_tokens)
         self.schedule: Schedule = make_schedule(noise, sigma_max=10.0)
         self.scaled = scaled
+        self.mean = mean
         self.law = row_law(self.graph, scaled=scaled and graph == "absorb", mean=mean)
         self.length = length
         generator = torch.Generator().manual_seed(1)
@@ -98,9 +99,10 @@ class ExactScores(LogitModel):
         """All logits of a position: the model is a table."""
         assert ends_BE is None
         self.calls += 1
-        if self.law.of_clean_token:
+        if self.mean:
             laws = [self.clean_laws(*pair) for pair in zip(tokens_BL, sigma_B, strict=True)]
-            return torch.stack(laws).log().flatten(0, 1)[rows_M]
+            logits = torch.stack(laws).log().flatten(0, 1)[rows_M]
+            return self.law.with_known_constant(logits)
         logits = self.log_scores(tokens_BL, sigma_B)
         if self.scaled:
             logits += (log_expm1(sigma_B) + math.log(self.graph.num_tokens))[:, None, None]

@@ -283,6 +283,22 @@ def test_laws_of_clean_tokens_give_the_same_samples() -> None:
         )
 
 
+@pytest.mark.parametrize("sampler", ["analytic", "euler", "ancestral"])
+def test_normalised_scores_of_masks_follow_the_chain_of_the_tables(sampler: str) -> None:
+    """q_y / (e^sigma - 1), with the true laws of clean tokens at any constant of a row."""
+    model = ExactScores("absorb", "loglinear", mean=True)
+    for fixed in ({}, {1: 2}):
+        law_S = chain_law(model, 3, sampler, T_END, fixed)
+        assert_follows(drawn_around(model, 3, sampler, fixed, COUNT), law_S, 4)
+    state_BL, sigma_B = torch.tensor([[3, 2], [3, 3]]), torch.tensor([0.1, 2.0]).double()
+    logits = model.logits(state_BL, sigma_B, torch.arange(4)).view(2, 2, 3)
+    padding = torch.zeros(2, 2, 1, dtype=torch.float64)
+    found = model.law.log_scores(torch.cat([logits, padding], 2), state_BL, sigma_B)
+    masked = state_BL == 3
+    expected = model.log_scores(state_BL, sigma_B)[masked][:, :3]
+    torch.testing.assert_close(found[masked][:, :3], expected)
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_fixed_tokens_stay_and_no_mask_is_left(graph: str) -> None:
     model = ExactScores(graph, "loglinear")
