@@ -105,6 +105,7 @@ class SyntheticRun:
                 document_end=None,
                 pin=pin,
                 every_position=self.objective.causal,
+                shift=self.config.training.shift,
             )
             for start in range(0, len(noisy.noisy_BL), size)
         ]

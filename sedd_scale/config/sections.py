@@ -411,6 +411,11 @@ class TrainingConfig:
         at_least=0,
         only_with={"training.objective": ("score_entropy", "masked_cross_entropy")},
     )
+    shift: bool = _key(
+        False,
+        "Outputs at a position are for the next token, as of autoregressive checkpoints.",
+        shared=NETWORK,
+    )
     steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1, below=2**31)
     global_batch: int = _key(
         512, "Sequences in one optimizer step, over all ranks.", at_least=1, shared=ORDER

@@ -39,14 +39,23 @@ class Objective(ABC):
 
     Attributes:
         name: as `training.objective` names it.
-        causal: whether a position sees itself and those before it only, and is shown the token
-            before its own; then every position has a loss.
+        causal: whether a position sees itself and those before it only, and is shown what `shown`
+            says; then every position has a loss that something stands before.
         cross_entropy: whether the loss of a row is weight * cross-entropy, not score entropy.
+        first_is_given: whether nothing stands before a document's first token, which is then given.
     """
 
     name: ClassVar[str]
     causal: ClassVar[bool] = False
     cross_entropy: ClassVar[bool] = True
+
+    @property
+    def first_is_given(self) -> bool:
+        return False
+
+    def shown(self, tokens_BL: Tensor, graph: Graph) -> Tensor:
+        """What a causal network is shown of tokens at their positions, [B, L]."""
+        raise TypeError(f"{self.name} is not causal")
 
     def first_time(self, t_min: float) -> float:
         """Where the times that `corrupt` takes begin; `t_min` is the configuration's."""
@@ -208,11 +217,17 @@ class D3PMAbsorb(Objective):
         return 1.0, float(graph.prior_kl_per_token(sigma))
 
 
+@dataclass(frozen=True)
 class Autoregressive(Objective):
-    """Next-token cross-entropy; the mask stands before the first token of a block."""
+    """Next-token cross-entropy; the mask stands before the first token of a block.
+
+    Where outputs are for the next token, the network is shown the tokens as they are: nothing
+    stands before the first, which is given and has no loss.
+    """
 
     name = "autoregressive"
     causal = True
+    shift: bool = False
 
     def noise_columns(self, schedule: Schedule, t_B: Tensor, *, training: bool) -> Tensor:
         """No noise, and weight 1."""
@@ -230,12 +245,12 @@ class Autoregressive(Objective):
         t_min: float,
         t_B: Tensor | None = None,
     ) -> NoisyBatch:
-        """Each position is shown the token before its own."""
+        """What `shown` says, without noise."""
         graph.check_tokens(clean_BL)
         clean_BL = clean_BL.long()
         t_B = torch.zeros(len(clean_BL), dtype=torch.float64)
         return NoisyBatch(
-            noisy_BL=shifted(clean_BL, graph),
+            noisy_BL=self.shown(clean_BL, graph),
             clean_BL=clean_BL,
             t_B=t_B,
             noise_B3=self.noise_columns(schedule, t_B, training=draw.stream == "train"),
@@ -245,6 +260,13 @@ class Autoregressive(Objective):
     def closing(self, graph: Graph, schedule: Schedule, t_min: float) -> tuple[float, float]:
         """Nothing: the loss is the likelihood itself."""
         return 1.0, 0.0
+
+    @property
+    def first_is_given(self) -> bool:
+        return self.shift
+
+    def shown(self, tokens_BL: Tensor, graph: Graph) -> Tensor:
+        return tokens_BL if self.shift else shifted(tokens_BL, graph)
 
 
 def shifted(tokens_BL: Tensor, graph: Graph) -> Tensor:
@@ -258,7 +280,7 @@ OBJECTIVES: dict[str, Callable[[TrainingConfig], Objective]] = {
     ScoreEntropy.name: lambda training: ScoreEntropy(training.weight_softening),
     MaskedCrossEntropy.name: lambda training: MaskedCrossEntropy(training.weight_softening),
     D3PMAbsorb.name: lambda training: D3PMAbsorb(training.d3pm_steps, training.d3pm_ce_weight),
-    Autoregressive.name: lambda training: Autoregressive(),
+    Autoregressive.name: lambda training: Autoregressive(training.shift),
 }
 
 

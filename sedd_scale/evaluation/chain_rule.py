@@ -21,9 +21,8 @@ from torch import Tensor
 
 from sedd_scale.arrays import FloatArray, IntArray
 from sedd_scale.diffusion.corruption import keyed_uniforms
-from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.diffusion.row_law import CrossEntropy
-from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.errors import CheckpointError, ConfigError, DataError
 from sedd_scale.evaluation.result import ANY_ORDER, EXACT, BoundResult, OtherNats
 from sedd_scale.evaluation.standard_error import (
     Estimate,
@@ -31,6 +30,8 @@ from sedd_scale.evaluation.standard_error import (
     estimate_from_replicates,
 )
 from sedd_scale.model.logit_model import LogitModel
+
+GIVEN = "first tokens of text given, not predicted (training.shift)"
 
 Deal = Callable[[int, Callable[[int], tuple[Any, ...]]], list[tuple[Any, ...]]]
 
@@ -46,18 +47,33 @@ def evaluate_left_to_right(
 ) -> BoundResult:
     """The exact likelihood of blocks under an autoregressive model; collective.
 
+    With `training.shift` it is that given each document's first token, which is not counted.
+
     Arguments and what is raised are those of `evaluate_bound`, but for span_n2: where the counted
     text of each block begins and ends; and for deal: `over_ranks` of the model's layout.
     """
     began = time.perf_counter()
     groups = _slices(len(blocks_nL), batch_size)
-    text_n = span_n2[:, 1] - span_n2[:, 0]
 
-    def nats(which: int) -> tuple[FloatArray]:
+    def counted(which: int) -> Tensor:
+        """The positions of a group that are predicted."""
         clean_BL = blocks_nL[groups[which]]
         counted_BL = within_spans(clean_BL, span_n2[groups[which]])
+        starts_BL = model.starts(clean_BL)
+        return counted_BL if starts_BL is None else counted_BL & ~starts_BL
+
+    text_n = np.concatenate([counted(which).sum(dim=1) for which in range(len(groups))])
+    given = int((span_n2[:, 1] - span_n2[:, 0]).sum() - text_n.sum())
+    if not text_n.any():
+        raise DataError(
+            "nothing is predicted: with training.shift=true a document's first token is given; "
+            "give longer text"
+        )
+
+    def nats(which: int) -> tuple[FloatArray]:
+        clean_BL, counted_BL = blocks_nL[groups[which]], counted(which)
         noise_B3 = _weight_one(len(clean_BL))
-        shown_BL = shifted(clean_BL.long(), model.graph)
+        shown_BL = model.objective.shown(clean_BL.long(), model.graph)
         nats_B1 = model.losses(
             clean_BL, shown_BL, noise_B3, counted_BL, laws=[CrossEntropy(model.graph)]
         )
@@ -73,8 +89,9 @@ def evaluate_left_to_right(
         began,
         network_calls=len(nats_n),
         protocol="chain-rule",
-        block_nats_n=nats_n / text_n,
+        block_nats_n=nats_n / np.maximum(text_n, 1),
         kind=EXACT,
+        notes={GIVEN: given} if given else {},
     )
 
 

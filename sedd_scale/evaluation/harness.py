@@ -86,7 +86,10 @@ class SeddScaleLM(LM):
             raise DataError(
                 f"checkpoint={checkpoint} carries no tokenizer: give tokenizer_path=PATH"
             )
-        self.max_length = max_length or self.model.block_length or 1024
+        # What stands before a text without a context, where a model predicts no first token.
+        first = self.model.objective.first_is_given
+        self.start = [self.model.first_token()] if first else []
+        self.max_length = (max_length or self.model.block_length or 1024) - len(self.start)
         self.draws, self.seed = draws, seed
         options = {"steps": steps, "sampler": sampler}
         self.sampling = {name: value for name, value in options.items() if value is not None}
@@ -107,7 +110,7 @@ class SeddScaleLM(LM):
         for number, request in enumerate(requests):
             ids = self._encode(request.args[0])
             for begin in range(0, len(ids), self.max_length):
-                spans.append(([], ids[begin : begin + self.max_length]))
+                spans.append((self.start, ids[begin : begin + self.max_length]))
                 owner.append(number)
         totals = np.zeros(len(requests))
         np.add.at(totals, owner, self._log_probabilities(spans))
@@ -125,7 +128,7 @@ class SeddScaleLM(LM):
         """A context with free positions behind it."""
         wanted = int(options.get("max_gen_toks") or options.get("max_tokens") or _MOST_GENERATED)
         wanted = max(1, min(wanted, self.max_length - 1))
-        given = self._encode(context)[-(self.max_length - wanted) :]
+        given = self._encode(context)[-(self.max_length - wanted) :] or self.start
         settings: dict[str, Any] = dict(self.sampling)
         greedy = GREEDY.get(self.model.kind)
         if greedy is not None:
@@ -200,7 +203,7 @@ class SeddScaleLM(LM):
                 f"{self.max_length}: give a task with others, or max_length"
             )
         room = self.max_length - len(target)
-        return whole[max(0, cut - room) : cut], target
+        return whole[max(0, cut - room) : cut] or self.start, target
 
     def _log_probabilities(self, spans: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """Minus the bound of each second part given the first, in nats; collective."""

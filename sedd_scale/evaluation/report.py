@@ -45,7 +45,7 @@ def report_of(
         "documents": corpus.documents,
         "detokenizer": corpus.detokenizer,
         "unknown_share": corpus.unknown_share,
-        "notes": dict(corpus.notes),
+        "notes": {**dict(corpus.notes), **result.notes},
         "network_calls": result.network_calls,
         "protocol": result.protocol,
         "t_min": result.t_min,

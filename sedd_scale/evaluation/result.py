@@ -47,6 +47,7 @@ class BoundResult:
         normalised: the bound with normalised scores, which is never above the other; None where
             scores are normalised anyway, or the graph has no such thing.
         likelihood: an estimate of the likelihood itself, from above; any-order alone.
+        notes: how many tokens of the text have no part in the number, by what they are.
     """
 
     nats_per_token: float
@@ -66,6 +67,7 @@ class BoundResult:
     kind: str = BOUND
     normalised: OtherNats | None = None
     likelihood: OtherNats | None = None
+    notes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, estimate: Estimate, text_n: IntArray, began: float, **others: Any) -> "BoundResult":

@@ -39,6 +39,7 @@ _EXPRESSIBLE = (
         "readers take a network's outputs for scores as they are: train on with "
         "training.objective=score_entropy, from model.init_from",
     ),
+    ("training.shift", False, "readers take outputs at a position for that position"),
     ("model.parametrisation", "score", "readers take a network's outputs for log-scores"),
 )
 

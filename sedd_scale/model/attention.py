@@ -248,6 +248,21 @@ def documents_of(ends_BE: Tensor, length: int) -> Tensor:
     return torch.searchsorted(ends_BE.contiguous(), place_BL, right=True)
 
 
+def document_starts(shape: torch.Size, ends_BE: Tensor | None) -> Tensor:
+    """The first position of each sequence, and of each document of it: bool [B, L].
+
+    Args:
+        ends_BE: None: a sequence is one document.
+    """
+    starts_BL = torch.zeros(shape, dtype=torch.bool)
+    if ends_BE is not None:
+        documents_BL = documents_of(ends_BE, shape[1])
+        starts_BL = starts_BL.to(ends_BE.device)
+        starts_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
+    starts_BL[:, :1] = True
+    return starts_BL
+
+
 def document_bounds(ends_BE: Tensor, length: int) -> Tensor:
     """Where documents begin in the flattened [B * L] positions, and the end: int32 [B * E + 1].
 

@@ -64,6 +64,8 @@ class Head(nn.Module):
         model: ModelConfig,
         config: TransformerConfig,
         layout: Layout,
+        *,
+        shift: bool = False,
     ) -> None:
         super().__init__()
         self.logical_name = "head"
@@ -90,6 +92,7 @@ class Head(nn.Module):
             start=start,
             length=max(0, min(columns, graph.num_tokens - start)),
             group=layout.tensor_group,
+            rows_twice=shift,
         )
 
     def forward(self, stream: Stream) -> Tensor:

@@ -16,6 +16,8 @@ from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.objectives import Autoregressive, Objective
 from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.diffusion.schedules import Schedule
+from sedd_scale.errors import DataError
+from sedd_scale.model.attention import document_starts
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import losses_of_logits, score_targets
 
@@ -66,10 +68,11 @@ class LogitModel(ABC):
         """What is kept of chosen positions, [M, W]; arguments may be on the host.
 
         Args:
-            tokens_BL: noisy tokens; to a causal model the tokens one position later. Inside
-                `caching` those alone that follow what it has seen.
+            tokens_BL: noisy tokens; to a causal model what its objective says that it is shown.
+                Inside `caching` those alone that follow what it has seen.
             sigma_B: total noise of each sequence in nats.
-            rows_M: indices into the flattened [B * L] positions.
+            rows_M: indices into the flattened [B * L] positions whose token the rows are for; of a
+                causal model positions of what it is shown.
             ends_BE: where each sequence's documents end, for attention within documents.
         """
 
@@ -90,6 +93,23 @@ class LogitModel(ABC):
     def document_ends(self, clean_BL: Tensor) -> Tensor | None:
         """Where documents end, [B, E], or None where the model attends to whole blocks."""
         return None
+
+    def first_token(self) -> int:
+        """What a sample begins with where the model says nothing of first tokens.
+
+        Raises:
+            DataError: the model knows none.
+        """
+        raise DataError(
+            "this model predicts no first token (training.shift=true): give it, or the tokenizer "
+            "whose EOS samples are to begin with"
+        )
+
+    def starts(self, clean_BL: Tensor) -> Tensor | None:
+        """The given first tokens of an autoregressive model's documents, bool [B, L]; or None."""
+        if not self.objective.first_is_given:
+            return None
+        return document_starts(clean_BL.shape, self.document_ends(clean_BL))
 
     @torch.no_grad()
     def losses(
@@ -119,6 +139,7 @@ class LogitModel(ABC):
             noise_B3=noise_B3,
             every_position=self.causal,
             counted_BL=counted_BL,
+            starts_BL=self.starts(x0_BL),
         ).to(self.device)
         places_M = targets.rows_M % batch * length + targets.rows_M // batch
         rows_MW = self.rows(xt_BL, noise_B3[:, 0], places_M, self.document_ends(x0_BL))

@@ -68,7 +68,8 @@ def layer_builders(config: Config, graph: Graph, layout: Layout) -> list[LayerBu
 
     def head() -> nn.Module:
         law = law_of(config, graph, cross_entropy=objective.cross_entropy)
-        return Head(law, padded_states, model, transformer, layout)
+        shift = config.training.shift
+        return Head(law, padded_states, model, transformer, layout, shift=shift)
 
     def initialized(build: LayerBuilder) -> nn.Module:
         layer = build()

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.graphs import Graph, make_graph
-from sedd_scale.diffusion.objectives import make_objective, shifted
+from sedd_scale.diffusion.objectives import make_objective
 from sedd_scale.diffusion.row_law import RowLaw, law_of
 from sedd_scale.diffusion.schedules import schedule_of
 from sedd_scale.errors import DataError
-from sedd_scale.model.attention import document_ends, packed_context
+from sedd_scale.model.attention import document_ends, document_starts, packed_context
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.model.network import ScoreNetwork, layer_builders
 from sedd_scale.parallel.layout import Layout
@@ -86,6 +86,8 @@ class ScoreModel(nn.Module, LogitModel):
         hidden_LBH = self.network.hidden(tokens_BL, sigma_B)
         length, batch, width = hidden_LBH.shape
         rows = hidden_LBH.transpose(0, 1).reshape(batch * length, width)
+        every_R = torch.arange(len(rows), device=rows.device)
+        rows = rows.index_select(0, self._row_of(every_R, tokens_BL.shape, None))
         logits_BLV = self.network.head.logits(rows).view(batch, length, -1)
         return self.law.log_scores(logits_BLV, tokens_BL, sigma_B)
 
@@ -95,9 +97,20 @@ class ScoreModel(nn.Module, LogitModel):
     ) -> Tensor:
         device = self.device
         ends_BE = None if ends_BE is None else ends_BE.to(device)
+        rows_M = self._row_of(rows_M.to(device), tokens_BL.shape, ends_BE)
         return self.network.hidden_of_rows(
-            tokens_BL.to(device), sigma_B.to(device), rows_M.to(device), ends_BE
+            tokens_BL.to(device), sigma_B.to(device), rows_M, ends_BE
         )
+
+    def _row_of(self, places_M: Tensor, shape: torch.Size, ends_BE: Tensor | None) -> Tensor:
+        """Of which positions of the flattened [B * L] the outputs are that are for `places_M`.
+
+        With `training.shift` of those before, but where a document begins.
+        """
+        if self.causal or not self.config.training.shift:
+            return places_M
+        starts_R = document_starts(shape, ends_BE).to(places_M.device).flatten()
+        return places_M - (~starts_R[places_M]).long()
 
     def logits_of(self, rows_MW: Tensor) -> Tensor:
         return self.network.head.logits(rows_MW)
@@ -122,7 +135,8 @@ class ScoreModel(nn.Module, LogitModel):
             x0_BL: clean tokens, ids 0..N-1.
             t_B: times in (0, 1]; drawn uniformly from [noise.t_min, 1] when not given.
             xt_BL: noisy tokens; drawn from the forward process at t when not given. An
-                autoregressive model has no times, and sees the tokens one position later.
+                autoregressive model has no times, and sees the tokens one position later (with
+                `training.shift` the tokens themselves; a document's first then has no loss).
             generator: the source of what is drawn (a CPU generator).
             counted_BL: the positions that are no padding, which has no part in the loss (on the
                 host); None: all.
@@ -140,7 +154,7 @@ class ScoreModel(nn.Module, LogitModel):
         t_B = self.objective.on_grid(t_B.cpu().double())
         noise_B3 = self.objective.noise_columns(self.schedule, t_B, training=True)
         if xt_BL is None and self.objective.causal:
-            xt_BL = shifted(x0_BL, self.graph)
+            xt_BL = self.objective.shown(x0_BL, self.graph)
         elif xt_BL is None:
             move, token = (
                 torch.rand(x0_BL.shape, generator=generator, dtype=torch.float64) for _ in range(2)
@@ -182,6 +196,9 @@ class ScoreModel(nn.Module, LogitModel):
                 f"xt has shape {tuple(xt_BL.shape)} and x0 {tuple(x0_BL.shape)}; give equal shapes"
             )
         xt_BL = self._checked(xt_BL, self.graph.num_states).cpu()
+        ends_BE, starts_BL = self.document_ends(x0_BL), None
+        if self.config.training.shift:
+            starts_BL = document_starts(x0_BL.shape, ends_BE)
         targets = score_targets(
             self.graph,
             clean_BL=x0_BL,
@@ -189,13 +206,19 @@ class ScoreModel(nn.Module, LogitModel):
             noise_B3=noise_B3,
             every_position=self.objective.causal,
             counted_BL=counted_BL,
+            starts_BL=starts_BL,
         )
         keys_B = torch.zeros(len(x0_BL), dtype=torch.int64)
         if self.training:  # dropout is keyed, so every call needs keys of its own
             keys_B = torch.randint(2**31, keys_B.shape, generator=generator)
-        inputs = (xt_BL, noise_B3[:, 0].float(), packed_context(keys_B, self.document_ends(x0_BL)))
+        inputs = (xt_BL, noise_B3[:, 0].float(), packed_context(keys_B, ends_BE))
         hidden_LBH = self.network.head_input(tuple(tensor.to(self.device) for tensor in inputs))
         return hidden_LBH, targets.to(self.device)
+
+    def first_token(self) -> int:
+        if self.tokenizer is None:
+            return super().first_token()
+        return int(self.tokenizer.eos_id)
 
     def document_ends(self, clean_BL: Tensor) -> Tensor | None:
         """Where documents end, [B, E], or None where the model attends to whole blocks.

@@ -40,7 +40,8 @@ class ScoreTargets(NamedTuple):
     """What the loss needs of a noisy batch, for the rows that count.
 
     Attributes:
-        rows_M: index of each row in the flattened [L * B] hidden states.
+        rows_M: index of each row in the flattened [L * B] hidden states; where outputs are for the
+            next position a row may be there twice.
         sequence_M: which sequence of the batch the row belongs to.
         clean_M: the clean token x0.
         noisy_M: the noisy token x.
@@ -70,34 +71,48 @@ def score_targets(
     every_position: bool = False,
     counted_BL: Tensor | None = None,
     mean_over: float | None = None,
+    starts_BL: Tensor | None = None,
 ) -> ScoreTargets:
     """Pick the rows that count: masked positions under absorb, every position under uniform.
 
     Made on the host, before the tensors travel, so that no device waits for a count.
 
+    Where outputs are for the next position, the row of a position is the one before it in its
+    document, and a document's first position has its own. A causal network would see the answer
+    there: it has no loss for such positions, and they are not counted.
+
     Args:
         every_position: every position counts under absorb too (a causal network).
         counted_BL: the positions that are no padding, which has no part in the loss; None: all.
-        mean_over: the number of positions that the mean loss is taken over; None: all L * B.
+        mean_over: the number of positions that the mean loss is taken over; None: all L * B that
+            can have one.
+        starts_BL: the first position of each document, where outputs are for the next position.
     """
     clean, noisy = clean_BL.numpy(), noisy_BL.numpy()
     if graph.mask_id is None or every_position:
         rows_BL = np.ones_like(noisy, np.bool_)
     else:
         rows_BL = noisy == graph.mask_id
+    positions = clean.size
+    if starts_BL is not None and every_position:
+        rows_BL &= ~starts_BL.numpy()
+        positions = int(rows_BL.sum())
     if counted_BL is not None:
         rows_BL &= counted_BL.numpy()
     # numpy finds and gathers them faster than torch does on one thread, and than it divides.
     rows_M = np.flatnonzero(np.ascontiguousarray(rows_BL.T))
     sequence_R, place_R = _sequences_and_places(*clean.shape)
     place_M = place_R.take(rows_M)
+    source_M = rows_M
+    if starts_BL is not None:
+        source_M = rows_M - len(clean) * ~starts_BL.numpy().reshape(-1).take(place_M)
     return ScoreTargets(
-        rows_M=torch.from_numpy(rows_M),
+        rows_M=torch.from_numpy(source_M),
         sequence_M=torch.from_numpy(sequence_R.take(rows_M)),
         clean_M=torch.from_numpy(clean.reshape(-1).take(place_M)),
         noisy_M=torch.from_numpy(noisy.reshape(-1).take(place_M)),
         noise_B3=noise_B3,
-        row_weight=torch.tensor(1.0 / (mean_over or clean_BL.numel()), dtype=torch.float64),
+        row_weight=torch.tensor(1.0 / (mean_over or positions or 1), dtype=torch.float64),
     )
 
 
@@ -265,10 +280,14 @@ def _aligned_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> 
 
 
 def _of_inputs(
-    gradients: _Gradients, hidden: Tensor, targets: ScoreTargets
+    gradients: _Gradients, hidden: Tensor, targets: ScoreTargets, shard: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of all hidden states (zero where a row does not count), weight and bias."""
-    hidden_grad = torch.zeros_like(hidden).index_copy_(0, targets.rows_M, gradients.hidden)
+    hidden_grad = torch.zeros_like(hidden)
+    if shard.rows_twice:  # never more often, and a + b = b + a: the order changes no bit
+        hidden_grad.index_add_(0, targets.rows_M, gradients.hidden)
+    else:
+        hidden_grad.index_copy_(0, targets.rows_M, gradients.hidden)
     return hidden_grad, gradients.weight, gradients.bias
 
 
@@ -306,7 +325,7 @@ class _WeightedSum(torch.autograd.Function):
             gradients = _losses(*arguments)[1]
         for part in gradients:
             part.mul_(grad_output)
-        return (*_of_inputs(gradients, hidden, ctx.targets), None, None, None)
+        return (*_of_inputs(gradients, hidden, ctx.targets, ctx.shard), None, None, None)
 
 
 class _PerRow(torch.autograd.Function):
@@ -331,7 +350,7 @@ class _PerRow(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         _, gradients = _losses(hidden, weight, bias, ctx.targets, ctx.shard, grad_M)
         assert gradients is not None
-        return (*_of_inputs(gradients, hidden, ctx.targets), None, None)
+        return (*_of_inputs(gradients, hidden, ctx.targets, ctx.shard), None, None)
 
 
 def linear_score_entropy(

@@ -24,6 +24,7 @@ class VocabShard:
         start: token id of the first column.
         length: columns that are real tokens; mask and padding come after and take no part.
         group: the tensor-parallel processes, or None for one process.
+        rows_twice: whether two targets may have the same row of hidden states.
         chunk_bytes: memory for one chunk of logits, in bytes; None for what suits the device.
     """
 
@@ -31,6 +32,7 @@ class VocabShard:
     start: int
     length: int
     group: dist.ProcessGroup | None
+    rows_twice: bool = False
     chunk_bytes: int | None = None
 
     def chunk_rows(self, num_columns: int, device_type: str = "cpu") -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sedd_scale.diffusion.objectives import shifted
 from sedd_scale.model.logit_model import LogitModel
 from sedd_scale.sampling.chunks import rows_per_chunk
 
@@ -109,16 +108,17 @@ class HeadOutputs:
 class CausalOutputs(HeadOutputs):
     """Of a causal model within its `caching`: every position goes through the network once.
 
-    The rows of a call are at one position, behind those of the call before.
+    The rows of a call are at one position, behind those of the call before. Where nothing stands
+    before the first token, a position's row is that of the token before it.
     """
 
     _fed = 0
 
     def _run(self, state_BL: Tensor, sigma_B: Tensor, rows_M: Tensor) -> None:
-        length = state_BL.shape[1]
-        fed, self._fed = self._fed, int(rows_M[0]) % length + 1
+        length, objective = state_BL.shape[1], self.model.objective
+        fed, self._fed = self._fed, int(rows_M[0]) % length + (not objective.first_is_given)
         self.calls += 1
-        shown_BL = shifted(state_BL[:, : self._fed], self.model.graph)
+        shown_BL = objective.shown(state_BL[:, : self._fed], self.model.graph)
         within_M = (rows_M // length + 1) * (self._fed - fed) - 1
         self._keep(rows_M, self.model.rows(shown_BL[:, fed:], sigma_B, within_M))
 

@@ -84,6 +84,8 @@ def start_batch(
 ) -> BatchState:
     """A batch at time 1: free positions masked (absorb) or drawn uniformly; see `draw`.
 
+    A model that predicts no first token has the tokenizer's EOS there, where none is given.
+
     Args:
         seed: one for all samples, or one per sample.
         sample_ids_B: which draw of its seed each sample is; 0..B-1 by default.
@@ -116,6 +118,10 @@ def start_batch(
     if model.kind == AUTOREGRESSIVE:
         for row in range(batch):
             check_prefix(fixed_BL[row, : length if lengths_B is None else lengths_B[row]].numpy())
+        if model.objective.first_is_given and bool(free_BL[:, 0].any()):
+            given_BL = given_BL.clone()
+            given_BL[free_BL[:, 0], 0] = model.first_token()
+            free_BL[:, 0] = False
     model.graph.check_tokens(given_BL[~free_BL])
     law = TokenLaw(settings)
     draws = KeyedDraws(seeds, ids, length=length, device=model.device, dtype=law.dtype)

@@ -22,7 +22,7 @@ from sedd_scale.diffusion.corruption import Draw, NoisyBatch
 from sedd_scale.diffusion.graphs import Graph
 from sedd_scale.diffusion.process import process_of
 from sedd_scale.engine.engine import MicroBatch
-from sedd_scale.model.attention import document_ends, packed_context
+from sedd_scale.model.attention import document_ends, document_starts, packed_context
 from sedd_scale.parallel.agreement import Agreement
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.parallel.vocab import score_targets
@@ -41,7 +41,7 @@ class StepBatches(NamedTuple):
     micro_batches: list[MicroBatch]
     """Of this rank."""
     tokens: int
-    """Of text in the global batch: all its positions but padding."""
+    """Of text in the global batch: all its positions but padding and given first tokens."""
 
 
 def micro_batch_of(
@@ -53,6 +53,7 @@ def micro_batch_of(
     every_position: bool = False,
     counted_BL: BoolArray | None = None,
     mean_over: float | None = None,
+    shift: bool = False,
 ) -> MicroBatch:
     """A corrupted batch as the network and its loss take it.
 
@@ -63,11 +64,13 @@ def micro_batch_of(
         counted_BL: the positions that are text; the others are padding, which stays as it is and
             has no part in the loss. None: all are text.
         mean_over: the number of positions that the loss is a mean over; None: all of the batch.
+        shift: outputs are for the next position.
     """
     mask_BL = None
     if counted_BL is not None:
         mask_BL = torch.from_numpy(counted_BL)
         noisy = noisy._replace(noisy_BL=torch.where(mask_BL, noisy.noisy_BL, noisy.clean_BL))
+    ends_BE = None if document_end is None else document_ends(noisy.clean_BL, document_end)
     targets = score_targets(
         graph,
         clean_BL=noisy.clean_BL,
@@ -76,8 +79,8 @@ def micro_batch_of(
         every_position=every_position,
         counted_BL=mask_BL,
         mean_over=mean_over,
+        starts_BL=document_starts(noisy.clean_BL.shape, ends_BE) if shift else None,
     )
-    ends_BE = None if document_end is None else document_ends(noisy.clean_BL, document_end)
     context_BK = packed_context(noisy.dropout_key_B, ends_BE)
     batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), context_BK), targets)
     return batch.pin_memory() if pin else batch
@@ -134,7 +137,18 @@ class _Batches:
             every_position=self.objective.causal,
             counted_BL=counted_BL,
             mean_over=mean_over,
+            shift=self.config.training.shift,
         )
+
+    def _predicted(self, tokens_BL: IntArray) -> BoolArray:
+        """Which positions of blocks are text that is predicted, bool [B, L]."""
+        predicted_BL = text_positions(self.corpus, tokens_BL)
+        if self.objective.first_is_given:
+            ends_BE = None
+            if self.document_end is not None:
+                ends_BE = document_ends(torch.from_numpy(tokens_BL), self.document_end)
+            predicted_BL &= ~document_starts(torch.Size(tokens_BL.shape), ends_BE).numpy()
+        return predicted_BL
 
 
 class TrainBatches(_Batches):
@@ -179,8 +193,15 @@ class TrainBatches(_Batches):
         first = self.layout.data_rank * per_rank
         mine = slice(first, first + per_rank)
         sample_ids = self.loader.sample_ids(step, np.arange(training.global_batch))
-        if self.corpus.packing != "documents" and self.config.data.random_length == 0:
-            counted_BL, tokens = None, training.global_batch * self.corpus.block_length
+        first_is_given = self.objective.first_is_given
+        varies = first_is_given and self.document_end is not None
+        if (
+            self.corpus.packing != "documents"
+            and self.config.data.random_length == 0
+            and not varies
+        ):
+            predicted = self.corpus.block_length - first_is_given
+            counted_BL, tokens = None, training.global_batch * predicted
             tokens_BL = self._read(step, sample_ids[mine])
         else:
             # How much text the other replicas have decides what each token of it weighs.
@@ -228,7 +249,7 @@ class TrainBatches(_Batches):
         self, step: int, sample_ids: IntArray, tokens_BL: IntArray
     ) -> tuple[IntArray, BoolArray]:
         """The samples, some of them shortened, and which of their positions are text."""
-        counted_BL = text_positions(self.corpus, tokens_BL)
+        kept_BL: BoolArray | bool = True
         if self.config.data.random_length > 0:
             lengths_B = random_lengths(
                 self._draw(step, sample_ids),
@@ -236,8 +257,7 @@ class TrainBatches(_Batches):
                 share=self.config.data.random_length,
             )
             tokens_BL, kept_BL = shorten(tokens_BL, lengths_B, self.corpus.eos_id)
-            counted_BL &= kept_BL
-        return tokens_BL, counted_BL
+        return tokens_BL, self._predicted(tokens_BL) & kept_BL
 
     def _corrupted(self, step: int, sample_ids: IntArray, tokens_BL: IntArray) -> NoisyBatch:
         """Corrupt the samples in chunks whose temporaries fit in the CPU's cache."""
@@ -339,7 +359,7 @@ class ValidationBatches(_Batches):
             counts: list[int] = []
             for begin in range(0, len(blocks), COUNTED_TOGETHER):
                 tokens_BL = reader.read(blocks[begin : begin + COUNTED_TOGETHER])
-                counts += text_positions(self.corpus, tokens_BL).sum(axis=1).tolist()
+                counts += self._predicted(tokens_BL).sum(axis=1).tolist()
             return blocks, torch.tensor(counts, dtype=torch.float64)
 
         return self._read_together(

@@ -141,6 +141,41 @@ def test_rows_weigh_what_the_text_of_the_global_batch_says(
         assert weights.pop() * rows / (8 / micro_batch) == pytest.approx(1.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_given_first_tokens_are_not_counted(tmp_path: Path, packing: str, documents: bool) -> None:
+    """Of blocks, or of each document: what is left weighs alike on any split."""
+    path = make(tmp_path, **({"packing": packing} if packing == "documents" else {}))
+    overrides = (
+        *("training.objective=autoregressive", "training.shift=true"),
+        f"model.document_attention={str(documents).lower()}",
+    )
+    seen = set()
+    for data in (1, 4):
+        rows, share = 0, 0.0
+        for rank in range(data):
+            layout = dataclasses.replace(ALONE, data=data, data_rank=rank)
+            train, valid = batches_of(path, *overrides, "training.micro_batch=2", layout=layout)
+            step = train.of_step(1)
+            for batch in step.micro_batches:
+                rows += len(batch.targets.rows_M)
+                share += len(batch.targets.rows_M) * float(batch.targets.row_weight) / 4
+        assert share == pytest.approx(1.0, abs=1e-12) and rows == step.tokens
+        seen.add(rows)
+    assert len(seen) == 1
+    (noisy_BL, _, _), targets = step.micro_batches[0]
+    assert torch.equal(targets.clean_M, noisy_BL.t().flatten()[targets.rows_M + len(noisy_BL)])
+    text_n = valid.tokens_n
+    tokens_BL = valid.corpus.valid_reader().read(valid.blocks)
+    for tokens_L, count in zip(tokens_BL.tolist(), text_n.tolist(), strict=True):
+        expected = 0
+        padded = counted_positions(np.array([tokens_L]), valid.corpus.eos_id)[0]
+        for place in range(1, LENGTH):
+            begins = documents and tokens_L[place - 1] == valid.corpus.eos_id
+            expected += not begins and (packing == "stream" or bool(padded[place]))
+        assert count == expected
+
+
 def test_without_padding_rows_weigh_one_over_all_positions_exactly(tmp_path: Path) -> None:
     train, _ = batches_of(make(tmp_path))
     step = train.of_step(0)

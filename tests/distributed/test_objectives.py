@@ -14,6 +14,7 @@ from sedd_scale.config import load_config
 from sedd_scale.data.corpus import Corpus
 from sedd_scale.diffusion.corruption import Draw
 from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.model.attention import document_starts
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
 from tests.distributed.runs import Run, train_runs
@@ -37,6 +38,11 @@ OBJECTIVES = {
     "masked_cross_entropy": ("training.objective=masked_cross_entropy",),
     "d3pm_absorb": ("training.objective=d3pm_absorb", "training.d3pm_steps=50"),
     "mean": ("model.parametrisation=mean",),
+    "autoregressive shift": (
+        *("training.objective=autoregressive", "training.shift=true"),
+        "model.document_attention=true",
+    ),
+    "shift": ("training.shift=true", "model.parametrisation=mean"),
 }
 LAYOUTS = {
     "one process": (1, ()),
@@ -46,6 +52,7 @@ LAYOUTS = {
 }
 # They differ from masked_cross_entropy by what is made on the host, or by nothing but names.
 FEW_LAYOUTS = dict.fromkeys(("d3pm_absorb", "mean"), ("one process", "TP2 SP"))
+FEW_LAYOUTS["shift"] = ("one process", "TP2 SP", "PP2")
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +107,18 @@ def test_the_first_loss_is_the_definition_s(
         t_min=config.noise.t_min,
     )
     rows = torch.arange(shown.noisy_BL.numel())
-    logits = model.logits(
-        shown.noisy_BL, shown.sigma_B.float(), rows, model.document_ends(shown.clean_BL)
-    )
+    ends_BE = model.document_ends(shown.clean_BL)
+    logits = model.logits(shown.noisy_BL, shown.sigma_B.float(), rows, ends_BE)
+    counts_BL = torch.ones(shown.clean_BL.shape, dtype=torch.float64)
+    if config.training.shift and made.causal:
+        logits = logits.roll(1, dims=0)  # of the row before; a document's first has no loss
+        counts_BL = 1.0 - document_starts(shown.clean_BL.shape, ends_BE).double()
     nats_R = torch.nn.functional.cross_entropy(
         logits[:, : corpus.vocab_size].double(), shown.clean_BL.flatten(), reduction="none"
     )
     weight_BL = shown.noise_B3[:, 2:].expand_as(shown.clean_BL)
-    counts_BL = torch.ones_like(weight_BL)
+    positions = counts_BL.sum()
     if not made.causal:
         counts_BL = (shown.noisy_BL == model.graph.mask_id).double()
-    expected = float((weight_BL * counts_BL).flatten() @ nats_R) / len(rows)
+    expected = float((weight_BL * counts_BL).flatten() @ nats_R) / float(positions)
     assert run.series("loss")[0] == pytest.approx(expected, rel=NETWORK)

@@ -74,6 +74,24 @@ def test_four_tokens_at_four_places(graph: str) -> None:
     assert abs(result.nats_per_token - exact_n.mean() / 4) < 3 * result.stderr
 
 
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_outputs_for_the_next_position_have_a_bound(graph: str) -> None:
+    model = tiny_model(graph, "loglinear", shift=True)
+    blocks_nL = all_states(3, LENGTH)
+    last = model.schedule.sigma(torch.ones((), dtype=torch.float64))
+    exact_n = np.array(
+        [
+            exact_diffusion_nats(model, block, T_MIN)
+            + exact_reconstruction_nats(model, block, T_MIN)
+            + LENGTH * float(model.graph.prior_kl_per_token(last))
+            for block in blocks_nL
+        ]
+    )
+    assert (exact_n >= -exact_log_likelihoods(model, T_MIN, LENGTH).numpy() - 1e-4).all()
+    result = evaluate_bound(model, blocks_nL, draws=64, t_min=T_MIN, batch_size=64, seed=3)
+    assert abs(result.nats_per_token - exact_n.mean() / LENGTH) < 3 * result.stderr
+
+
 def test_reconstruction_is_the_exact_one_with_many_draws() -> None:
     for graph in ("absorb", "uniform"):
         model = tiny_model(graph, "loglinear")

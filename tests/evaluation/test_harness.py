@@ -60,6 +60,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.tokenizer = BytesTokenizer()
     save_pretrained(model, folder / "autoregressive", format="native")
+    model = tiny_model(
+        "absorb", "loglinear", num_tokens=257, objective="autoregressive", shift=True
+    )
+    model.tokenizer, model.block_length = BytesTokenizer(), 32
+    save_pretrained(model, folder / "shifted", format="native")
     rows = [
         {"question": f"the {word} is", "choices": [" here", " far", " b"], "answer": number % 3}
         for number, word in enumerate(["river", "stone", "old man", "sea"])
@@ -124,7 +129,20 @@ def test_likelihoods_are_those_of_the_continuation_given_the_context(work: Path)
         bound.loglikelihood([Request("", "a" * 40)])
 
 
-@pytest.mark.parametrize("name", ["absorb", "autoregressive"])
+def test_where_nothing_predicts_a_first_token_eos_stands_before_it(work: Path) -> None:
+    model = SeddScaleLM(str(work / "shifted"))
+    assert (model.start, model.max_length) == ([BytesTokenizer().eos_id], 31)
+    every = model._log_probabilities([(model.start, [token]) for token in range(257)])
+    assert np.exp(every).sum() == pytest.approx(1.0, abs=1e-5)
+    ((first, _), (rest, _)) = model.loglikelihood([Request("", "a"), Request("", "ab")])
+    assert first == pytest.approx(every[97], rel=NETWORK) and rest < first
+    (whole,) = model.loglikelihood_rolling([Request("ab")])
+    assert whole == pytest.approx(rest, rel=NETWORK)
+    (greedy,) = np.flatnonzero([model._are_greedy([(model.start, [t])])[0] for t in range(257)])
+    assert int(greedy) == int(np.argmax(every))
+
+
+@pytest.mark.parametrize("name", ["absorb", "autoregressive", "shifted"])
 def test_what_is_generated_greedily_is_greedy(work: Path, name: str) -> None:
     model = SeddScaleLM(str(work / name), draws=2)
     options = {"until": [], "max_gen_toks": 3, "do_sample": False}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sedd_scale.diffusion.objectives import D3PMAbsorb
-from sedd_scale.errors import ConfigError
+from sedd_scale.errors import ConfigError, DataError
 from sedd_scale.evaluation.bound import evaluate_bound
 from sedd_scale.model.score_model import ScoreModel
 from tests.evaluation.enumeration import (
@@ -138,6 +138,30 @@ def test_an_autoregressive_likelihood_is_exact() -> None:
     for options in ({"draws": 4}, {"protocol": "paper"}, {"protocol": "any-order"}):
         with pytest.raises(ConfigError, match="is exact"):
             evaluate_bound(model, blocks_nL, **options)
+
+
+@torch.no_grad()
+def test_outputs_for_the_next_token_have_the_likelihood_given_the_first() -> None:
+    model = tiny_model("absorb", "loglinear", objective="autoregressive", shift=True)
+    blocks_nL = all_states(3, LENGTH)
+    result = evaluate_bound(model, blocks_nL, batch_size=10)
+    assert result.tokens == 27 * (LENGTH - 1) and list(result.notes.values()) == [27]
+    chance_n = np.exp(-(LENGTH - 1) * result.block_nats_n)
+    np.testing.assert_allclose(chance_n.reshape(3, 9).sum(1), 1.0, atol=1e-6)
+    nats = 0.0
+    for place in range(1, LENGTH):
+        shown = blocks_nL[5:6, :place]
+        logits = model.logits(shown, torch.zeros(1), torch.tensor([place - 1]))
+        nats -= float(logits[0, :3].double().log_softmax(0)[blocks_nL[5, place]])
+    assert (LENGTH - 1) * result.block_nats_n[5] == pytest.approx(nats, rel=NETWORK)
+    # A first token that is context, or padding behind it, was never counted.
+    given = evaluate_bound(model, blocks_nL, context_n=np.ones(27, dtype=np.int64))
+    np.testing.assert_allclose(given.block_nats_n, result.block_nats_n, rtol=NETWORK)
+    assert given.tokens == result.tokens and not given.notes
+    mixed = evaluate_bound(model, blocks_nL[:2], text_n=np.array([1, 3]))
+    assert (mixed.tokens, mixed.block_nats_n[0]) == (2, 0.0)
+    with pytest.raises(DataError, match="nothing is predicted"):
+        evaluate_bound(model, blocks_nL, text_n=np.ones(27, dtype=np.int64))
 
 
 @torch.no_grad()

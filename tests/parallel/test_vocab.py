@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_scale.diffusion.score_entropy import RowNoise
+from sedd_scale.model.attention import document_starts
 from sedd_scale.parallel import vocab
 from sedd_scale.parallel.layout import Layout, initialize_layout
 from sedd_scale.parallel.vocab import (
     gathered_logits,
     linear_score_entropy,
     linear_score_entropy_per_sequence,
+    score_targets,
 )
 from tests.diffusion.reference import (
     log_score_score_entropy,
@@ -184,6 +186,48 @@ def test_any_cut_into_chunks_gives_the_same(name: str, scaled: bool) -> None:
         for kind, parts in one.items():
             for part, same in zip(parts, other[kind]):
                 torch.testing.assert_close(part, same, rtol=1e-12, atol=1e-14)
+
+
+ENDS_BE = torch.tensor([[6, 6, 6], [2, 6, 6], [1, 3, 6], [5, 6, 6]])
+
+
+@pytest.mark.parametrize("ends_BE", [None, ENDS_BE], ids=["whole", "documents"])
+@pytest.mark.parametrize(("name", "scaled"), KINDS)
+def test_outputs_for_the_next_position_are_the_definition_s(
+    name: str, scaled: bool, ends_BE: Tensor | None
+) -> None:
+    """Of hidden states moved by a plain loop; gradients of rows that are there twice add up."""
+    problem = make_problem(name, scaled, 50)
+    starts_BL = document_starts(problem.clean_BL.shape, ends_BE)
+    targets = score_targets(
+        problem.graph,
+        clean_BL=problem.clean_BL,
+        noisy_BL=problem.noisy_BL,
+        noise_B3=problem.noise_B3,
+        starts_BL=starts_BL,
+    )
+    assert len(targets.rows_M.unique()) < len(targets.rows_M), "a row has to be there twice"
+
+    def moved(hidden_LBH: Tensor) -> Tensor:
+        rows = []
+        for b in range(4):
+            begins = [0] if ends_BE is None else [0, *ends_BE[b].tolist()]
+            rows += [[hidden_LBH[i if i in begins else i - 1, b] for i in range(6)]]
+        return torch.stack([torch.stack(row) for row in rows], dim=1)
+
+    hidden, weight, bias = problem.leaves
+    loss_BL = by_definition(problem, moved(hidden), weight, bias)
+    expected = results_of(loss_BL.mean(), loss_BL.sum(1), (hidden, weight, bias))
+    shard = problem.shard(rows_twice=True)
+    found = []
+    for _ in range(2):
+        leaves = problem.leaves
+        loss = linear_score_entropy(*leaves, targets, shard)
+        loss_B = linear_score_entropy_per_sequence(*leaves, targets, shard)
+        found.append(results_of(loss, loss_B, leaves))
+    for what, value in expected.items():
+        torch.testing.assert_close(found[0][what], value, rtol=1e-11, atol=1e-13)
+        assert torch.equal(found[0][what], found[1][what]), what
 
 
 def test_the_budget_bounds_the_rows_of_a_chunk() -> None:

@@ -1,5 +1,7 @@
 """Autoregressive samples: the cache changes nothing, the law is the chain rule's."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,23 @@ LENGTH = 9
 LEFT_TO_RIGHT = "left-to-right"
 
 
-@pytest.fixture(scope="module")
-def model() -> ScoreModel:
-    return tiny_model(
-        "absorb", "loglinear", objective="autoregressive", num_tokens=6, block_length=LENGTH
+@pytest.fixture(scope="module", params=[False, True], ids=["own", "shift"])
+def model(request: pytest.FixtureRequest) -> ScoreModel:
+    return autoregressive(6, shift=request.param)
+
+
+def autoregressive(num_tokens: int, *, shift: bool) -> ScoreModel:
+    """Of a tokenizer whose EOS is token 1."""
+    made = tiny_model(
+        "absorb",
+        "loglinear",
+        objective="autoregressive",
+        num_tokens=num_tokens,
+        block_length=LENGTH,
+        shift=shift,
     )
+    made.tokenizer = types.SimpleNamespace(eos_id=1, decode=str) if shift else None
+    return made
 
 
 @torch.no_grad()
@@ -37,6 +51,11 @@ def without_cache(
     for place in range(length):
         shown_BL = shifted(batch.state_BL[:, : place + 1], model.graph)
         rows = torch.arange(num) * (place + 1) + place
+        if model.config.training.shift:
+            if place == 0:
+                continue
+            shown_BL = batch.state_BL[:, :place]
+            rows = torch.arange(num) * place + place - 1
         logits = model.logits(shown_BL, torch.zeros(num), rows)[:, : model.graph.num_tokens]
         drawn = TokenLaw(settings).draw(logits, uniform_BL[:, place])
         batch.state_BL[:, place] = torch.where(free_BL[:, place], drawn, batch.state_BL[:, place])
@@ -57,7 +76,7 @@ def test_the_cache_changes_no_token(model: ScoreModel, options: dict[str, float]
 
 def test_samples_follow_the_likelihood() -> None:
     """Frequencies of all 27 sequences against their exact probabilities: chi-squared."""
-    model = tiny_model("absorb", "loglinear", objective="autoregressive", num_tokens=3)
+    model = autoregressive(3, shift=False)
     every_nL = all_states(3, 3)
     chance_n = np.exp(-3 * evaluate_bound(model, every_nL).block_nats_n)
     count = 20_000
@@ -67,6 +86,22 @@ def test_samples_follow_the_likelihood() -> None:
     found_n = torch.bincount(index_B, minlength=27).numpy()
     expected_n = count * chance_n
     chi_squared = float(((found_n - expected_n) ** 2 / expected_n).sum())
+    assert chi_squared < 26 + 5 * (2 * 26) ** 0.5
+
+
+def test_without_a_first_token_samples_follow_the_likelihood_given_eos() -> None:
+    model = autoregressive(3, shift=True)
+    rest_nL = all_states(3, 3)
+    every_nL = torch.cat([torch.ones(27, 1, dtype=torch.int64), rest_nL], dim=1)
+    chance_n = np.exp(-3 * evaluate_bound(model, every_nL).block_nats_n)
+    assert chance_n.sum() == pytest.approx(1.0, abs=1e-6)
+    count = 20_000
+    blank = torch.zeros(count, 4, dtype=torch.int64)
+    drawn_BL = draw(model, blank, blank.bool(), SamplerSettings(LEFT_TO_RIGHT), seed=2)
+    assert (drawn_BL[:, 0] == 1).all()
+    found_n = torch.bincount((drawn_BL[:, 1:] * torch.tensor([9, 3, 1])).sum(1), minlength=27)
+    expected_n = count * chance_n
+    chi_squared = float(((found_n.numpy() - expected_n) ** 2 / expected_n).sum())
     assert chi_squared < 26 + 5 * (2 * 26) ** 0.5
 
 
