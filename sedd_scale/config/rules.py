@@ -96,6 +96,11 @@ def _check_model(config: ConfigTree) -> None:
             "model.attention=flash has no training.precision=fp32: set model.attention=sdpa "
             "or training.precision=bf16"
         )
+    if model.attention == "flash" and config.training.anneal_steps:
+        raise ConfigError(
+            f"model.attention=flash has no mask for training.anneal_steps="
+            f"{config.training.anneal_steps}: set model.attention=auto"
+        )
     if model.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             "model.attention=flash needs the package flash-attn, which is not installed: "

@@ -416,6 +416,13 @@ class TrainingConfig:
         "Outputs at a position are for the next token, as of autoregressive checkpoints.",
         shared=NETWORK,
     )
+    anneal_steps: int = _key(
+        0,
+        "Steps over which attention goes from causal to both sides; 0: both from the start.",
+        at_least=0,
+        shared=TASK,
+        only_with={"training.objective": ("score_entropy", "masked_cross_entropy", "d3pm_absorb")},
+    )
     steps: int = _key(400_000, "Optimizer steps of the whole run.", at_least=1, below=2**31)
     global_batch: int = _key(
         512, "Sequences in one optimizer step, over all ranks.", at_least=1, shared=ORDER

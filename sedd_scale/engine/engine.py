@@ -217,7 +217,10 @@ class PipelineStageEngine(Engine):
         make_optimizer: OptimizerFactory,
     ) -> None:
         causal = make_objective(config).causal
-        self._module = module = PipelineStage(builders, config.model, layout, causal=causal)
+        wide = config.model.document_attention or config.training.anneal_steps > 0
+        self._module = module = PipelineStage(
+            builders, config.model, layout, causal=causal, wide=wide
+        )
         super().__init__(module, layout, config, make_optimizer)
         # A pair of events a step, kept for ever, and a mean loss that nobody reads, for which the
         # host would wait and all ranks meet.

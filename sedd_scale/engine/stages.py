@@ -3,7 +3,8 @@
 Between stages travel one floating-point tensor, the hidden states with the conditioning vector
 appended as further positions, and the integers of the context: DeepSpeed runs a backward pass for
 each floating-point tensor, so one is better than two. It wants what travels to be of one shape
-always, so a context with ends of documents travels as wide as if every position were one.
+always, so a context that may have ends of documents, or says for some steps how much of attention
+is hidden, travels as wide as if every position were an end.
 """
 
 import math
@@ -41,7 +42,13 @@ class PipelineStage(PipelineModule):
     """This process's stage; the last one computes the loss from what the head returns."""
 
     def __init__(
-        self, builders: list[LayerBuilder], model: ModelConfig, layout: Layout, *, causal: bool
+        self,
+        builders: list[LayerBuilder],
+        model: ModelConfig,
+        layout: Layout,
+        *,
+        causal: bool,
+        wide: bool = False,
     ) -> None:
         super().__init__(
             layers=[_DeferredLayer(builder) for builder in builders],
@@ -55,6 +62,7 @@ class PipelineStage(PipelineModule):
         self.cond_dim = model.cond_width
         self.tied = model.tied_embedding
         self.causal = causal
+        self.wide = wide
         self.context_width = 1
         self.sigma_shape = torch.Size()
 
@@ -68,7 +76,7 @@ class PipelineStage(PipelineModule):
         self.sigma_shape = inputs[0][1].shape
         contexts = [context.view(len(noisy_BL), -1) for noisy_BL, _, context in inputs]
         self.context_width = max(context_BK.shape[1] for context_BK in contexts)
-        if self.context_width > 1:
+        if self.wide:
             length = inputs[0][0].shape[1]
             contexts = [_widened(context_BK, length) for context_BK in contexts]
         return [
@@ -143,5 +151,5 @@ class PipelineStage(PipelineModule):
 
 def _widened(context_BK: Tensor, length: int) -> Tensor:
     """The context with as many ends of documents as positions; those added are the block's end."""
-    wide_BK = F.pad(context_BK, (0, 1 + length - context_BK.shape[1]), value=length)
+    wide_BK = F.pad(context_BK, (0, 3 + length - context_BK.shape[1]), value=length)
     return wide_BK.pin_memory() if context_BK.is_pinned() else wide_BK

@@ -198,11 +198,12 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
                 f"{key}={wanted} does not fit {what}, which has {has}"
                 f"{_shapes_apart(config, found)}: set {key}={has}"
             )
-    if ours.causal != theirs.causal:
+    if ours.causal != theirs.causal and not (theirs.causal and config.training.anneal_steps):
         wanted, has = config.training.objective, found.training.objective
+        other = " or training.anneal_steps, over which it changes" if theirs.causal else ""
         raise ConfigError(
             f"training.objective={wanted} does not fit {what}, a network of {has}: its attention "
-            f"is another; set training.objective={has}"
+            f"is another; set training.objective={has}{other}"
         )
 
 

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sedd_scale.errors import ConfigError
+from sedd_scale.model.dropout import dropout, entry_bits
+
+# In the place of a layer's dropout, for what all layers share.
+_NO_LAYER = -1
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 # cuDNN builds a graph for every new shape, some 30 ms of the host each: for training alone, whose
@@ -82,9 +86,11 @@ class AttentionPattern(ABC):
     Attributes:
         causal: whether none of them comes after it.
         has_documents: whether PyTorch's attention would need a mask.
+        needs_mask: whether no other attention can do it.
     """
 
     has_documents: bool = False
+    needs_mask: bool = False
 
     def __init__(self, *, causal: bool = False) -> None:
         self.causal = causal
@@ -93,9 +99,9 @@ class AttentionPattern(ABC):
     def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
         """By PyTorch's attention, [B, h, L, D]."""
 
-    @abstractmethod
     def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
         """By flash-attn, [B, L, h, D]."""
+        raise TypeError(f"{type(self).__name__} needs a mask")
 
     def varlen(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
         """By PyTorch's attention over sequences of several lengths, [B, L, h, D]."""
@@ -136,8 +142,7 @@ class WithinDocuments(AttentionPattern):
 
     def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
         if self._mask_B1LL is None:
-            documents_BL = documents_of(self.ends_BE, query_BhLD.shape[2])
-            mask_B1LL = documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
+            mask_B1LL = _same_document(self.ends_BE, query_BhLD.shape[2])
             self._mask_B1LL = mask_B1LL.tril() if self.causal else mask_B1LL
         return _sdpa(query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL)
 
@@ -171,6 +176,45 @@ class WithinDocuments(AttentionPattern):
         return self._bounds, self._bounds, length, length
 
 
+class Annealed(AttentionPattern):
+    """Those before it, and each of those after it with a chance: between causal and whole.
+
+    Which, is keyed by the sample and both positions, so that every layout and a resume see the
+    same; it is the same in all layers. Source: arXiv 2410.17891, section 3.2.
+
+    Args:
+        keys_B: of the samples' dropout.
+        hidden_B: of 2^32 entries after a position, how many are hidden, int64.
+        ends_BE: where documents end, which see nothing of each other; none: [B, 0].
+    """
+
+    needs_mask = True
+
+    def __init__(self, keys_B: Tensor, hidden_B: Tensor, ends_BE: Tensor) -> None:
+        super().__init__()
+        self.keys_B, self.hidden_B, self.ends_BE = keys_B, hidden_B, ends_BE
+        self._mask_B1LL: Tensor | None = None
+
+    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
+        if self._mask_B1LL is None:
+            self._mask_B1LL = self.mask(query_BhLD.shape[2])
+        return F.scaled_dot_product_attention(
+            query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL
+        )
+
+    def mask(self, length: int) -> Tensor:
+        """Which positions [.., L, 1] see which [.., 1, L]: bool [B, 1, L, L]."""
+        _, *hashes = dropout(
+            self.keys_B, length=length, width=length, rate=0.0, site=_NO_LAYER, first_position=0
+        )
+        seen_LBL = entry_bits(*hashes) >= (self.hidden_B - 2**31)[:, None]
+        before_LL = torch.ones(length, length, dtype=torch.bool, device=seen_LBL.device).tril()
+        seen_B1LL = (seen_LBL.transpose(0, 1) | before_LL)[:, None]
+        if self.ends_BE.numel():
+            seen_B1LL = seen_B1LL & _same_document(self.ends_BE, length)
+        return seen_B1LL
+
+
 class Context(NamedTuple):
     """What is known of each sequence besides its tokens."""
 
@@ -181,17 +225,34 @@ class Context(NamedTuple):
     @classmethod
     def unpacked(cls, context_BK: Tensor, *, causal: bool) -> "Context":
         """Of the integers that `packed_context` made."""
+        if context_BK.shape[1] % 2 == 0:
+            keys_B, hidden_B, ends_BE = context_BK[:, 0], context_BK[:, 1], context_BK[:, 2:]
+            return cls(keys_B, Annealed(keys_B, hidden_B, ends_BE))
         keys_B, ends_BE = context_BK[:, 0], context_BK[:, 1:]
         if not ends_BE.numel():
             return cls(keys_B, WholeSequence(causal=causal))
         return cls(keys_B, WithinDocuments(ends_BE, causal=causal))
 
 
-def packed_context(keys_B: Tensor, ends_BE: Tensor | None) -> Tensor:
-    """The integers [B, 1] or [B, 1 + E] that travel from the host, and between stages."""
-    if ends_BE is None:
-        return keys_B[:, None]
-    return torch.cat([keys_B[:, None], ends_BE], dim=1)
+def packed_context(keys_B: Tensor, ends_BE: Tensor | None, *, hidden: int | None = None) -> Tensor:
+    """The integers [B, K] that travel from the host, and between stages.
+
+    Side by side: the key, how much is hidden if anything, the ends of documents if there are any.
+    Their number alone tells which, so that nobody waits for a device to know: it is even with what
+    is hidden and odd without. Ends of an odd number have the last of them, the block's, once more.
+
+    Args:
+        hidden: of 2^32 entries after a position, how many attention does not see while it is
+            annealed; None: it is not.
+    """
+    parts = [keys_B[:, None]]
+    if hidden is not None:
+        parts.append(torch.full_like(parts[0], hidden))
+    if ends_BE is not None:
+        parts.append(ends_BE)
+        if ends_BE.shape[1] % 2:
+            parts.append(ends_BE[:, -1:])
+    return torch.cat(parts, dim=1)
 
 
 def attention(
@@ -213,6 +274,8 @@ def attention(
     """
     dtype, device = query_LBhD.dtype, query_LBhD.device
     pattern = pattern or WholeSequence()
+    if pattern.needs_mask:
+        backend = "sdpa"
     if backend == "auto":
         backend = choose_backend(dtype, device, with_documents=pattern.has_documents)
     inputs = (query_LBhD, key_LBhD, value_LBhD)
@@ -230,6 +293,12 @@ def attention(
             "flash-attn package, a GPU and training.precision=bf16; or set model.attention=auto"
         )
     return run(*(part.transpose(0, 1) for part in inputs)).transpose(0, 1)
+
+
+def _same_document(ends_BE: Tensor, length: int) -> Tensor:
+    """Whether two positions are of one document, bool [B, 1, L, L]."""
+    documents_BL = documents_of(ends_BE, length)
+    return documents_BL[:, None, :, None] == documents_BL[:, None, None, :]
 
 
 def document_ends(clean_BL: Tensor, eos_id: int) -> Tensor:

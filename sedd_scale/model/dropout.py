@@ -35,11 +35,16 @@ class Dropout(NamedTuple):
 
 def keep_mask(rate: float, factor_LB1: Tensor, offset_LB1: Tensor, channel_H: Tensor) -> Tensor:
     """The mask of a `Dropout`, bool [L, B, H]: true where an entry stays."""
+    return entry_bits(factor_LB1, offset_LB1, channel_H) >= int(rate * 2**32) - 2**31
+
+
+def entry_bits(factor_LB1: Tensor, offset_LB1: Tensor, channel_H: Tensor) -> Tensor:
+    """What a `Dropout` knows of each entry, int32 [L, B, H]: uniform over all of them."""
     bits_LBH = factor_LB1 * channel_H
     bits_LBH += offset_LB1
     bits_LBH.bitwise_xor_(bits_LBH >> 15)
     bits_LBH *= 0x2C1B3C6D
-    return bits_LBH >= int(rate * 2**32) - 2**31
+    return bits_LBH
 
 
 def _mix(value: Tensor) -> Tensor:

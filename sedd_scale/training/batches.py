@@ -54,6 +54,7 @@ def micro_batch_of(
     counted_BL: BoolArray | None = None,
     mean_over: float | None = None,
     shift: bool = False,
+    hidden: int | None = None,
 ) -> MicroBatch:
     """A corrupted batch as the network and its loss take it.
 
@@ -65,6 +66,7 @@ def micro_batch_of(
             has no part in the loss. None: all are text.
         mean_over: the number of positions that the loss is a mean over; None: all of the batch.
         shift: outputs are for the next position.
+        hidden: how much attention does not see of what comes after, as `packed_context` takes it.
     """
     mask_BL = None
     if counted_BL is not None:
@@ -81,7 +83,7 @@ def micro_batch_of(
         mean_over=mean_over,
         starts_BL=document_starts(noisy.clean_BL.shape, ends_BE) if shift else None,
     )
-    context_BK = packed_context(noisy.dropout_key_B, ends_BE)
+    context_BK = packed_context(noisy.dropout_key_B, ends_BE, hidden=hidden)
     batch = MicroBatch((noisy.noisy_BL, noisy.sigma_B.float(), context_BK), targets)
     return batch.pin_memory() if pin else batch
 
@@ -127,7 +129,11 @@ class _Batches:
             skip(bad)
 
     def _micro_batch_of(
-        self, noisy: NoisyBatch, counted_BL: BoolArray | None, mean_over: float | None = None
+        self,
+        noisy: NoisyBatch,
+        counted_BL: BoolArray | None,
+        mean_over: float | None = None,
+        hidden: int | None = None,
     ) -> MicroBatch:
         return micro_batch_of(
             noisy,
@@ -138,6 +144,7 @@ class _Batches:
             counted_BL=counted_BL,
             mean_over=mean_over,
             shift=self.config.training.shift,
+            hidden=hidden,
         )
 
     def _predicted(self, tokens_BL: IntArray) -> BoolArray:
@@ -218,6 +225,7 @@ class TrainBatches(_Batches):
                     noisy.part(part),
                     None if counted_BL is None else counted_BL[part],
                     mean_over=tokens * training.micro_batch / training.global_batch,
+                    hidden=hidden_after(step, training.anneal_steps),
                 )
             )
         return StepBatches(micro_batches, tokens)
@@ -271,6 +279,15 @@ class TrainBatches(_Batches):
         if len(parts) == 1:
             return parts[0]
         return NoisyBatch(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def hidden_after(step: int, anneal_steps: int) -> int | None:
+    """Of 2^32 entries after a position, how many attention does not see in a step.
+
+    All of them in step 0, as causal attention, then fewer in equal steps; None from `anneal_steps`
+    on: it sees both sides.
+    """
+    return None if step >= anneal_steps else round(2**32 * (1 - step / anneal_steps))
 
 
 def text_positions(corpus: Corpus, tokens_BL: IntArray) -> BoolArray:

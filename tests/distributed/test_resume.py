@@ -17,6 +17,7 @@ BASE = (
     "model.hidden_size=32",
     "model.dropout=0.1",
     "optimizer.schedule=cosine",
+    "training.anneal_steps=8",
 )
 TENSOR = ("parallel.tensor=2", "parallel.sequence_parallel=true")
 BF16 = ("training.precision=bf16",)

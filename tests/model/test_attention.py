@@ -19,6 +19,8 @@ from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.errors import ConfigError
 from sedd_scale.model import attention as module
 from sedd_scale.model.attention import (
+    Annealed,
+    Context,
     CoreAttention,
     WholeSequence,
     WithinDocuments,
@@ -122,6 +124,72 @@ def test_documents_do_not_see_each_other(dtype: torch.dtype, causal: bool) -> No
     inputs = torch.randn(3, 8, 2, 2, 4, generator=generator, dtype=dtype)
     found = attention(*inputs, pattern=WithinDocuments(ENDS_BE, causal=causal))
     torch.testing.assert_close(found, alone(*inputs, causal=causal))
+
+
+KEYS_B = torch.randint(2**31, (64,), generator=torch.Generator().manual_seed(6))
+NO_ENDS = torch.empty(64, 0, dtype=torch.int64)
+
+
+def annealed(share: float, *, keys_B: Tensor = KEYS_B, ends_BE: Tensor = NO_ENDS) -> Annealed:
+    """Of later positions this share is seen."""
+    hidden_B = torch.full_like(keys_B, round(2**32 * (1 - share)))
+    return Annealed(keys_B, hidden_B, ends_BE[: len(keys_B)])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.93])
+def test_a_share_of_later_positions_is_seen(share: float) -> None:
+    """Fair coins, no two alike for samples, queries or keys; more of them as the share grows."""
+    length = 48
+    mask_BLL = annealed(share).mask(length)[:, 0]
+    assert mask_BLL.tril().sum() == 64 * length * (length + 1) // 2
+    row, column = torch.triu_indices(length, length, 1)
+    coins_BP = mask_BLL[:, row, column].double()
+    spread = math.sqrt(share * (1 - share))
+    assert abs(coins_BP.mean() - share) < 5 * spread / math.sqrt(coins_BP.numel())
+    for dim in (0, 1):  # by pair of positions, and by sample
+        z = (coins_BP.mean(dim) - share) * math.sqrt(coins_BP.shape[dim]) / spread
+        assert z.abs().max() < 6 and z.square().mean() == pytest.approx(1.0, abs=0.6)
+    for index in (row, column):  # by query, and by key
+        counts = torch.bincount(index, minlength=length)
+        sums = torch.zeros(length, dtype=torch.float64).index_add(0, index, coins_BP.sum(0))
+        z = (sums - 64 * share * counts) / (spread * (64 * counts).clamp(min=1).sqrt())
+        assert z.abs().max() < 6
+    wider_BLL = annealed(min(1.0, share + 0.05)).mask(length)[:, 0]
+    assert (wider_BLL | ~mask_BLL).all()
+    # A sample's own, in whatever company; and a prefix's is that of the whole.
+    assert torch.equal(annealed(share, keys_B=KEYS_B[5:7]).mask(length)[:, 0], mask_BLL[5:7])
+    assert torch.equal(annealed(share).mask(20)[:, 0], mask_BLL[:, :20, :20])
+
+
+def test_annealing_goes_from_causal_to_whole_within_documents() -> None:
+    inputs = torch.randn(3, 8, 2, 2, 4, generator=torch.Generator().manual_seed(2)).double()
+    ends = (torch.empty(2, 0, dtype=torch.int64), ENDS_BE)
+    patterns = (WholeSequence, lambda causal=False: WithinDocuments(ENDS_BE, causal=causal))
+    for ends_BE, pattern in zip(ends, patterns):
+        for share, causal in ((0.0, True), (1.0, False)):
+            found = attention(*inputs, pattern=annealed(share, keys_B=KEYS_B[:2], ends_BE=ends_BE))
+            torch.testing.assert_close(found, attention(*inputs, pattern=pattern(causal=causal)))
+    half = annealed(0.5, keys_B=KEYS_B[:2], ends_BE=ENDS_BE)
+    documents_BL = documents_of(ENDS_BE, 8)
+    same = documents_BL[:, :, None] == documents_BL[:, None]
+    whole = annealed(0.5, keys_B=KEYS_B[:2], ends_BE=ends[0]).mask(8)[:, 0]
+    assert torch.equal(half.mask(8)[:, 0], whole & same)
+
+
+@pytest.mark.parametrize("ends_BE", [None, ENDS_BE, ENDS_BE[:, :2]], ids=["none", "three", "two"])
+@pytest.mark.parametrize("hidden", [None, 0, 2**32])
+def test_a_context_s_width_tells_what_it_holds(ends_BE: Tensor | None, hidden: int | None) -> None:
+    packed_BK = packed_context(KEYS_B[:2], ends_BE, hidden=hidden)
+    for context_BK in (packed_BK, packed_BK.flatten().view(2, -1)):
+        keys_B, pattern = Context.unpacked(context_BK, causal=False)
+        assert torch.equal(keys_B, KEYS_B[:2])
+        kinds = (WholeSequence, WithinDocuments) if hidden is None else (Annealed, Annealed)
+        assert type(pattern) is kinds[ends_BE is not None]
+        if isinstance(pattern, Annealed):
+            assert pattern.hidden_B.tolist() == [hidden] * 2
+        if ends_BE is not None:
+            found = documents_of(pattern.ends_BE, 8)
+            assert torch.equal(found, documents_of(ends_BE, 8))
 
 
 def test_the_mask_is_made_once_a_pass() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sedd_scale.diffusion.graphs import Absorb, Graph, make_graph
 from sedd_scale.diffusion.score_entropy import RowNoise
 from sedd_scale.engine.stages import PipelineStage
-from sedd_scale.model.attention import packed_context
+from sedd_scale.model.attention import Context, documents_of, packed_context
 from sedd_scale.model.network import ScoreNetwork
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.parallel.layout import Layout, initialize_layout
@@ -223,12 +223,38 @@ def test_what_travels_between_stages_comes_back(layout: Layout, segments: int) -
     assert torch.equal(same_LBH, hidden_LBH) and torch.equal(same, cond)
 
 
+@pytest.mark.parametrize("hidden", [None, 2**31])
+@pytest.mark.parametrize("length", [6, 7])
+def test_contexts_of_any_documents_travel_in_one_shape(
+    layout: Layout, length: int, hidden: int | None
+) -> None:
+    """And are read, behind a stage, as they were made, with and without what is hidden."""
+    stage = Stage(layout, cond_dim=24)
+    stage.wide = True
+    every = torch.arange(1, length + 1).expand(2, -1)
+    few = torch.tensor([[2, length], [length, length]])
+    for ends in ([every, few], [few, few], [None, None]):
+        packed = [packed_context(torch.tensor([4, 5]), part, hidden=hidden) for part in ends]
+        batches = [(torch.zeros(2, length), torch.zeros(2), context_BK) for context_BK in packed]
+        contexts = [context_BK for _, _, context_BK in stage.padded(batches)]
+        assert {context_BK.shape for context_BK in contexts} == {(2, length + 3)}
+        for context_BK, part in zip(contexts, ends, strict=True):
+            made = Context.unpacked(context_BK[:, : stage.context_width], causal=False)
+            assert made.keys_B.tolist() == [4, 5]
+            assert getattr(made.pattern, "hidden_B", torch.empty(0)).tolist() == [hidden] * 2 * (
+                hidden is not None
+            )
+            if part is not None:
+                found = documents_of(made.pattern.ends_BE, length)
+                assert torch.equal(found, documents_of(part, length))
+
+
 class Stage(PipelineStage):
     """One that no engine runs."""
 
     def __init__(self, layout: Layout, cond_dim: int) -> None:
         nn.Module.__init__(self)
-        self.layout, self.cond_dim, self.causal = layout, cond_dim, False
+        self.layout, self.cond_dim, self.causal, self.wide = layout, cond_dim, False, False
         self.weight = nn.Parameter(torch.zeros(1))
 
 
@@ -243,7 +269,8 @@ def test_a_step_waits_for_no_number_of_the_device(
         graph, layout, scaled=scaled, recompute_every=recompute_every, dropout=0.1
     )
     (noisy_BL, sigma_B, keys_B), targets, _ = noisy_batch(graph, batch=2, length=12)
-    inputs = (noisy_BL, sigma_B, packed_context(keys_B, torch.tensor([[5, 12], [3, 12]])))
+    ends_BE, hidden = torch.tensor([[5, 12], [3, 12]]), 2**31 if recompute_every else None
+    inputs = (noisy_BL, sigma_B, packed_context(keys_B, ends_BE, hidden=hidden))
     with fake_tensors() as mode:
         loss = network(
             tuple(mode.from_tensor(tensor) for tensor in inputs),
