@@ -120,6 +120,7 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"mlp_ratio": 2}, "whose models all have 4"),
         ({"rotary_base": 100.0}, "whose readers all turn by 10000"),
         ({"time_conditioning": False}, "all conditioned on sigma"),
+        ({"parametrisation": "mean"}, "take a network's outputs for log-scores"),
     ],
 )
 def test_what_the_published_format_cannot_say_is_not_written(
@@ -131,6 +132,18 @@ def test_what_the_published_format_cannot_say_is_not_written(
     with pytest.raises(CheckpointError, match=rf"model\.{key}=.* cannot be written .*{reason}"):
         convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_what_outputs_are_and_where_is_kept_by_native_files_alone(tmp_path: Path) -> None:
+    model = tiny_model("absorb mean", "loglinear", shift=True)
+    save_pretrained(model, tmp_path / "native", format="native")
+    found = load_pretrained(tmp_path / "native")
+    blocks_BL, t_B = torch.tensor([[0, 2], [1, 1]]), torch.tensor([0.9, 0.6]).double()
+    noisy_BL = torch.tensor([[3, 3], [1, 3]])
+    assert torch.equal(*(one.loss(blocks_BL, t_B, noisy_BL) for one in (model, found)))
+    assert torch.equal(*(one.log_score(noisy_BL, t_B) for one in (model, found)))
+    with pytest.raises(CheckpointError, match=r"training\.shift=true cannot be written"):
+        convert("native", "sedd-hf", tmp_path / "native", tmp_path / "hf")
 
 
 def test_a_model_without_a_block_length_is_not_exported(tmp_path: Path) -> None:
