@@ -129,7 +129,22 @@ class WholeSequence(AttentionPattern):
         return output
 
 
-class WithinDocuments(AttentionPattern):
+class _Masked(AttentionPattern):
+    """A pattern that PyTorch's attention takes as a mask."""
+
+    _mask_B1LL: Tensor | None = None
+
+    @abstractmethod
+    def mask(self, length: int) -> Tensor:
+        """Which positions [.., L, 1] see which [.., 1, L]: bool [B, 1, L, L]."""
+
+    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
+        if self._mask_B1LL is None:
+            self._mask_B1LL = self.mask(query_BhLD.shape[2])
+        return _sdpa(query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL)
+
+
+class WithinDocuments(_Masked):
     """Those of the same document."""
 
     has_documents = True
@@ -137,14 +152,12 @@ class WithinDocuments(AttentionPattern):
     def __init__(self, ends_BE: Tensor, *, causal: bool = False) -> None:
         super().__init__(causal=causal)
         self.ends_BE = ends_BE
-        self._mask_B1LL: Tensor | None = None
         self._bounds: Tensor | None = None
 
-    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
-        if self._mask_B1LL is None:
-            mask_B1LL = _same_document(self.ends_BE, query_BhLD.shape[2])
-            self._mask_B1LL = mask_B1LL.tril() if self.causal else mask_B1LL
-        return _sdpa(query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL)
+    def mask(self, length: int) -> Tensor:
+        """As `_Masked.mask`."""
+        mask_B1LL = _same_document(self.ends_BE, length)
+        return mask_B1LL.tril() if self.causal else mask_B1LL
 
     def flash(self, query_BLhD: Tensor, key_BLhD: Tensor, value_BLhD: Tensor) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -176,7 +189,7 @@ class WithinDocuments(AttentionPattern):
         return self._bounds, self._bounds, length, length
 
 
-class Annealed(AttentionPattern):
+class Annealed(_Masked):
     """Those before it, and each of those after it with a chance: between causal and whole.
 
     Which, is keyed by the sample and both positions, so that every layout and a resume see the
@@ -193,17 +206,9 @@ class Annealed(AttentionPattern):
     def __init__(self, keys_B: Tensor, hidden_B: Tensor, ends_BE: Tensor) -> None:
         super().__init__()
         self.keys_B, self.hidden_B, self.ends_BE = keys_B, hidden_B, ends_BE
-        self._mask_B1LL: Tensor | None = None
-
-    def sdpa(self, query_BhLD: Tensor, key_BhLD: Tensor, value_BhLD: Tensor) -> Tensor:
-        if self._mask_B1LL is None:
-            self._mask_B1LL = self.mask(query_BhLD.shape[2])
-        return F.scaled_dot_product_attention(
-            query_BhLD, key_BhLD, value_BhLD, attn_mask=self._mask_B1LL
-        )
 
     def mask(self, length: int) -> Tensor:
-        """Which positions [.., L, 1] see which [.., 1, L]: bool [B, 1, L, L]."""
+        """As `_Masked.mask`."""
         _, *hashes = dropout(
             self.keys_B, length=length, width=length, rate=0.0, site=_NO_LAYER, first_position=0
         )

@@ -16,6 +16,9 @@ BASE = (
     f"checkpoint.every={HALF}",
     "model.hidden_size=32",
     "model.dropout=0.1",
+    # Held by the first and by the last stage, written once.
+    "model.tied_embedding=true",
+    *("model.norm=rmsnorm", "model.activation=swiglu", "model.num_kv_heads=2"),
     "optimizer.schedule=cosine",
     "training.anneal_steps=8",
 )
