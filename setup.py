@@ -48,6 +48,7 @@ setup(
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         "parquet": ["pyarrow>=15"],
         "zstd": ["zstandard>=0.22,<1"],
+        "hf": ["tokenizers>=0.22,<1"],
         # Benchmarks by name from the Hugging Face hub.
         "hub": ["huggingface_hub>=0.34,<3", "pyarrow>=15"],
         # Generative perplexity; the last two for judges in the GGUF format. None brings a torch.

@@ -55,8 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer-path",
         type=given_path,
         metavar="PATH",
-        help="sentencepiece: a .model file to load instead of training one; gpt2: the directory of "
-        "vocab.json and merges.txt, or vocab.json itself",
+        help="hf: a Hugging Face tokenizer.json or its directory; sentencepiece: a .model file to "
+        "load instead of training one; gpt2: the directory of vocab.json and merges.txt, or "
+        "vocab.json itself",
     )
     add(
         "--vocab-size",

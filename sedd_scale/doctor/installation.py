@@ -30,6 +30,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "logging.tensorboard=true"),
     "parquet": ("pyarrow", "text in .parquet files"),
     "zstd": ("zstandard", "text in .zst files"),
+    "hf": ("tokenizers", "tokenizers and models of Hugging Face"),
     "remote": ("fsspec", "data on S3 and the like"),
     "judge": ("transformers", "generative perplexity by another model"),
     "hub": ("huggingface_hub", "benchmarks by name"),

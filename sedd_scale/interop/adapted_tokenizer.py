@@ -6,8 +6,10 @@ from sedd_scale.arrays import IntArray
 from sedd_scale.errors import DataError
 from sedd_scale.tokenizers.base import Tokenizer
 
-# More than that is another tokenizer: vocabularies are rounded up to multiples of 128 at most.
+# More than that is another tokenizer: small vocabularies are rounded up to multiples of 128 at
+# most, and large ones (Qwen's) have a few hundred embeddings that no token has.
 MOST_UNUSED = 127
+MOST_UNUSED_SHARE = 1 / 200
 
 
 class AdaptedTokenizer(Tokenizer):
@@ -35,6 +37,11 @@ class AdaptedTokenizer(Tokenizer):
         """Those of the tokenizer."""
         return self._inner.files()
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the tokenizer."""
+        return self._inner.fingerprint
+
 
 def adapted(tokenizer: Tokenizer, num_tokens: int) -> Tokenizer:
     """The tokenizer as a model of N tokens needs it.
@@ -43,7 +50,8 @@ def adapted(tokenizer: Tokenizer, num_tokens: int) -> Tokenizer:
         DataError: it is not that model's.
     """
     unused = num_tokens - tokenizer.vocab_size
-    if 0 < unused <= MOST_UNUSED and tokenizer.vocab_size > MOST_UNUSED:
+    most = max(MOST_UNUSED, num_tokens * MOST_UNUSED_SHARE)
+    if 0 < unused <= most and tokenizer.vocab_size > MOST_UNUSED:
         return AdaptedTokenizer(tokenizer, num_tokens)
     if unused:
         raise DataError(

@@ -49,7 +49,7 @@ def encode_documents(codec: Tokenizer, texts: list[str]) -> Encoded:
     """Encode one batch."""
     ids = codec.encode_batch(texts)
     dtype = token_dtype(codec.vocab_size)
-    spelled = [codec.normalize(text) for text in texts]
+    spelled = codec.spellings(texts, ids)
     return Encoded(
         ids=np.concatenate([part.astype(dtype) for part in ids]) if ids else np.empty(0, dtype),
         lengths=np.array([len(part) for part in ids], dtype=np.int64),

@@ -28,7 +28,7 @@ class Preparation:
     Attributes:
         inputs: globs of files, or `builtin:python` (see documents).
         block_length: L, tokens per block.
-        tokenizer: sentencepiece, gpt2, bytes or text8.
+        tokenizer: hf, sentencepiece, gpt2, bytes or text8.
         tokenizer_path: the model or vocabulary to load; without it sentencepiece is trained.
         vocab_size: N of the sentencepiece model to train; else, if given, must be the tokenizer's
             N.

@@ -31,7 +31,7 @@ class Tokenizer(ABC):
     Attributes:
         kind: its name in `opening.TOKENIZERS`.
         about: what else reads its files, or what the ids are, for a model card.
-        file_names: of the files that define it.
+        file_names: of the files that define it; optional_files: of those that may be there too.
         found_in: what holds them, in words; trained: whether it can be made of text instead.
         vocab_size: N, the number of real tokens.
         eos_id: the id written after every document.
@@ -43,6 +43,7 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     about: ClassVar[str]
     file_names: ClassVar[tuple[str, ...]] = ()
+    optional_files: ClassVar[tuple[str, ...]] = ()
     found_in: ClassVar[str] = "no files at all"
     trained: ClassVar[bool] = False
     vocab_size: int
@@ -92,6 +93,10 @@ class Tokenizer(ABC):
         """The text as the ids spell it; text8 and most SentencePiece models change some texts."""
         return text
 
+    def spellings(self, texts: Sequence[str], ids: Sequence[IntArray]) -> list[str]:
+        """`normalize` of each text, whose ids are known."""
+        return [self.normalize(text) for text in texts]
+
     def _encode_part(self, text: str, *, begins: bool) -> IntArray:
         """Ids that spell a text within others letter for letter, where there are such."""
         return self.encode(text)
@@ -140,7 +145,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a sequence of ids.
 
-        EOS becomes its own piece in gpt2 ("<|endoftext|>"), a space in text8, and nothing
+        EOS becomes its own piece in gpt2 and hf (as "<|endoftext|>"), a space in text8, and nothing
         elsewhere. Bytes that are no UTF-8 become U+FFFD.
 
         Raises:
@@ -159,8 +164,11 @@ class Tokenizer(ABC):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the kind and of every defining file."""
+        return self._fingerprint_of(self.files())
+
+    def _fingerprint_of(self, parts: Mapping[str, bytes]) -> str:
         digest = hashlib.sha256(self.kind.encode())
-        for name, content in sorted(self.files().items()):
+        for name, content in sorted(parts.items()):
             digest.update(f"\0{name}\0{len(content)}\0".encode())
             digest.update(content)
         return digest.hexdigest()

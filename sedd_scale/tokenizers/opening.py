@@ -14,13 +14,20 @@ from sedd_scale.tokenizers.base import (
     read_tokenizer_file,
 )
 from sedd_scale.tokenizers.gpt2 import GPT2Tokenizer
+from sedd_scale.tokenizers.huggingface import HuggingFaceTokenizer
 from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     made.kind: made
-    for made in (SentencePieceTokenizer, GPT2Tokenizer, BytesTokenizer, Text8Tokenizer)
+    for made in (
+        HuggingFaceTokenizer,
+        SentencePieceTokenizer,
+        GPT2Tokenizer,
+        BytesTokenizer,
+        Text8Tokenizer,
+    )
 }
-"""Every kind of tokenizer by its name."""
+"""Every kind of tokenizer by its name. Of several in one folder the first of these is meant."""
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -59,6 +66,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         )
     made = TOKENIZERS[kind]
     files = {name: read_tokenizer_file(source / name) for name in made.file_names}
+    more = (source / name for name in made.optional_files if name in description.get("files", []))
+    files |= {path.name: read_tokenizer_file(path) for path in more}
     tokenizer = made.of_files(files, os.path.join(source, *made.file_names[:1]))
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise DataError(
