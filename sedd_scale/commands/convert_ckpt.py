@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--from", dest="source_format", choices=tuple(FORMATS), required=True, help="format of SRC")
-    add("--to", dest="target_format", choices=TARGETS, required=True, help="format of DST")
+    add("--to", dest="target_format", choices=tuple(TARGETS), required=True, help="format of DST")
     add(
         "--weights",
         choices=("ema", "master"),
@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--shard-gb",
         type=float,
         metavar="GB",
-        help="of sedd-hf: start a new file of weights at this many gigabytes (default: 5)",
+        help="of sedd-hf and hf-causal: start a new file of weights at this many gigabytes "
+        "(default: 5)",
     )
     add(
         "--results",
@@ -116,13 +117,13 @@ def convert_command(arguments: argparse.Namespace) -> None:
     """Convert and print where to."""
     from sedd_scale.interop.convert import convert
 
-    options = [(target, name) for target in TARGETS for name in FORMATS[target].options or ()]
-    for target, name in options:
+    for name in dict.fromkeys(name for names in TARGETS.values() for name in names):
         value, flag = getattr(arguments, name), "--" + name.replace("_", "-")
         if value is None:
             continue
-        if target != arguments.target_format:
-            raise ConfigError(f"{flag} is for --to {target} alone: leave it out")
+        takers = [target for target, names in TARGETS.items() if name in names]
+        if arguments.target_format not in takers:
+            raise ConfigError(f"{flag} is for --to {' or '.join(takers)} alone: leave it out")
         if name != "results" and (not 0 <= value < math.inf or (value == 0 and name == "shard_gb")):
             raise ConfigError(f"{flag} {value} has to be a number above zero: change it")
     given: dict[str, Any] = {"results": arguments.results or ()}

@@ -43,6 +43,13 @@ FORMATS = {
         True,
         ("shard_gb", "results"),
     ),
+    "hf": Format(
+        "huggingface:HuggingFaceSource",
+        "an autoregressive model of transformers: the directory of its config.json, weights and\n"
+        "tokenizer; GPT-2, Llama, Mistral, Qwen2 and Qwen3 (written as hf-causal)",
+        True,
+        None,
+    ),
     "sedd-train": Format(
         "reference_training:ReferenceTrainingSource",
         "checkpoint.pth of the authors' training program",
@@ -59,4 +66,7 @@ FORMATS = {
 }
 """Every format by its name; a checkpoint is of the first whose reader claims it."""
 
-TARGETS = tuple(name for name, row in FORMATS.items() if row.options is not None)
+TARGETS = {name: row.options for name, row in FORMATS.items() if row.options is not None} | {
+    "hf-causal": ("shard_gb",)
+}
+"""What is written, and the options of `convert` that its writer takes."""

@@ -49,13 +49,17 @@ def adapted(tokenizer: Tokenizer, num_tokens: int) -> Tokenizer:
     Raises:
         DataError: it is not that model's.
     """
-    unused = num_tokens - tokenizer.vocab_size
-    most = max(MOST_UNUSED, num_tokens * MOST_UNUSED_SHARE)
-    if 0 < unused <= most and tokenizer.vocab_size > MOST_UNUSED:
-        return AdaptedTokenizer(tokenizer, num_tokens)
-    if unused:
+    if tokenizer.vocab_size == num_tokens:
+        return tokenizer
+    if not fits(tokenizer.vocab_size, num_tokens):
         raise DataError(
             f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens and the checkpoint "
             f"{num_tokens}: use the tokenizer it was trained with"
         )
-    return tokenizer
+    return AdaptedTokenizer(tokenizer, num_tokens)
+
+
+def fits(vocab_size: int, num_tokens: int) -> bool:
+    """Whether a model of N tokens may have a tokenizer of that many: all but a few."""
+    most = max(MOST_UNUSED, num_tokens * MOST_UNUSED_SHARE) if vocab_size > MOST_UNUSED else 0
+    return 0 <= num_tokens - vocab_size <= most

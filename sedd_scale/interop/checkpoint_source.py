@@ -36,7 +36,7 @@ class Description:
         step: steps of the run; 0 if unknown.
         optimizer_step: updates of the optimizer.
         tokens: tokens of text seen.
-        tokenizer_directory: the tokenizer that lies with it, if any.
+        tokenizer_directory: where `open_tokenizer` finds the tokenizer that lies with it, if any.
         assumed: what nothing says and was taken for granted: the field of `Assumptions`, and the
             value.
         details: what only this format knows and its writer wants back, of plain JSON types.

@@ -18,6 +18,7 @@ from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.foreign_files import TRAINING_FILE
 from sedd_scale.interop.formats import open_checkpoint
+from sedd_scale.interop.huggingface import write_huggingface
 from sedd_scale.interop.model_card import last_validation, model_card, read_report
 from sedd_scale.interop.native import write_native_run
 from sedd_scale.interop.reference_training import write_reference_training
@@ -44,7 +45,7 @@ def convert(
         target_format: one of `TARGETS`; native and sedd-train take everything that the source has.
         target: the directory to make; sedd-train may also be one file that ends in .pth or .pt.
         weights: "ema" or "master": these alone, as of a run yet to begin; None: everything.
-        shard_bytes: largest size of one file's tensors, of sedd-hf.
+        shard_bytes: largest size of one file's tensors, of sedd-hf and hf-causal.
         extra_parameters: as `write_reference_training`.
         assumptions: what a source of another program does not say.
         results: of sedd-hf, reports of sedd-scale eval_ppl for the model card.
@@ -80,6 +81,7 @@ def convert(
         "native": lambda: write_native_run(held, temporary),
         "sedd-hf": lambda: write_published_files(temporary, held, card, shard_bytes=shard_bytes),
         "sedd-train": training_file,
+        "hf-causal": lambda: write_huggingface(temporary, held, shard_bytes=shard_bytes),
     }
     _write_beside(temporary, target, writers[target_format])
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +193,7 @@ def open_weights(files: CheckpointFiles, assumptions: Assumptions) -> Weights:
         tree = pickled.tree if isinstance(pickled.tree, dict) else {}
         groups = dict(_state_dicts(pickled, pickled.tree, "", set()))
     else:
-        groups = {"": (_sharded if file.name.endswith(".index.json") else _safetensors)(file)}
+        groups = {"": open_tensors(files)}
     networks: dict[str, Network] = {}
     for place, entries in groups.items():
         for network in _networks(file, entries):
@@ -224,13 +224,30 @@ def open_weights(files: CheckpointFiles, assumptions: Assumptions) -> Weights:
             f"{assumptions.spelled(network=None)}"
         )
     network = networks[(others or averages)[0]]
-    for entry in network.tensors.values():
+    check_floats(file, network.tensors.values())
+    return Weights(network, networks[averages[0]] if averages and others else None, tree, pickled)
+
+
+def check_floats(file: Path, entries: Iterable[Entry]) -> None:
+    """Refuse tensors that are not of floating-point numbers; raises CheckpointError."""
+    for entry in entries:
         if entry.dtype.lower() not in _FLOATS:
             raise CheckpointError(
                 f"{file}: {entry.name} is {entry.dtype}, quantised or sparse: give the weights it "
                 "was made of"
             )
-    return Weights(network, networks[averages[0]] if averages and others else None, tree, pickled)
+
+
+def open_tensors(files: CheckpointFiles) -> dict[str, Entry]:
+    """The tensors of a file, or of the shards that an index names, by their names there.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    file, pickled = files.weights, files.pickled
+    if pickled is not None:
+        return _entries(pickled, pickled.tree if isinstance(pickled.tree, dict) else {})
+    return (_sharded if file.name.endswith(".index.json") else _safetensors)(file)
 
 
 def _listed(networks: Mapping[str, Network]) -> str:

@@ -2,6 +2,10 @@
 
 Masters and averages become the source's averaged weights; moments and counts start from zero.
 
+An autoregressive model without conditioning, as of transformers, may begin a run of another
+objective, graph or parametrisation. What only the run has keeps the values of a fresh model: with
+`model.adaln_gate_init=one` the network computes what the source does until it has learned more.
+
 With `model.grow_vocab` a token keeps its id, the mask of absorb moves from N to the new last index
 N', and new rows keep the values of a fresh model. In the scaled parametrisation
 log s_y = z_y - ln(e^sigma - 1) - ln N. The true score of a token, p(y | what is unmasked) /
@@ -18,18 +22,19 @@ import torch
 from torch import Tensor
 
 from sedd_scale.config import Config
-from sedd_scale.config.sections import NETWORK
 from sedd_scale.data.corpus import Corpus
-from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.diffusion.objectives import Autoregressive, ScoreEntropy, make_objective
 from sedd_scale.engine.engine import Engine
 from sedd_scale.errors import CheckpointError, ConfigError
+from sedd_scale.interop.adapted_tokenizer import fits
 from sedd_scale.interop.assumptions import add_assumptions, assumptions_of, given_by_name, text_of
 from sedd_scale.interop.checkpoint_source import CheckpointSource, model_shapes
 from sedd_scale.interop.foreign_files import CheckpointFiles
 from sedd_scale.interop.formats import detect_format, open_checkpoint
+from sedd_scale.interop.same_network import differences
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
 from sedd_scale.tokenizers.base import Tokenizer
-from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.tokenizers.opening import open_tokenizer
 
 BIAS = VOCABULARY_PARAMETERS[-1]
 
@@ -51,17 +56,25 @@ class InitialWeights:
         self.source = source
         described = source.described
         what = f"model.init_from={config.model.init_from}"
-        check_same_model(config, described.config, what)
+        if is_plain_causal(described.config):
+            check_causal_start(config, described.config, what)
+        else:
+            check_same_model(config, described.config, what)
         assert config.model.vocab_size is not None
         self._num_tokens, self._old = config.model.vocab_size, described.num_tokens
         self.grown = self._num_tokens - self._old
         self._shapes = model_shapes(config)
+        self._fresh = self._shapes.keys() - source.shapes.keys()
         self._has_mask = config.graph.facts.has_mask
+        has_mask = described.config.graph.facts.has_mask
+        self._same_rows = not self.grown and self._has_mask == has_mask
         self._scaled = config.resolved_scale_by_sigma
         if self.grown and not (config.model.grow_vocab and self.grown > 0):
             name = VOCABULARY_PARAMETERS[0]
             fix = "prepare the data with the tokenizer it was trained with"
-            if self.grown > 0:
+            if self.grown < 0:
+                fix += f", or set model.vocab_size={self._old} where it has a few unused ids more"
+            else:
                 fix += f", or set model.grow_vocab=true to add {self.grown} tokens behind its own"
             raise ConfigError(
                 f"model.vocab_size={self._num_tokens}, the dataset's, does not fit {what}, which "
@@ -90,11 +103,14 @@ class InitialWeights:
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """One parameter, whole, float32, in the run's shape, and which of its numbers are given.
 
-        None means all of them; the others, rows of new tokens, are zero and to be left as a fresh
-        model has them.
+        None means all of them; the others, rows of new tokens and what the source lacks, are zero
+        and to be left as a fresh model has them.
         """
+        if name in self._fresh:
+            is_given = name == BIAS  # zeros
+            return torch.zeros(self._shapes[name]), torch.full(self._shapes[name], is_given)
         tensor = self.source.read(name, "ema")
-        if not self.grown or name not in VOCABULARY_PARAMETERS:
+        if name not in VOCABULARY_PARAMETERS or self._same_rows:
             return tensor, None
         whole = torch.zeros(self._shapes[name])
         given = torch.zeros(self._shapes[name], dtype=torch.bool)
@@ -146,7 +162,8 @@ def open_initial_weights(config: Config, corpus: Corpus) -> InitialWeights | Non
     if not path.exists():
         raise ConfigError(
             f"model.init_from={path} does not exist: give the path of a run directory, a directory "
-            "in the published format, a checkpoint.pth, or a checkpoint of MDLM or Duo"
+            "in the published format or of transformers, a checkpoint.pth, or a checkpoint of MDLM "
+            "or Duo"
         )
     is_first = os.environ.get("RANK", "0") == "0"
     key = "model.init_options"
@@ -181,29 +198,74 @@ def check_same_model(config: Config, found: Config, what: str) -> None:
     Raises:
         ConfigError: names the key, both values, a tensor with both shapes, and the fix.
     """
-    apart = {}
     ours, theirs = make_objective(config), make_objective(found)
-    for key, field, wanted in config.all_keys():
-        has = found.value(key)
-        if key == "model.scale_by_sigma":  # null stands for what the graph has
-            wanted, has = config.resolved_scale_by_sigma, found.resolved_scale_by_sigma
-        if key == "model.parametrisation" and (ours.cross_entropy or theirs.cross_entropy):
-            continue  # outputs of cross-entropy are logits of the clean token's law anyway
-        if field.metadata["shared"] == NETWORK and wanted != has:
-            apart[key] = (text_of(wanted), text_of(has))
-    for key in ("graph.name", *apart):  # from which others may follow
-        if key in apart:
-            wanted, has = apart[key]
-            raise ConfigError(
-                f"{key}={wanted} does not fit {what}, which has {has}"
-                f"{_shapes_apart(config, found)}: set {key}={has}"
-            )
+    apart = differences(config, found)
+    if ours.cross_entropy or theirs.cross_entropy:
+        # Outputs of cross-entropy are logits of the clean token's law anyway.
+        apart.pop("model.parametrisation", None)
+    _refuse(apart, config, found, what)
     if ours.causal != theirs.causal and not (theirs.causal and config.training.anneal_steps):
         wanted, has = config.training.objective, found.training.objective
         other = " or training.anneal_steps, over which it changes" if theirs.causal else ""
         raise ConfigError(
             f"training.objective={wanted} does not fit {what}, a network of {has}: its attention "
             f"is another; set training.objective={has}{other}"
+        )
+
+
+def _refuse(
+    apart: dict[str, tuple[object, object]], config: Config, found: Config, what: str
+) -> None:
+    for key in ("graph.name", *apart):  # from which others may follow
+        if key in apart:
+            wanted, has = map(text_of, apart[key])
+            raise ConfigError(
+                f"{key}={wanted} does not fit {what}, which has {has}"
+                f"{_shapes_apart(config, found)}: set {key}={has}"
+            )
+
+
+def is_plain_causal(found: Config) -> bool:
+    """Whether a network is autoregressive, and nothing conditions it."""
+    objective, conditioning = found.training.objective, found.model.conditioning
+    return objective == Autoregressive.name and conditioning == "none"
+
+
+# Keys in which a run may differ from such a source.
+_FREE = {
+    *("graph.name", "model.parametrisation", "model.scale_by_sigma", "model.head_bias"),
+    *("model.conditioning", "model.time_conditioning", "model.cond_dim"),
+}
+
+
+def check_causal_start(config: Config, found: Config, what: str) -> None:
+    """Refuse a run that cannot begin with an autoregressive network.
+
+    Args:
+        found, what: as of `check_same_model`.
+
+    Raises:
+        ConfigError: the trunk is another one, or the run would not begin as the source.
+    """
+    apart = differences(config, found)
+    _refuse({key: apart[key] for key in apart if key not in _FREE}, config, found, what)
+    model = config.model
+    if found.model.head_bias and not model.head_bias:
+        raise ConfigError(
+            f"model.head_bias=false does not fit {what}, which has true: set model.head_bias=true"
+        )
+    for key, wanted in (("model.adaln_gate_init", "one"), ("model.zero_init", True)):
+        if model.conditioning == "adaln" and config.value(key) != wanted:
+            raise ConfigError(
+                f"{key}={text_of(config.value(key))} would not begin as {what}, which nothing "
+                f"conditions: set {key}={text_of(wanted)}, or model.conditioning=none"
+            )
+    is_normalised = model.parametrisation == "mean" or getattr(model, "calibrate_head", False)
+    if config.training.objective == ScoreEntropy.name and not is_normalised:
+        raise ConfigError(
+            f"model.parametrisation=score does not fit {what}: logits of an autoregressive model "
+            "have a free offset, and scores have none; set model.parametrisation=mean or "
+            "model.calibrate_head=true"
         )
 
 
@@ -223,10 +285,10 @@ def _check_tokenizer(source: CheckpointSource, config: Config, corpus: Corpus) -
     directory = source.described.tokenizer_directory
     if directory is None:
         return
-    theirs, ours = load_tokenizer(directory), corpus.load_tokenizer()
+    theirs, ours = open_tokenizer(directory), corpus.load_tokenizer()
     if theirs.fingerprint == ours.fingerprint:
         return
-    if theirs.vocab_size != source.described.num_tokens:
+    if not fits(theirs.vocab_size, source.described.num_tokens):
         raise CheckpointError(
             f"{directory} has {theirs.vocab_size} tokens and its checkpoint "
             f"{source.described.num_tokens}: it is not the tokenizer of that model"
@@ -243,6 +305,8 @@ def _check_tokenizer(source: CheckpointSource, config: Config, corpus: Corpus) -
 def _different_token(theirs: Tokenizer, ours: Tokenizer) -> str | None:
     if theirs.eos_id != ours.eos_id:
         return f"the end of a document is token {theirs.eos_id} there and {ours.eos_id} here"
+    if ours.vocab_size < theirs.vocab_size:
+        return f"there are {theirs.vocab_size} tokens there and {ours.vocab_size} here"
     for token in range(theirs.vocab_size):
         there, here = theirs.decode([token]), ours.decode([token])
         if there != here:

@@ -6,7 +6,6 @@ tensors whole, one after the other.
 
 import functools
 import math
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,7 +47,7 @@ from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
 from sedd_scale.planning.model_states import STATE_KEYS
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
-from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.tokenizers.opening import open_tokenizer
 
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"
@@ -166,8 +165,9 @@ def write_native_run(source: CheckpointSource, directory: Path) -> None:
     records = _write_tensors(source, temporary)
     tokenizer_fingerprint = None
     if described.tokenizer_directory is not None:
-        tokenizer_fingerprint = load_tokenizer(described.tokenizer_directory).fingerprint
-        shutil.copytree(described.tokenizer_directory, temporary / TOKENIZER_DIRECTORY)
+        tokenizer = open_tokenizer(described.tokenizer_directory)
+        tokenizer_fingerprint = tokenizer.fingerprint
+        tokenizer.save(temporary / TOKENIZER_DIRECTORY)
     about = {
         "step": step,
         "samples_seen": 0,

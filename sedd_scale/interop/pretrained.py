@@ -17,7 +17,7 @@ from sedd_scale.interop.sedd_directory import write_published_files
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import Layout, initialize_layout
-from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.tokenizers.opening import open_tokenizer
 
 
 def load_pretrained(
@@ -51,7 +51,7 @@ def load_pretrained(
         described.num_tokens,
         layout,
         block_length=described.block_length,
-        tokenizer=None if directory is None else load_tokenizer(directory),
+        tokenizer=None if directory is None else open_tokenizer(directory),
     )
     source.load(logical_parameters(model.network, layout), layout, weights)
     return model.to(device=device or layout.device, dtype=dtype).eval()

@@ -22,6 +22,7 @@ from sedd_scale.data.prefetcher import Prefetcher
 from sedd_scale.diffusion.graphs import make_graph
 from sedd_scale.engine.engine import Engine, make_engine
 from sedd_scale.errors import ConfigError
+from sedd_scale.interop.adapted_tokenizer import fits
 from sedd_scale.interop.initial_weights import open_initial_weights
 from sedd_scale.model.network import layer_builders
 from sedd_scale.parallel.layout import Layout, initialize_layout, launched_world_size
@@ -228,6 +229,9 @@ def open_dataset(config: Config) -> tuple[Config, Corpus]:
     """
     config.validate()
     corpus = Corpus(config.data)
+    given = config.model.vocab_size
+    if given is not None and config.model.init_from is not None and fits(corpus.vocab_size, given):
+        corpus.vocab_size = given  # ids that no text has, as of the model begun with
     for key, given, found in (
         ("model.vocab_size", config.model.vocab_size, corpus.vocab_size),
         ("data.block_length", config.data.block_length, corpus.block_length),
