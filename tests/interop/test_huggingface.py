@@ -22,6 +22,7 @@ from sedd_scale.interop.huggingface_config import config_of, raw_of
 from sedd_scale.interop.huggingface_names import Held, our_rows, their_rows
 from sedd_scale.interop.initial_weights import InitialWeights
 from sedd_scale.interop.native import NativeSource
+from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.interop.same_network import differences
 from sedd_scale.tokenizers.opening import load_tokenizer
 from tests.tokenizers.hf_files import byte_level, write_files
@@ -109,6 +110,30 @@ def assert_equal_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None
         assert tensor.dtype == right[name].dtype and tensor.shape == right[name].shape, name
         bits = [one.contiguous().flatten().view(torch.uint8) for one in (tensor, right[name])]
         assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(folders: Callable[[str], Path], name: str) -> None:
+    """Of float32 weights, at every position and of every token but the mask."""
+    import transformers
+
+    tokens = torch.randint(0, ROWS, (2, 60), generator=torch.Generator().manual_seed(2))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folders(name), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = load_pretrained(folders(name), device="cpu")
+    assert ours.causal and ours.tokenizer is not None and ours.block_length == 64
+    with torch.no_grad():
+        logits_BLN = theirs(tokens).logits
+        hidden_LBH = ours.network.hidden(tokens, torch.zeros(2))
+        rows_MH = hidden_LBH.transpose(0, 1).flatten(0, 1)
+        plain_MV = rows_MH @ ours.network.head.linear.weight[: ROWS + 1].T
+        of_law_MV = ours.logits_of(rows_MH)
+    wanted_MN = logits_BLN.flatten(0, 1)
+    assert float((plain_MV[:, :ROWS] - wanted_MN).abs().max() / wanted_MN.abs().max()) < 1e-5
+    # These have another constant for each row.
+    found_MN, wanted_MN = (logits[:, :ROWS].log_softmax(1) for logits in (of_law_MV, wanted_MN))
+    assert float((found_MN - wanted_MN).abs().max() / wanted_MN.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
