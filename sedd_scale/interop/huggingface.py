@@ -105,13 +105,12 @@ class HuggingFaceSource(FileSource):
         holders = {
             what: self._entries[theirs].read() for theirs, what in self._holders[name].items()
         }
-        shape, trunk = self.shapes[name], self.described.config.trunk
+        shape = self.shapes[name]
         if name not in VOCABULARY_PARAMETERS:
-            return our_rows(holders, shape, trunk)
-        whole = torch.zeros(shape)
-        whole[:-1] = our_rows(holders, shape, trunk)
-        if name == VOCABULARY_PARAMETERS[0]:
-            whole[-1] = self._mask_row
+            return our_rows(holders, shape, self.described.config.trunk)
+        whole = torch.empty(shape)
+        (whole[:-1],) = holders.values()
+        whole[-1] = self._mask_row if name == VOCABULARY_PARAMETERS[0] else 0.0
         return whole
 
     @functools.cached_property

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_scale.config import Config, config_from_dict
+from sedd_scale.config.sections import TrainingConfig
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import Autoregressive
 from sedd_scale.errors import CheckpointError, ConfigError
@@ -56,6 +57,7 @@ _ALL: dict[str, Any] = {
     "model.time_conditioning": False,
     "model.head_bias": False,
     "model.dropout": 0.0,
+    **({"training.shift": True} if hasattr(TrainingConfig, "shift") else {}),
 }
 _LLAMA: dict[str, Any] = {
     **_ALL,
@@ -195,7 +197,6 @@ def config_of(file: Path, raw: Mapping[str, Any]) -> Config:
     for dotted, value in said.items():
         section, _, key = dotted.partition(".")
         sections.setdefault(section, {})[key] = value
-    sections["training"].update(_SHIFT)
     try:
         config = config_from_dict(sections)
         config.validate()
@@ -235,11 +236,9 @@ def raw_of(config: Config, *, block_length: int | None) -> dict[str, Any]:
             raise CheckpointError("the checkpoint does not name its block length")
     found = config_of(Path("config.json"), raw)
     apart = differences(config, found)
-    apart |= {
-        key: (config.value(key), value)
-        for key, value in _TASK.items()
-        if config.value(key) != value
-    }
+    objectives = config.training.objective, found.training.objective
+    if objectives[0] != objectives[1]:
+        apart["training.objective"] = objectives
     for key, (has, wanted) in apart.items():
         raise CheckpointError(
             f"{key}={scalar_text(has)} cannot be written as a {row.class_name} of transformers, "
@@ -253,14 +252,6 @@ def same_config(text: str, config: Config) -> bool:
     found = config_of(Path("config.json"), json.loads(text))
     same = found.model.vocab_size == config.model.vocab_size
     return same and not differences(config, found)
-
-
-_HAS_SHIFT = any(key == "training.shift" for key, _, _ in Config().all_keys())
-_SHIFT = {"shift": True} if _HAS_SHIFT else {}
-_TASK: dict[str, Any] = {
-    "training.objective": Autoregressive.name,
-    **({"training.shift": True} if _HAS_SHIFT else {}),
-}
 
 
 def _refusal(file: Path, key: str, given: Any, why: str) -> CheckpointError:

@@ -111,7 +111,7 @@ def their_rows(held: Held, ours: Tensor, trunk: TrunkShape) -> Tensor:
 
 
 def our_rows(holders: Mapping[Held, Tensor], shape: Shape, trunk: TrunkShape) -> Tensor:
-    """Our whole parameter but for the mask's row, float32, of the tensors that hold it."""
+    """Our whole parameter, float32, of the tensors that hold it; it has no row of the mask."""
     (first, tensor), *others = holders.items()
     if not first.parts:
         assert not others

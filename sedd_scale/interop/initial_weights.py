@@ -234,7 +234,7 @@ def is_plain_causal(found: Config) -> bool:
 # Keys in which a run may differ from such a source.
 _FREE = {
     *("graph.name", "model.parametrisation", "model.scale_by_sigma", "model.head_bias"),
-    *("model.conditioning", "model.time_conditioning", "model.cond_dim"),
+    *("model.conditioning", "model.time_conditioning", "model.cond_dim", "training.shift"),
 }
 
 

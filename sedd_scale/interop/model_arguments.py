@@ -28,8 +28,8 @@ def add_model_arguments(
         required=True,
         metavar="PATH",
         help="a run directory or one of its checkpoints/step-N; a directory in the published "
-        "format (config.json with its weights); a checkpoint.pth of SEDD's training code; or "
-        "weights of MDLM, Duo and others: a .ckpt, .pth or .safetensors file or their directory",
+        "format or of transformers (config.json with its weights); a checkpoint.pth of SEDD's "
+        "training code; or weights of MDLM, Duo and others: a .ckpt, .pth or .safetensors file or their directory",
     )
     parser.add_argument(
         "--weights",
@@ -43,7 +43,8 @@ def add_model_arguments(
         type=given_path,
         metavar="PATH",
         help="for a checkpoint that carries none: a prepared dataset's tokenizer directory, a "
-        "directory with vocab.json and merges.txt, or a sentencepiece .model file",
+        "directory with a Hugging Face tokenizer.json, one with vocab.json and merges.txt, or a "
+        "sentencepiece .model file",
     )
     parser.add_argument(
         "--tensor",

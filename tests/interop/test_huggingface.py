@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sedd_scale.config import Config
+from sedd_scale.config import Config, load_config
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.convert import convert
 from sedd_scale.interop.formats import detect_format, open_checkpoint
@@ -24,7 +24,10 @@ from sedd_scale.interop.initial_weights import InitialWeights
 from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pretrained import load_pretrained
 from sedd_scale.interop.same_network import differences
-from sedd_scale.tokenizers.opening import load_tokenizer
+from sedd_scale.preparation.prepare import prepare
+from sedd_scale.tokenizers.opening import load_tokenizer, open_tokenizer
+from sedd_scale.training.loop import open_dataset, train
+from tests.data.corpus import make_texts, write_jsonl
 from tests.tokenizers.hf_files import byte_level, write_files
 
 ROWS = 403  # three more than the tokenizer has tokens
@@ -152,15 +155,10 @@ def test_what_comes_back_has_the_same_bits(
         kept = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
         for file in (*kept, "chat_template.jinja"):
             assert (path / file).read_bytes() == (source / file).read_bytes(), file
-    assert load_tokenizer(
-        next((tmp_path / "native").glob("checkpoints/step-*/tokenizer"))
-    ).fingerprint == load_tokenizer_of(source)
-
-
-def load_tokenizer_of(directory: Path) -> str:
-    from sedd_scale.tokenizers.opening import open_tokenizer
-
-    return open_tokenizer(directory).fingerprint
+    assert (
+        load_tokenizer(next((tmp_path / "native").glob("checkpoints/step-*/tokenizer"))).fingerprint
+        == open_tokenizer(source).fingerprint
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -454,6 +452,49 @@ def test_a_native_copy_is_as_good_a_beginning(
     direct = open_checkpoint(folders("llama 3"))
     for name in weights._shapes:
         assert torch.equal(weights.read(name)[0], direct.read(name, "ema"))
+
+
+@pytest.fixture(scope="module")
+def dataset(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    prepare(
+        [str(write_jsonl(folder / "texts.jsonl", make_texts(60)))],
+        output=folder / "data",
+        tokenizer="hf",
+        tokenizer_path=folders("qwen3"),
+        block_length=32,
+    )
+    return folder / "data"
+
+
+def test_a_run_begins_as_the_model_whatever_it_learns(
+    folders: Callable[[str], Path], dataset: Path, tmp_path: Path
+) -> None:
+    """Its first step changes nothing; outputs are the model's, conditioned on sigma or not."""
+    source = folders("qwen3")
+    (tmp_path / "model.yaml").write_text(open_checkpoint(source).described.config.to_yaml())
+    tokens = torch.arange(ROWS)[:, None]  # of one token, causal attention sees as much as any
+    model = load_pretrained(source, device="cpu")
+    wanted = model.network.hidden(tokens, torch.zeros(ROWS)).detach()
+    for name, changes in {"plain": (), "conditioned": ADALN}.items():
+        config = load_config(
+            tmp_path / "model.yaml",
+            [
+                *(f"data.path={dataset}", "data.block_length=32", f"model.init_from={source}"),
+                *("training.steps=1", "training.valid_every=0", "training.global_batch=8"),
+                *("training.precision=fp32", "optimizer.lr=1e-30"),
+                *("training.objective=masked_cross_entropy", *changes),
+            ],
+        )
+        train(config, tmp_path / name)
+        trained = load_pretrained(tmp_path / name, device="cpu")
+        assert trained.graph.num_tokens == ROWS and not trained.causal
+        found = trained.network.hidden(tokens, torch.full((ROWS,), 0.7)).detach()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    config = config.override("model.vocab_size=null", "model.init_from=null")
+    assert open_dataset(config)[0].model.vocab_size == 400
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=403 does not fit"):
+        open_dataset(config.override("model.vocab_size=403"))
 
 
 def test_one_tensor_of_a_file_is_read_at_a_time(folders: Callable[[str], Path]) -> None:
