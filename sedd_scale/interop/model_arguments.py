@@ -29,7 +29,8 @@ def add_model_arguments(
         metavar="PATH",
         help="a run directory or one of its checkpoints/step-N; a directory in the published "
         "format or of transformers (config.json with its weights); a checkpoint.pth of SEDD's "
-        "training code; or weights of MDLM, Duo and others: a .ckpt, .pth or .safetensors file or their directory",
+        "training code; or weights of MDLM, Duo and others: a .ckpt, .pth or .safetensors file or "
+        "their directory",
     )
     parser.add_argument(
         "--weights",

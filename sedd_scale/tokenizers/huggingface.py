@@ -70,8 +70,10 @@ class HuggingFaceTokenizer(Tokenizer):
             for number, token in added.items()
             if token.special or number == self.eos_id
         }
-        self._without_specials = self._encoder(self._described)
-        model, self._bytes = self._described.get("model") or {}, _byte_level(self._described)
+        self._without_specials = self._encoder(self._described, self._plain)
+        model = self._described["model"]
+        of_bytes = _of_bytes(self._described)
+        self._spells_all = of_bytes and _changes_nothing(self._described)
         self._byte_of = {
             ids[piece]: byte
             for byte in range(256 if model.get("byte_fallback") else 0)
@@ -79,7 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         unknown = model.get("unk_token")
         self.unknown_id = ids.get(unknown, model.get("unk_id"))
-        if self._bytes or len(self._byte_of) == 256:
+        if of_bytes or len(self._byte_of) == 256:
             self.unknown_id = None
         if self.unknown_id == self.eos_id:
             raise DataError(
@@ -117,10 +119,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._encode_batch(self._without_specials, texts)
 
     def normalize(self, text: str) -> str:
-        return self.spellings([text], self.encode_batch([text]) if not self._bytes else [])[0]
+        return self.spellings([text], self.encode_batch([text]) if not self._spells_all else [])[0]
 
     def spellings(self, texts: Sequence[str], ids: Sequence[IntArray]) -> list[str]:
-        if self._bytes:
+        if self._spells_all:
             change = self._plain.normalizer
             return [text if change is None else change.normalize_str(text) for text in texts]
         return [self._spelled(self._plain, part.tolist()) for part in ids]
@@ -177,11 +179,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def _within(self) -> tuple[Any, Any]:
         """What encodes and what decodes a text that stands within others."""
         described = _with_settings(self._described, _WITHIN)
-        return self._encoder(described), self._made(described)
-
-    def _encoder(self, described: dict[str, Any]) -> Any:
-        """A tokenizer by which no text becomes a special token."""
         made = self._made(described)
+        return self._encoder(described, made), made
+
+    def _encoder(self, described: dict[str, Any], made: Any) -> Any:
+        """`made` of a description, or another one, by which no text becomes a special token."""
         spelled = made.encode_batch(sorted(self._specials), add_special_tokens=False)
         caught = {made.id_to_token(token) for one in spelled for token in one.ids} & self._specials
         return self._made(_renamed(described, caught)) if caught else made
@@ -267,22 +269,31 @@ def _parts(described: Any) -> list[dict[str, Any]]:
     return [described, *(part for one in inner for part in _parts(one))]
 
 
-def _byte_level(described: dict[str, Any]) -> bool:
-    """Whether ids spell every text as the normalizer leaves it."""
+def _of_bytes(described: dict[str, Any]) -> bool:
+    """Whether there are pieces for all bytes, as of GPT-2, so that no text is unknown."""
     from tokenizers import pre_tokenizers
 
     model, cuts = described["model"], _parts(described.get("pre_tokenizer"))
-    spells = [part for part in cuts if part.get("type") == "ByteLevel"]
-    decoders = [part.get("type") for part in _parts(described.get("decoder"))]
     return (
         model.get("type", "BPE") == "BPE"
-        and bool(spells)
-        and not any(part.get("add_prefix_space") for part in spells)
-        and {part.get("type") for part in cuts} <= {"Sequence", "ByteLevel", "Split", "Digits"}
-        and not any(part.get("behavior") == "Removed" for part in cuts)
+        and any(part.get("type") == "ByteLevel" for part in cuts)
+        and {*pre_tokenizers.ByteLevel.alphabet()} <= {*model.get("vocab", {})}
+    )
+
+
+def _changes_nothing(described: dict[str, Any]) -> bool:
+    """Whether ids of bytes spell every text as the normalizer leaves it."""
+    model, cuts = described["model"], _parts(described.get("pre_tokenizer"))
+    decoders = [part.get("type") for part in _parts(described.get("decoder"))]
+    return (
+        {part.get("type") for part in cuts} <= {"Sequence", "ByteLevel", "Split", "Digits"}
+        and not any(
+            part.get("behavior") == "Removed"
+            or (part.get("type") == "ByteLevel" and part.get("add_prefix_space"))
+            for part in cuts
+        )
         and decoders in (["ByteLevel"], ["Sequence", "ByteLevel"])
         and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-        and {*pre_tokenizers.ByteLevel.alphabet()} <= {*model.get("vocab", {})}
         and not any(
             token.get("lstrip") or token.get("rstrip") or token.get("normalized")
             for token in described.get("added_tokens") or []

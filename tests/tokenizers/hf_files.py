@@ -12,7 +12,15 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}\r\n"
 
 def byte_level(*, size: int = 400, normalizer: bool = False) -> Any:
     """As GPT-2, Llama 3 and Qwen have it; special and other tokens are added behind."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     made = Tokenizer(models.BPE())
     if normalizer:
@@ -26,7 +34,7 @@ def byte_level(*, size: int = 400, normalizer: bool = False) -> Any:
     )
     made.train_from_iterator(make_texts(60), trainer)
     made.add_special_tokens([EOS, "<|start|>"])
-    made.add_tokens(["<tool>"])
+    made.add_tokens([AddedToken("<tool>", normalized=not normalizer)])
     _add_beginning(made)
     return made
 

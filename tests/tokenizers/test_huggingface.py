@@ -74,6 +74,14 @@ def test_texts_are_spelled_as_their_ids_are(tokenizer: Tokenizer) -> None:
     assert [tokenizer.normalize(text) for text in texts] == tokenizer.spellings(texts, ids)
 
 
+def test_bytes_are_spelled_without_decoding(tmp_path: Path) -> None:
+    for normalizer in (False, True):
+        tokenizer = open_tokenizer(write_files(tmp_path, byte_level(normalizer=normalizer)))
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        assert tokenizer._spells_all == normalizer  # the other's <tool> may be normalised
+        assert tokenizer.unknown_id is None
+
+
 def test_files_are_kept_as_they_are(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
