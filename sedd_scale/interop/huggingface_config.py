@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_scale.config import Config, config_from_dict
-from sedd_scale.config.sections import TrainingConfig
 from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.diffusion.objectives import Autoregressive
 from sedd_scale.errors import CheckpointError, ConfigError
@@ -52,12 +51,12 @@ _BIASES = {"model.qkv_bias": "attention_bias", "model.attention_out_bias": "atte
 # What all networks of such a source have, and what is learned.
 _ALL: dict[str, Any] = {
     "training.objective": Autoregressive.name,
+    "training.shift": True,
     "graph.name": "absorb",
     "model.conditioning": "none",
     "model.time_conditioning": False,
     "model.head_bias": False,
     "model.dropout": 0.0,
-    **({"training.shift": True} if hasattr(TrainingConfig, "shift") else {}),
 }
 _LLAMA: dict[str, Any] = {
     **_ALL,

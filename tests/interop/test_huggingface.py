@@ -137,6 +137,9 @@ def test_logits_are_those_of_transformers(folders: Callable[[str], Path], name: 
     # These have another constant for each row.
     found_MN, wanted_MN = (logits[:, :ROWS].log_softmax(1) for logits in (of_law_MV, wanted_MN))
     assert float((found_MN - wanted_MN).abs().max() / wanted_MN.abs().max()) < 1e-5
+    log_p_BLN = wanted_MN.view(2, 60, ROWS)[:, :-1]
+    nats_B = -log_p_BLN.gather(2, tokens[:, 1:, None]).sum((1, 2))
+    torch.testing.assert_close(ours.loss(tokens).detach(), nats_B, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
