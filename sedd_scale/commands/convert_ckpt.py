@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--shard-gb",
         type=float,
         metavar="GB",
-        help="of sedd-hf and hf-causal: start a new file of weights at this many gigabytes "
+        help="of sedd-hf, hf and hf-causal: start a new file of weights at this many gigabytes "
         "(default: 5)",
     )
     add(
@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=given_path,
         action="append",
         metavar="FILE",
-        help="of sedd-hf: what sedd-scale eval_ppl printed of SRC, for the card; may be repeated",
+        help="of sedd-hf and hf: what sedd-scale eval_ppl printed of SRC, for the card; may be "
+        "repeated",
     )
     add(
         "--noise-parameters",

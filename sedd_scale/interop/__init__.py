@@ -44,11 +44,17 @@ FORMATS = {
         ("shard_gb", "results"),
     ),
     "hf": Format(
+        "exported_directory:ExportedSource",
+        "a model of ours for transformers, with the program of its network: what --to hf wrote",
+        True,
+        ("shard_gb", "results"),
+    ),
+    "hf-causal": Format(
         "huggingface:HuggingFaceSource",
         "an autoregressive model of transformers: the directory of its config.json, weights and\n"
-        "tokenizer; GPT-2, Llama, Mistral, Qwen2 and Qwen3 (written as hf-causal)",
+        "tokenizer; GPT-2, Llama, Mistral, Qwen2 and Qwen3",
         True,
-        None,
+        ("shard_gb",),
     ),
     "sedd-train": Format(
         "reference_training:ReferenceTrainingSource",
@@ -66,7 +72,5 @@ FORMATS = {
 }
 """Every format by its name; a checkpoint is of the first whose reader claims it."""
 
-TARGETS = {name: row.options for name, row in FORMATS.items() if row.options is not None} | {
-    "hf-causal": ("shard_gb",)
-}
+TARGETS = {name: row.options for name, row in FORMATS.items() if row.options is not None}
 """What is written, and the options of `convert` that its writer takes."""

@@ -15,6 +15,7 @@ from sedd_scale.files.atomic import refuse_existing_output
 from sedd_scale.interop import TARGETS
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import CheckpointSource, WeightsOnly
+from sedd_scale.interop.exported_directory import write_exported
 from sedd_scale.interop.fingerprint import checkpoint_fingerprint
 from sedd_scale.interop.foreign_files import TRAINING_FILE
 from sedd_scale.interop.formats import open_checkpoint
@@ -45,10 +46,10 @@ def convert(
         target_format: one of `TARGETS`; native and sedd-train take everything that the source has.
         target: the directory to make; sedd-train may also be one file that ends in .pth or .pt.
         weights: "ema" or "master": these alone, as of a run yet to begin; None: everything.
-        shard_bytes: largest size of one file's tensors, of sedd-hf and hf-causal.
+        shard_bytes: largest size of one file's tensors, of sedd-hf, hf and hf-causal.
         extra_parameters: as `write_reference_training`.
         assumptions: what a source of another program does not say.
-        results: of sedd-hf, reports of sedd-scale eval_ppl for the model card.
+        results: of sedd-hf and hf, reports of sedd-scale eval_ppl for the model card.
 
     Raises:
         CheckpointError: no such conversion, an unusable source, a format that cannot express the
@@ -68,7 +69,7 @@ def convert(
         )
     opened = open_checkpoint(source, format=source_format, assumptions=assumptions)
     held = opened if weights is None else WeightsOnly(opened, weights)
-    card = partial(_card, opened, source, target.name, weights or "ema", results)
+    card = partial(_card, opened, source, target.name, weights or "ema", results, target_format)
 
     def training_file() -> None:
         file = temporary
@@ -81,13 +82,19 @@ def convert(
         "native": lambda: write_native_run(held, temporary),
         "sedd-hf": lambda: write_published_files(temporary, held, card, shard_bytes=shard_bytes),
         "sedd-train": training_file,
+        "hf": lambda: write_exported(temporary, held, card, shard_bytes=shard_bytes),
         "hf-causal": lambda: write_huggingface(temporary, held, shard_bytes=shard_bytes),
     }
     _write_beside(temporary, target, writers[target_format])
 
 
 def _card(
-    opened: CheckpointSource, source: Path, name: str, weights: str, results: Sequence[Path]
+    opened: CheckpointSource,
+    source: Path,
+    name: str,
+    weights: str,
+    results: Sequence[Path],
+    target_format: str,
 ) -> str:
     """The model card of an export; with the run's validation if the averages are exported."""
     measured = []
@@ -100,7 +107,8 @@ def _card(
         measured += [
             read_report(path, fingerprint=fingerprint, weights=weights) for path in results
         ]
-    return model_card(name, opened.described, measured)
+    for_transformers = target_format == "hf"
+    return model_card(name, opened.described, measured, for_transformers=for_transformers)
 
 
 def _write_beside(temporary: Path, target: Path, write: Callable[[], None]) -> None:

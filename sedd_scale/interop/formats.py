@@ -27,7 +27,8 @@ def open_checkpoint(
     """
     files = path if isinstance(path, CheckpointFiles) else CheckpointFiles(path)
     found = detect_format(files)
-    if format is not None and format != found:
+    # As in hf, which hf-causal is too.
+    if format is not None and format != found and not found.startswith(f"{format}-"):
         raise CheckpointError(f"{files.named} has format {found}, not {format}: use --from {found}")
     assumptions = assumptions or Assumptions()
     row = FORMATS[found]

@@ -37,7 +37,7 @@ from sedd_scale.interop.huggingface_names import (
 )
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, DTYPES, write_safetensors
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
-from sedd_scale.tokenizers.base import TOKENIZER_FILE
+from sedd_scale.tokenizers.base import TOKENIZER_FILE, Tokenizer
 from sedd_scale.tokenizers.huggingface import HuggingFaceTokenizer
 from sedd_scale.tokenizers.opening import open_tokenizer
 
@@ -57,14 +57,14 @@ class HuggingFaceSource(FileSource):
             or a tokenizer with more tokens than it has embeddings.
     """
 
-    format = "hf"
+    format = "hf-causal"
 
     def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None:
         self.path = files.path
         self.holds = frozenset({"ema"})
         file = self.path / CONFIG_FILE
         config = config_of(file, files.config)
-        tokenizer_directory = _tokenizer_directory(self.path, config.model.vocab_size or 0)
+        directory = tokenizer_beside(self.path, config.model.vocab_size or 0)
         held = held_by(str(files.config["model_type"]), config)
         self._entries = _weights(files, held, config.model.tied_embedding)
         check_tensors(
@@ -79,7 +79,7 @@ class HuggingFaceSource(FileSource):
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
-            tokenizer_directory=tokenizer_directory,
+            tokenizer_directory=directory,
             details={
                 DETAILS: {
                     "files": {
@@ -163,8 +163,8 @@ def _prefixed(first: str, name: str, held: Mapping[str, Held]) -> str:
     return first + name if first + name in held else name
 
 
-def _tokenizer_directory(path: Path, num_rows: int) -> Path | None:
-    """The directory itself, where it holds a tokenizer; it has at most `num_rows` tokens."""
+def tokenizer_beside(path: Path, num_rows: int) -> Path | None:
+    """The directory itself, where it holds a tokenizer; CheckpointError: of too many tokens."""
     if not any((path / name).is_file() for name in _TOKENIZERS):
         return None
     tokens = open_tokenizer(path).vocab_size
@@ -174,6 +174,13 @@ def _tokenizer_directory(path: Path, num_rows: int) -> Path | None:
             "tokenizer that belongs to it"
         )
     return path
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write its files by the names that transformers looks for."""
+    for name, content in tokenizer.files().items():
+        given = TOKENIZER_FILE if name == HuggingFaceTokenizer.MODEL_FILE else name
+        (directory / given).write_bytes(content)
 
 
 def write_huggingface(
@@ -211,9 +218,8 @@ def write_huggingface(
     dtypes: Mapping[str, str] = kept.get("dtypes") or dict.fromkeys(held, "F32")
     raw.setdefault("torch_dtype", "float32")
     directory.mkdir()
-    for name, content in (tokenizer.files() if tokenizer else {}).items():
-        given = TOKENIZER_FILE if name == HuggingFaceTokenizer.MODEL_FILE else name
-        (directory / given).write_bytes(content)
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, directory)
     texts.setdefault(CONFIG_FILE, json.dumps(raw, indent=2, sort_keys=True) + "\n")
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8", newline="")

@@ -17,8 +17,7 @@ from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import CheckpointError
 from sedd_scale.files.json_lines import read_json_lines
 from sedd_scale.interop.checkpoint_source import Description, model_shapes
-from sedd_scale.tokenizers.base import TOKENIZER_FILE
-from sedd_scale.tokenizers.opening import TOKENIZERS
+from sedd_scale.tokenizers.opening import open_tokenizer
 from sedd_scale.version import __version__
 
 CARD_FILE = "README.md"
@@ -89,25 +88,38 @@ def read_report(path: Path, *, fingerprint: str, weights: str) -> Measured:
     )
 
 
-def model_card(name: str, described: Description, measured: Sequence[Measured]) -> str:
-    """The card's text: YAML front matter, then Markdown."""
+def model_card(
+    name: str,
+    described: Description,
+    measured: Sequence[Measured],
+    *,
+    for_transformers: bool = False,
+) -> str:
+    """The card's text: YAML front matter, then Markdown.
+
+    Args:
+        for_transformers: whether the program of the network lies with it.
+    """
     config = described.config
     parts = [
-        _front_matter(name, config, measured),
+        _front_matter(name, config, measured, for_transformers),
         f"# {name}\n\nA Score Entropy Discrete Diffusion language model "
         "([SEDD, arXiv 2310.16834](https://arxiv.org/abs/2310.16834)), written by sedd_scale "
         f"{__version__}.",
         "## Model\n\n" + _table(_model_rows(described)),
         "## Data and recipe\n\n" + _recipe(described),
         "## Measured\n\n" + _measured(measured),
-        "## Loading\n\n" + _loading(name, described),
+        "## Loading\n\n" + _loading(name, described, for_transformers),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(name: str, config: Config, measured: Sequence[Measured]) -> str:
+def _front_matter(
+    name: str, config: Config, measured: Sequence[Measured], for_transformers: bool
+) -> str:
     # A JSON string is a YAML string.
-    lines = ["---", "library_name: sedd_scale", "pipeline_tag: text-generation", "tags:"]
+    library = "transformers" if for_transformers else "sedd_scale"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
     lines += [
         f"- {tag}" for tag in ("sedd", "discrete-diffusion", "score-entropy", config.graph.name)
     ]
@@ -197,19 +209,23 @@ def _measured(measured: Sequence[Measured]) -> str:
     )
 
 
-def _loading(name: str, described: Description) -> str:
-    config = described.config
-    kind = None
-    if described.tokenizer_directory is not None:
-        about = json.loads((described.tokenizer_directory / TOKENIZER_FILE).read_text())
-        kind = about.get("kind")
-    what = "text" if kind else "tokens"
+def _loading(name: str, described: Description, for_transformers: bool) -> str:
+    config, directory = described.config, described.tokenizer_directory
+    tokenizer = None if directory is None else open_tokenizer(directory)
     text = (
         "With sedd_scale:\n\n```python\nimport sedd_scale\n\n"
         f'model = sedd_scale.load_pretrained("{name}")\n'
-        f"print(sedd_scale.sample(model, 1, steps=128)[0].{what})\n```\n\n"
+        f"print(sedd_scale.sample(model, 1, steps=128)[0].{'text' if tokenizer else 'tokens'})\n"
+        "```\n\n"
     )
-    if config.noise.name in REFERENCE_NOISE:
+    if for_transformers:
+        text += (
+            "With transformers alone, by the program that lies here:\n\n```python\n"
+            "from transformers import AutoModelForMaskedLM\n\n"
+            f'model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)\n'
+            "tokens = model.generate_diffusion(num_samples=1, steps=128)\n```"
+        )
+    elif config.noise.name in REFERENCE_NOISE:
         text += (
             "With the authors' program, in a checkout of it:\n\n```python\n"
             "from load_model import load_model\n\n"
@@ -217,7 +233,8 @@ def _loading(name: str, described: Description) -> str:
         )
     else:
         text += f"The authors' program has no schedule {config.noise.name}, so it cannot read this."
-    if kind is None:
+    if tokenizer is None:
         return text + "\n\nNo tokenizer lies with the weights."
-    about = TOKENIZERS[kind].about if kind in TOKENIZERS else ""
-    return f"{text}\n\nThe tokenizer ({kind}) is in `tokenizer/`. {about}"
+    if for_transformers and tokenizer.files():
+        return f"{text}\n\nThe tokenizer's files ({tokenizer.kind}) lie beside the weights."
+    return f"{text}\n\nThe tokenizer ({tokenizer.kind}) is in `tokenizer/`. {tokenizer.about}"
