@@ -317,6 +317,7 @@ def test_python_of_a_published_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     import torch
 
     from sedd_scale import save_pretrained
+    from sedd_scale.interop.convert import convert
     from sedd_scale.model.score_model import ScoreModel
     from sedd_scale.parallel.layout import initialize_layout
 
@@ -324,7 +325,7 @@ def test_python_of_a_published_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     model = ScoreModel(config, 50, initialize_layout(), block_length=64)
     save_pretrained(model, tmp_path / "sedd-small")
     monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks(ROOT / "docs/checkpoints.md", "python")
+    for_transformers, snippet = blocks(ROOT / "docs/checkpoints.md", "python")
     names: dict[str, torch.Tensor] = {}
     exec(compile(snippet, "docs/checkpoints.md", "exec"), names)
     assert names["log_score_BLV"].shape == (2, 64, 51)
@@ -333,6 +334,13 @@ def test_python_of_a_published_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     share = (names["masked_BL"] == 50).double().sum(1) / names["t_B"].double()
     expected = share * torch.log(torch.tensor(50.0, dtype=torch.float64))
     torch.testing.assert_close(names["nats_B"].double(), expected, rtol=1e-4, atol=0.0)
+
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    convert("sedd-hf", "hf", tmp_path / "sedd-small", tmp_path / "exported")
+    exec(compile(for_transformers, "docs/checkpoints.md", "exec"), names)
+    assert names["tokens"].shape == (4, 64) and int(names["tokens"].max()) < 50
 
 
 def test_python_of_the_page_on_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
