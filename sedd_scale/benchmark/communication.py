@@ -23,6 +23,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2": (2, ("parallel.tensor=2",)),
     "TP2 SP": (2, ("parallel.tensor=2", "parallel.sequence_parallel=true")),
     "PP2": (2, ("parallel.pipeline=2",)),
+    "TP2 Muon": (2, ("parallel.tensor=2", "optimizer.name=muon")),
+    "DP2 ZeRO 3 Muon": (2, ("parallel.zero_stage=3", "optimizer.name=muon")),
     "DP2 ZeRO 1": (2, ()),
     "DP2 ZeRO 1 bf16": (2, ("training.precision=bf16",)),
     "DP2 ZeRO 2": (2, ("parallel.zero_stage=2",)),
@@ -159,7 +161,7 @@ def measure_layout(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     required = required_traffic(
         config,
         layout,
-        parameters=sum(math.prod(logical.local_shape) for logical in engine.parameters),
+        parameters={one.name: math.prod(one.local_shape) for one in engine.parameters},
         rows=sum(len(batch.targets.rows_M) for batch in synthetic.micro_batches(1)),
     )
     of_ranks: list[Any] = [None] * layout.world_size

@@ -35,7 +35,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sedd_scale.benchmark.textbook import TextbookNetwork, update_averages
     from sedd_scale.diffusion.graphs import make_graph
     from sedd_scale.parallel.layout import local_device
-    from sedd_scale.training.optimizer import adamw_of
+    from sedd_scale.training.optimizer import optimizer_of
 
     config = synthetic_config(arguments, world_size=1)
     device, ema_decay = local_device(), config.optimizer.ema_decay
@@ -47,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     num_parameters = sum(shape.numel() for shape in shapes)
     flat = nn.Parameter(torch.randn(num_parameters, device=device))
     flat.grad = torch.randn(num_parameters, device=device)
-    optimizer = adamw_of(config, [flat])
+    optimizer = optimizer_of(config, [flat])
     programs: list[Any] = [optimizer.step]
     if arguments.baseline:
         weights = [

@@ -244,12 +244,12 @@ def _update(config: "Config", device: "torch.device") -> dict[str, tuple[Program
     import torch
 
     from sedd_scale.planning.step_time import UPDATE_BYTES
-    from sedd_scale.training.optimizer import adamw_of
+    from sedd_scale.training.optimizer import optimizer_of
 
     flat = torch.nn.Parameter(torch.zeros(_UPDATED, device=device))
     flat.grad = torch.ones(_UPDATED, device=device)
     weights = torch.empty(_UPDATED, dtype=_weights_dtype(config), device=device)
-    optimizer = adamw_of(config, [flat])
+    optimizer = optimizer_of(config, [flat])
 
     def program() -> None:
         optimizer.step()

@@ -6,7 +6,7 @@ reduce S (n - 1) / n; a message its size.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_scale.config import Config
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.planning.model_states import MAX_LIVE_PARAMETERS
+from sedd_scale.planning.model_states import MAX_LIVE_PARAMETERS, MUON, update_rule
 
 
 def _bytes(tensors: Any) -> int:
@@ -65,7 +65,8 @@ class CountedTraffic(TorchDispatchMode):
             self.sent["send", "pipeline"] += _bytes(args[0])
             return
         assert operator in _COLLECTIVES, f"{operator} is not counted"
-        name, place, times = _COLLECTIVES[operator]
+        is_exchange = operator == "alltoall_base_"
+        name, place, times = ("all-to-all", 1, _ALL) if is_exchange else _COLLECTIVES[operator]
         groups = [
             value
             for argument, value in zip(func._schema.arguments, args)
@@ -73,14 +74,19 @@ class CountedTraffic(TorchDispatchMode):
         ]
         group = dist.ProcessGroup.unbox(groups[0])
         size = group.size()
-        if size > 1:
+        if is_exchange:  # all but what it sends to itself
+            to_ranks = func._schema.arguments
+            (splits,) = (v for a, v in zip(to_ranks, args) if a.name == "input_split_sizes")
+            numbers = sum(splits) - splits[group.rank()]
+            self.sent[name, "several"] += numbers * args[place].element_size()
+        elif size > 1:
             ranks = tuple(dist.get_process_group_ranks(group))
             where = self._names.get(ranks, "several")
             self.sent[name, where] += round(times * _bytes(args[place]) * (size - 1) / size)
 
 
 def required_traffic(
-    config: Config, layout: Layout, *, parameters: int, rows: int
+    config: Config, layout: Layout, *, parameters: Mapping[str, int], rows: int
 ) -> dict[str, float]:
     """The fewest bytes a rank sends in a step, on average over all ranks, by kind of group.
 
@@ -91,10 +97,11 @@ def required_traffic(
     keep (arXiv 2205.05198); gradients of what is replicated are summed. Data ranks: gradients to
     their owners and weights back (arXiv 1910.02054); ZeRO 2 and 3 reduce each micro-batch, and
     ZeRO 3 gathers weights for each pass where they are more than `MAX_LIVE_PARAMETERS`. Pipeline
-    stages: the hidden states with the conditioning and back. Scalars are not counted.
+    stages: the hidden states with the conditioning and back. Muon: a stage's matrices to their
+    owners and back, over its tensor and data ranks. Scalars are not counted.
 
     Args:
-        parameters: numbers that this process holds, before ZeRO.
+        parameters: numbers that this process holds of each parameter, before ZeRO.
         rows: of the loss, in this process's share of the step.
     """
     model, parallel = config.model, config.parallel
@@ -128,16 +135,25 @@ def required_traffic(
         gradient = 4 if stage == 1 else size
         reductions = 1 if stage == 1 else micro_batches
         # DeepSpeed lets go of weights that were gathered only where they are too many to be kept.
-        kept = stage < 3 or parameters <= MAX_LIVE_PARAMETERS
+        held = sum(parameters.values())
+        kept = stage < 3 or held <= MAX_LIVE_PARAMETERS
         gathers = 1 if kept else 2 * micro_batches
-        data = share * parameters * (reductions * gradient + gathers * size)
+        data = share * held * (reductions * gradient + gathers * size)
     if layout.pipeline > 1:
-        rows_of_cond = -(-model.cond_dim // width)
+        rows_of_cond = -(-model.cond_width // width)
         part = layout.tensor if layout.sequence_parallel else 1
         packed = hidden / part + batch * rows_of_cond * width
         boundaries = (layout.pipeline - 1) / layout.pipeline
         pipeline = micro_batches * boundaries * (2 * packed * residual + 8 * batch)
-    return {"tensor": tensor, "data": data, "pipeline": pipeline}
+    matrices = sum(
+        numel
+        for name, numel in parameters.items()
+        if update_rule(config.optimizer.name, name) == MUON
+    )
+    ranks = layout.tensor * layout.data
+    # Of the whole matrices a rank sends its part, and what it made of its own.
+    muon = 2 * _share_of(ranks) * matrices * layout.tensor / ranks * 4
+    return {"tensor": tensor, "data": data, "pipeline": pipeline, "several": muon}
 
 
 def _share_of(ranks: int) -> float:

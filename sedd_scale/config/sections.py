@@ -44,6 +44,7 @@ def _key(
     return field(default=default, metadata=metadata)
 
 
+_MUON = {"optimizer.name": ("muon",)}
 _ROTARY = {"model.positions": ("rotary",)}
 _SCALED = {"model.rotary_scaling": ("llama3", "yarn")}
 
@@ -355,6 +356,21 @@ MODEL_AXES = {key.name: axis for key in fields(ParallelConfig) if (axis := key.m
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: str = _key(
+        "adamw",
+        "How weights are updated; muon: the trunk's matrices by Muon, all else by AdamW.",
+        choices=("adamw", "muon"),
+        shared=TASK,
+    )
+    muon_lr_ratio: float = _key(
+        1.0,
+        "Learning rate of Muon's matrices over lr; at 1 their steps are as long as AdamW's.",
+        above=0,
+        only_with=_MUON,
+    )
+    muon_momentum: float = _key(
+        0.95, "Decay of Muon's mean of gradients.", above=0, below=1, only_with=_MUON
+    )
     lr: float = _key(3e-4, "Peak learning rate of AdamW.", above=0)
     beta1: float = _key(0.9, "Decay of AdamW's mean of gradients.", at_least=0, below=1)
     beta2: float = _key(0.999, "Decay of AdamW's mean of squared gradients.", at_least=0, below=1)

@@ -104,6 +104,7 @@ class Engine(ABC):
             gathers = WeightGathers(zero, network.stack)
         self._gate = UpdateGate(zero, clip=config.optimizer.clip, loss_part=self._loss_part)
         self.fragments = ZeroFragments(zero, self.parameters, gathers)
+        zero.adam.connect(self.fragments)
 
     def train_step(
         self,

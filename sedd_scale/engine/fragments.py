@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedd_scale.engine.gathers import WeightGathers
-from sedd_scale.engine.zero import Zero
+from sedd_scale.engine.zero import Place, Zero
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.agreement import gathered
 from sedd_scale.planning.model_states import UpdateRule
@@ -78,10 +78,23 @@ class ZeroFragments:
         flat = partition.detach() if key == "master" else self._zero.adam.state[partition][key]
         return Fragment(flat.narrow(0, place.begin, place.numel), place.start)
 
+    @property
+    def partitions(self) -> list[Tensor]:
+        """This process's masters, as the optimizer has them."""
+        return self._partitions
+
+    def place(self, parameter: LogicalParameter) -> Place | None:
+        """Where this process's fragment lies in them; None where it owns no part of it."""
+        return self._places[parameter.name]
+
+    def rule(self, parameter: LogicalParameter) -> UpdateRule:
+        """How it is updated."""
+        rule: UpdateRule = self._zero.adam.rules[parameter.parameter]
+        return rule
+
     def state_keys(self, parameter: LogicalParameter) -> tuple[str, ...]:
         """What is kept of a parameter, as its update rule says."""
-        rule: UpdateRule = self._zero.adam.rules[parameter.parameter]
-        return rule.state_keys
+        return self.rule(parameter).state_keys
 
     def states(self) -> Iterator[tuple[LogicalParameter, str]]:
         """Every parameter with every key of its state."""
@@ -106,8 +119,10 @@ class ZeroFragments:
 
         DeepSpeed leaves it to the first step; a checkpoint must be able to fill it before.
         """
-        for partition in self._partitions:
-            self._zero.adam.initialize_state(partition)
+        groups = self._zero.adam.param_groups
+        for index, partition in enumerate(self._partitions):
+            rule = groups[self._zero.group_of(index)].get("rule")
+            self._zero.adam.initialize_state(partition, rule)
         self._zero.link_state()
 
     def get_step(self) -> int:

@@ -85,17 +85,15 @@ class UpdateGate:
         return StepResult(numbers, numbers.finite and not self._refused)
 
     @torch.no_grad()
-    def _judge(self, square: Tensor, counts: bool) -> None:
+    def _judge(self, square: Tensor) -> None:
         """Tell all ranks the step's numbers, and the optimizer what to do.
 
         Args:
-            square: of the gradient's norm, or of this rank's part of it.
-            counts: whether the part is this rank's to add.
+            square: this rank's part of that of the gradient's norm.
         """
         parts = torch.zeros(3, dtype=torch.float64, device=self._layout.device)
         parts[0] = self.loss_part()
-        if counts:
-            parts[1] = square
+        parts[1] = square
         if self.wants_stop():
             parts[2] = 1.0
         if self._layout.world_size > 1:

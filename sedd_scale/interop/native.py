@@ -32,7 +32,7 @@ from sedd_scale.checkpoint.directory import (
 from sedd_scale.checkpoint.files import READ_ERRORS, HashingWriter
 from sedd_scale.checkpoint.manifest import FileRecord, write_manifest
 from sedd_scale.checkpoint.reading import check_state, load_weights, read_metadata, verify_files
-from sedd_scale.config import config_from_dict
+from sedd_scale.config import Config, config_from_dict
 from sedd_scale.errors import CheckpointError, ConfigError
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import (
@@ -45,12 +45,17 @@ from sedd_scale.interop.checkpoint_source import (
 from sedd_scale.interop.foreign_files import STANDARD_FILES, CheckpointFiles
 from sedd_scale.model.parameters import LogicalParameter
 from sedd_scale.parallel.layout import Layout
-from sedd_scale.planning.model_states import STATE_KEYS
+from sedd_scale.planning.model_states import update_rule
 from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import open_tokenizer
 
 # What a foreign format told that has no key of ours, in meta.json.
 DETAILS_KEY = "foreign"
+
+
+def state_keys(config: Config, name: str) -> tuple[str, ...]:
+    """What a run keeps of a parameter."""
+    return update_rule(config.optimizer.name, name).state_keys
 
 
 class NativeSource(FileSource):
@@ -60,7 +65,6 @@ class NativeSource(FileSource):
 
     def __init__(self, files: CheckpointFiles, assumptions: Assumptions) -> None:
         self.path = find_checkpoint(files.path)
-        self.holds = frozenset(STATE_KEYS)
         meta = read_meta(self.path)
         try:
             config = config_from_dict(meta["config"])
@@ -81,10 +85,13 @@ class NativeSource(FileSource):
         self._reader = dcp.FileSystemReader(self.path)
         self._metadata = read_metadata(self.path)
         verify_files(self.path, hashes=files.verify)
+        self._keys = {name: state_keys(config, name) for name in model_shapes(config)}
+        # What every parameter has: of Muon's matrices there are no moments of AdamW.
+        self.holds = frozenset.intersection(*map(frozenset, self._keys.values()))
         shapes = {
             f"{name}/{key}": shape
             for name, shape in model_shapes(config).items()
-            for key in STATE_KEYS
+            for key in self._keys[name]
         }
         check_state(self.path, shapes, self._metadata)
 
@@ -100,6 +107,12 @@ class NativeSource(FileSource):
                 f"{path}/checkpoints or in a directory of its own"
             )
         return True
+
+    def read(self, name: str, key: str) -> Tensor:
+        """As of any source; what an optimizer keeps of one parameter is there for that one."""
+        if key in self._keys[name]:
+            return self._read(name, key)
+        return super().read(name, key)
 
     def _read(self, name: str, key: str) -> Tensor:
         # What dcp.load does for a state dict of this one tensor, its index being read already.
@@ -192,7 +205,7 @@ def _write_tensors(source: CheckpointSource, directory: Path) -> dict[str, FileR
     tensors = {
         f"{name}/{key}": _LazyTensor(source, name, key, buffer)
         for name in source.shapes
-        for key in STATE_KEYS
+        for key in state_keys(source.described.config, name)
     }
     writer = HashingWriter(directory)  # which asks for a tensor when the one before is written
     try:

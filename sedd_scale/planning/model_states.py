@@ -47,7 +47,15 @@ class UpdateRule:
 
 
 ADAMW = UpdateRule(("exp_avg", "exp_avg_sq"))
+MUON = UpdateRule(("momentum",))
 STATE_KEYS = ADAMW.state_keys
+
+
+def update_rule(optimizer: str, name: str) -> UpdateRule:
+    """How `optimizer.name` updates a parameter, by its logical name: Muon the trunk's matrices."""
+    layer, *_, kind = name.split(".")
+    is_matrix = layer == "blocks" and ".linear_" in name and kind == "weight"
+    return MUON if optimizer == "muon" and is_matrix else ADAMW
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sedd_scale.engine.zero import zero_of
 from sedd_scale.model.parameters import holds_parts, initialize_parameters, logical_parameters
 from sedd_scale.parallel.layout import ModelParallelUnit, initialize_layout
 from sedd_scale.planning.model_states import STATE_KEYS
-from sedd_scale.training.optimizer import AdamWithEMA
+from sedd_scale.training.adamw import AdamWithEMA
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # Else DeepSpeed compiles a shared-memory extension on its first use on a CPU.

@@ -458,6 +458,7 @@ def test_keys_that_another_key_puts_out_of_effect_are_refused() -> None:
     """Each as its metadata says, set to another value than its default."""
     others = {"training.weight_softening": 0.5, "optimizer.decay_steps": 10}
     others |= {"model.max_positions": 10, "model.rotary_original_length": 10}
+    others |= {"optimizer.muon_momentum": 0.5}
     others |= {"training.anneal_steps": 10}
     found = [(key, field) for key, field, _ in Config().all_keys() if field.metadata["only_with"]]
     assert len(found) >= 5

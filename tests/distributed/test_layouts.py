@@ -80,7 +80,7 @@ CORE = ("TP1 PP1", "TP2 SP", "DP2 ZeRO 3", "PP2 DP2 ZeRO 1", "TP2 DP2 ZeRO 2")
 
 # Keyed dropout and document boundaries are part of the run; these few layouts show it.
 DROPOUT = (8, ("graph.name=absorb", "model.dropout=0.2", "model.document_attention=true"))
-# Other trunks, with a head tied to the embedding over the stages.
+# Other trunks, with a head tied to the embedding over the stages; one by Muon.
 TRUNKS = {
     "rmsnorm, shared heads": (
         6,
@@ -96,6 +96,7 @@ TRUNKS = {
             "model.head_bias=false",
             "model.tied_embedding=true",
             "model.adaln_gate_init=one",
+            "optimizer.name=muon",
         ),
     ),
     "biases, learned positions": (

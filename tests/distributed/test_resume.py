@@ -19,6 +19,7 @@ BASE = (
     # Held by the first and by the last stage, written once.
     "model.tied_embedding=true",
     *("model.norm=rmsnorm", "model.activation=swiglu", "model.num_kv_heads=2"),
+    "optimizer.name=muon",
     "optimizer.schedule=cosine",
     "training.anneal_steps=8",
 )

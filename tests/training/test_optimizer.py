@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sedd_scale.training.optimizer import AdamWithEMA, ema_decay_after
+from sedd_scale.training.adamw import AdamWithEMA, ema_decay_after
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.99), 1e-8, 0.1
 

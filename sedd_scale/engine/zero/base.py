@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor, nn
@@ -55,12 +54,12 @@ class Zero(ABC):
     def send_less(self) -> None:
         """Let it send and read no more than is needed, and never make the host wait."""
 
-    def before_update(self, judge: Callable[[Tensor, bool], None]) -> None:
-        """Between the gradient and the update call `judge` with the square of the gradient's norm.
+    def before_update(self, judge: Callable[[Tensor], None]) -> None:
+        """Between the gradient and the update call `judge` with this rank's part of its square.
 
-        That is a scalar in float64, inf where it is not finite; the second argument says whether
-        it is this rank's to add, for it may be of a part, or the same on several ranks. The verdict
-        is the judge's alone, who also clips: DeepSpeed would wait for the device to give its own.
+        That is a scalar in float64, inf where it is not finite; all ranks' parts add up to the
+        square of the whole gradient's norm. The verdict is the judge's alone, who also clips:
+        DeepSpeed would wait for the device to give its own.
         """
         for module in (bf16_optimizer, stage_1_and_2, stage3):
             module.is_invalid_grad_norm = lambda norm: False
@@ -77,6 +76,10 @@ class Zero(ABC):
             return None
         begin = whole.begin + first - whole.start
         return Place(whole.partition, begin, numel, first - logical.begin)
+
+    def group_of(self, partition: int) -> int:
+        """Of the optimizer's groups, whose parameters lie in a partition."""
+        return partition
 
     @abstractmethod
     def place_of(self, parameter: Tensor) -> Place | None:
@@ -135,30 +138,28 @@ def is_counted(parameter: Tensor, layout: Layout) -> bool:
 
 
 def sum_of_squares(gradients: list[Tensor], layout: Layout) -> Tensor:
-    """Of the parts that data-parallel ranks hold, a scalar in float32."""
+    """A scalar in float32."""
     squares = torch.zeros((), device=layout.device)
     if gradients:
         if layout.device.type == "cpu":
             # It adds up float32 squares one after the other, which loses digits in a long row.
             gradients = [piece for part in gradients for piece in part.flatten().split(1 << 16)]
         squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum().float()
-    if layout.data > 1:
-        dist.all_reduce(squares, group=layout.data_group)
     return squares
 
 
 @torch.no_grad()
-def norm_of_partition(
-    zero: Any, layout: Layout, gradients: list[Tensor], parameters: list[Tensor]
-) -> Tensor:
-    """Norm of the whole gradient from each rank's part of it, -1 if that is not finite."""
+def norm_of_partition(layout: Layout, gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    """Norm of this rank's part of the gradient, -1 if that is not finite.
+
+    DeepSpeed asks for it of every group, of which stages may have more or fewer: so no rank waits
+    for another here.
+    """
     held = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
     counted = [
         gradient for gradient, parameter in zip(held, parameters) if is_counted(parameter, layout)
     ]
-    squares = sum_of_squares(counted, layout)
-    zero._model_parallel_all_reduce(squares, dist.ReduceOp.SUM)
-    norm = squares.sqrt()
+    norm = sum_of_squares(counted, layout).sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 

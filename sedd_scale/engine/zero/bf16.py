@@ -34,7 +34,7 @@ class Bf16Zero(GatheringZero):
         zero.clear_hp_grads = gradients.forget
         zero._update_hp_grad = gradients.add
 
-    def before_update(self, judge: Callable[[Tensor, bool], None]) -> None:
+    def before_update(self, judge: Callable[[Tensor], None]) -> None:
         super().before_update(judge)
         # One number stands for the gradient already.
         bf16_optimizer.get_global_norm_of_tensors = lambda input_tensors, **_: input_tensors[0]
@@ -42,9 +42,7 @@ class Bf16Zero(GatheringZero):
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
             norms, of_experts = gradients(for_clipping)
-            # Of this stage and tensor rank alone, and the same on its data-parallel ranks.
-            square = torch.stack(norms).double().square().sum()
-            judge(square, self.layout.data_rank == 0)
+            judge(torch.stack(norms).double().square().sum())
             return norms, of_experts
 
         self.optimizer.get_grads_for_norm = get_grads_for_norm

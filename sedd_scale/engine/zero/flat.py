@@ -30,7 +30,7 @@ class FlatZero(GatheringZero):
     def send_less(self) -> None:
         zero = self.optimizer
         _let_streams_wait(zero)
-        zero.get_grad_norm_direct = functools.partial(norm_of_partition, zero, self.layout)
+        zero.get_grad_norm_direct = functools.partial(norm_of_partition, self.layout)
         if self.layout.data == 1:
             zero.buffered_reduce_fallback = lambda *_, **__: None
             if not zero.partition_gradients and not zero.use_grad_accum_attribute:
@@ -38,7 +38,7 @@ class FlatZero(GatheringZero):
                 zero.flat_gradients = flat.groups
                 zero._get_preflattened_grad_partition = flat.of_group
 
-    def before_update(self, judge: Callable[[Tensor, bool], None]) -> None:
+    def before_update(self, judge: Callable[[Tensor], None]) -> None:
         super().before_update(judge)
         # With bf16 it would search all gradients for what the norm tells anyway.
         self.optimizer.check_grad_overflow = False
@@ -46,7 +46,7 @@ class FlatZero(GatheringZero):
 
         def scaled_global_norm(*args: Any, **kwargs: Any) -> Tensor:
             norm: Tensor = norm_of_gradient(*args, **kwargs)
-            judge(square_of(norm), self.layout.rank == 0)
+            judge(square_of(norm))
             return norm
 
         self.optimizer.scaled_global_norm = scaled_global_norm

@@ -22,18 +22,22 @@ class PartitionedZero(Zero):
 
     def send_less(self) -> None:
         zero = self.optimizer
-        zero.get_grad_norm_direct = functools.partial(norm_of_partition, zero, self.layout)
+        zero.get_grad_norm_direct = functools.partial(norm_of_partition, self.layout)
 
-    def before_update(self, judge: Callable[[Tensor, bool], None]) -> None:
+    def before_update(self, judge: Callable[[Tensor], None]) -> None:
         super().before_update(judge)
         norms_of_groups = self.optimizer._get_norm_groups
 
         def get_norm_groups() -> list[Tensor]:
             norms: list[Tensor] = norms_of_groups()
-            judge(square_of(combine_grad_norm_groups(norms)), self.layout.rank == 0)
+            judge(square_of(combine_grad_norm_groups(norms)))
             return norms
 
         self.optimizer._get_norm_groups = get_norm_groups
+
+    def group_of(self, partition: int) -> int:
+        group: int = self.optimizer.sub_group_to_group_id[partition]
+        return group
 
     def place_of(self, parameter: Tensor) -> Place | None:
         zero = self.optimizer
