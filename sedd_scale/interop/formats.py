@@ -7,7 +7,7 @@ from sedd_scale.errors import CheckpointError
 from sedd_scale.interop import FORMATS
 from sedd_scale.interop.assumptions import Assumptions
 from sedd_scale.interop.checkpoint_source import FileSource
-from sedd_scale.interop.foreign_files import CheckpointFiles
+from sedd_scale.interop.foreign_files import CONFIG_FILE, CheckpointFiles
 
 
 def open_checkpoint(
@@ -29,6 +29,11 @@ def open_checkpoint(
     found = detect_format(files)
     # As in hf, which hf-causal is too.
     if format is not None and format != found and not found.startswith(f"{format}-"):
+        if found == "mdlm" and format.startswith("hf"):  # which anything else looks like
+            raise CheckpointError(
+                f"{files.named} has no {CONFIG_FILE} of a language model of transformers: fetch "
+                f"it, or use --from {found} for weights under SEDD's names"
+            )
         raise CheckpointError(f"{files.named} has format {found}, not {format}: use --from {found}")
     assumptions = assumptions or Assumptions()
     row = FORMATS[found]

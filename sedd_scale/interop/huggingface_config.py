@@ -181,6 +181,10 @@ def config_of(file: Path, raw: Mapping[str, Any]) -> Config:
             f"{file} says architectures={names[0]}, which is no language model: give a "
             f"{row.class_name}"
         )
+    for name in raw.get("auto_map") or {}:
+        if name.startswith("AutoModel"):
+            why = f"its code may differ; take it out if that computes what {row.class_name} does"
+            raise _refusal(file, "auto_map", name, why)
     for key, values in row.computed.items():
         given = raw.get(key, values[0])
         if given not in values:

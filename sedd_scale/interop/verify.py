@@ -45,7 +45,8 @@ def verify(
 
     Args:
         weights: where a checkpoint has both, "ema" or "master".
-        seed: of the sequences: tokens drawn at random, moved by the graph at `TIMES`.
+        seed: of the sequences: tokens drawn at random, moved by the graph at `TIMES`. Of causal
+            networks that are never shown a mask they stay as they are.
 
     Raises:
         CheckpointError: one of them cannot be read, or they are of different processes or sizes.
@@ -79,6 +80,8 @@ def _identity(model: ScoreModel) -> dict[str, object]:
         "noise": model.schedule,
         "scale_by_sigma": model.config.resolved_scale_by_sigma,
         "block length": model.block_length,
+        "attention": "causal" if model.causal else "to both sides",
+        "training.shift": model.config.training.shift,
     }
 
 
@@ -88,6 +91,8 @@ def _log_scores(model: ScoreModel, seed: int) -> Tensor:
     shape = (len(TIMES), length)
     clean_BL = torch.randint(model.graph.num_tokens, shape, generator=generator)
     sigma_B = model.schedule.sigma(torch.tensor(TIMES, dtype=torch.float64))
+    if model.causal and model.config.training.shift:  # nor is a mask's score in any loss
+        return model.log_score(clean_BL, sigma_B.float())[..., : model.graph.num_tokens]
     move, token = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     noisy_BL = model.graph.corrupt(clean_BL, sigma_B, move, token)
     return model.log_score(noisy_BL, sigma_B.float())

@@ -82,5 +82,5 @@ def _description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(read_tokenizer_file(path)) if path.is_file() else {}
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
+        raise DataError(f"{path} is not JSON ({error}): restore it") from error
     return description if isinstance(description, dict) else {}

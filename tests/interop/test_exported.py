@@ -53,7 +53,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "uniform": ("graph.name=uniform", "noise.name=geometric", *GPT2),
     "uniform mean": ("graph.name=uniform", "model.parametrisation=mean", "noise.name=linear"),
 }
-# What a process without this package finds: logits, log-scores and greedy samples.
+LABELS = torch.arange(3 * LENGTH).view(3, LENGTH)
+# What a process without this package finds: logits, log-scores, greedy samples, loss and gradient.
 PROGRAM = f"""
 import sys
 sys.modules["sedd_scale"] = None  # so that to import it is an error
@@ -79,6 +80,16 @@ for folder in sys.argv[2:]:
         one["ancestral"] = model.generate_diffusion(
             given["prompt"], sampler="ancestral", steps=8, top_p=0.9, generator=generator
         )
+    loss = model(tokens, sigma=sigma, labels=given["labels"]).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    norm, ends = float(sum(g.square().sum() for g in gradients)) ** 0.5, []
+    with torch.no_grad():
+        for step in (0.01, -0.02):
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter += step / norm * gradient
+            ends.append(float(model(tokens, sigma=sigma, labels=given["labels"]).loss))
+    one |= {{"loss": loss.detach(), "norm": norm, "slope": (ends[0] - ends[1]) / 0.02}}
     found[folder] = one
 torch.save(found, sys.argv[1])
 """
@@ -124,7 +135,7 @@ def folders(
         tokens_BL, sigma_B = noisy(model)
         prompt_BL = torch.full((SAMPLES, LENGTH), -1)
         prompt_BL[:, 3:5] = 65
-        given = {"tokens": tokens_BL, "sigma": sigma_B, "prompt": prompt_BL}
+        given = {"tokens": tokens_BL, "sigma": sigma_B, "prompt": prompt_BL, "labels": LABELS}
         torch.save(given, made[name] / "given.pt")
     return made
 
@@ -160,6 +171,10 @@ def test_transformers_alone_gives_our_outputs_and_samples(
         tokens = model.graph.num_tokens  # the mask's column means nothing
         ours, theirs = ours[..., :tokens], theirs[..., :tokens]
         assert float((ours - theirs).norm() / ours.norm()) < 1e-6
+    log_p_BLN = logits_BLV[..., :tokens].log_softmax(-1)
+    loss = -log_p_BLN.gather(-1, LABELS[..., None]).mean()
+    assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert found["slope"] == pytest.approx(found["norm"], rel=2e-2)
     for steps in (None, 4) if model.graph.mask_id is not None else ():
         given_BL = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
         settings = SamplerSettings(sampler="confidence", temperature=0, steps=steps)

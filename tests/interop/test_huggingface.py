@@ -22,8 +22,12 @@ from sedd_scale.interop.huggingface_config import config_of, raw_of
 from sedd_scale.interop.huggingface_names import Held, our_rows, their_rows
 from sedd_scale.interop.initial_weights import InitialWeights
 from sedd_scale.interop.native import NativeSource
-from sedd_scale.interop.pretrained import load_pretrained
+from sedd_scale.interop.pretrained import load_pretrained, save_pretrained
 from sedd_scale.interop.same_network import differences
+from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
+from sedd_scale.interop.verify import verify
+from sedd_scale.model.parameters import logical_parameters
+from sedd_scale.parallel.layout import initialize_layout
 from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.opening import load_tokenizer, open_tokenizer
 from sedd_scale.training.loop import open_dataset, train
@@ -216,6 +220,27 @@ def test_the_row_of_the_mask(folders: Callable[[str], Path], name: str) -> None:
         assert not head[-1].any() and head[:-1].any()
 
 
+def test_what_no_output_depends_on_is_not_compared(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A mask's rows, which training moves and an export leaves out."""
+    model = load_pretrained(folders("qwen3"), device="cpu")
+    with torch.no_grad():
+        for logical in logical_parameters(model.network, initialize_layout()):
+            if logical.name in VOCABULARY_PARAMETERS:
+                assert logical.shard is not None
+                logical.shard[ROWS] += 1.0
+    save_pretrained(model, tmp_path / "moved", format="native")
+    convert("native", "hf-causal", tmp_path / "moved", tmp_path / "back")
+    found = verify(tmp_path / "moved", tmp_path / "back")
+    assert (found.max_difference, found.num_scores) == (0.0, 3 * 64 * ROWS)
+    masked = load_pretrained(folders("qwen3"), device="cpu")
+    masked.config = masked.config.override("training.objective=masked_cross_entropy")
+    save_pretrained(masked, tmp_path / "masked", format="native")
+    with pytest.raises(CheckpointError, match="attention is causal and to both sides"):
+        verify(tmp_path / "back", tmp_path / "masked")
+
+
 def test_both_spellings_are_one_network(folders: Callable[[str], Path]) -> None:
     for name in NAMES:
         raw = json.loads((folders(name) / "config.json").read_text())
@@ -286,6 +311,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}},
         r"says model_type=own, which needs code of its own \(auto_map\)",
     ),
+    "code of its own for a known kind": (
+        "qwen2",
+        {"auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.Qwen2ForCausalLM"}},
+        "auto_map=.AutoModelForCausalLM., .*: its code may differ; take it out if that",
+    ),
+    "no causal model": (
+        "qwen3",
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "has no config.json of a language model of transformers: fetch it, or use --from mdlm",
+    ),
     "no language model": ("qwen3", {"architectures": ["Qwen3Model"]}, "is no language model"),
     "exact gelu": ("gpt2", {"activation_function": "gelu"}, "activation_function=.gelu., a net"),
     "relu": ("llama", {"hidden_act": "relu"}, "hidden_act=.relu., a network that cannot be read"),
@@ -324,7 +359,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_is_refused(folders: Callable[[str], Path], tmp_path: Path, case: str) -> None:
     name, values, message = REFUSED[case]
     source = edited(folders(name), tmp_path / "source", **values)
-    if case not in ("another size", "fewer embeddings"):
+    if case not in ("another size", "fewer embeddings", "no causal model"):
         (source / "model.safetensors").unlink()  # it is not even looked for
     with pytest.raises(CheckpointError, match=message) as hit:
         convert("hf", "native", source, tmp_path / "target")

@@ -296,8 +296,9 @@ class SeddScaleForMaskedLM(PreTrainedModel):
                 before = torch.where(begins[..., None], logits, before)
             logits = before
         if config.law == "normalised":
-            known = logits[..., : config.num_tokens].logsumexp(-1, keepdim=True)
-            logits[..., : config.num_tokens] -= known - math.log(config.num_tokens)
+            known, of_mask = logits.split([config.num_tokens, 1], -1)
+            constant = known.logsumexp(-1, keepdim=True) - math.log(config.num_tokens)
+            logits = torch.cat([known - constant, of_mask], -1)
         loss = None
         if labels is not None:
             rows = logits[..., : config.num_tokens].reshape(-1, config.num_tokens)
