@@ -35,20 +35,16 @@ from sedd_scale.interop.checkpoint_source import (
     Description,
     FileSource,
     model_shapes,
-    tokenizer_in,
 )
 from sedd_scale.interop.foreign_files import CONFIG_FILE, CheckpointFiles, open_tensors
 from sedd_scale.interop.huggingface import tokenizer_beside, write_tokenizer
 from sedd_scale.interop.model_card import CARD_FILE
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, write_safetensors
-from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY
 from sedd_scale.tokenizers.opening import open_tokenizer
 
 MODEL_TYPE = "sedd_scale"
 PROGRAM = Path(__file__).parent / "exported" / "modeling_sedd_scale.py"
 _CLASSES = {"AutoConfig": "SeddScaleConfig", "AutoModelForMaskedLM": "SeddScaleForMaskedLM"}
-# Classes of transformers for kinds of tokenizers, where the files do not say.
-_TOKENIZERS = {"gpt2": "GPT2TokenizerFast", "hf": "PreTrainedTokenizerFast"}
 # What the program calls the meaning of a row of logits.
 _LAWS = {
     AbsorbScores: "scores",
@@ -116,14 +112,7 @@ def write_exported(
     if source.described.tokenizer_directory is not None:
         tokenizer = open_tokenizer(source.described.tokenizer_directory)
         about |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-        if tokenizer.files():
-            write_tokenizer(tokenizer, directory)
-            settings = directory / "tokenizer_config.json"
-            if tokenizer.kind in _TOKENIZERS and not settings.exists():
-                named = {"tokenizer_class": _TOKENIZERS[tokenizer.kind]}
-                settings.write_text(json.dumps(named) + "\n", encoding="utf-8")
-        else:  # of no files, which our own description tells
-            tokenizer.save(directory / TOKENIZER_DIRECTORY)
+        write_tokenizer(tokenizer, directory)
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
     shutil.copyfile(PROGRAM, directory / PROGRAM.name)
@@ -152,8 +141,7 @@ class ExportedSource(FileSource):
         self.described = Description(
             config=config,
             block_length=config.data.block_length,
-            tokenizer_directory=tokenizer_in(self.path)
-            or tokenizer_beside(self.path, config.model.vocab_size or 0),
+            tokenizer_directory=tokenizer_beside(self.path, config.model.vocab_size or 0),
         )
         self._entries = open_tensors(files)
         found = {name: entry.shape for name, entry in self._entries.items()}

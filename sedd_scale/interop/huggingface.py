@@ -17,7 +17,12 @@ from sedd_scale.arrays import Shape
 from sedd_scale.checkpoint.reading import check_tensors
 from sedd_scale.errors import CheckpointError
 from sedd_scale.interop.assumptions import Assumptions
-from sedd_scale.interop.checkpoint_source import CheckpointSource, Description, FileSource
+from sedd_scale.interop.checkpoint_source import (
+    CheckpointSource,
+    Description,
+    FileSource,
+    tokenizer_in,
+)
 from sedd_scale.interop.foreign_files import (
     CONFIG_FILE,
     CheckpointFiles,
@@ -37,14 +42,21 @@ from sedd_scale.interop.huggingface_names import (
 )
 from sedd_scale.interop.safetensors_files import DEFAULT_SHARD_BYTES, DTYPES, write_safetensors
 from sedd_scale.interop.sedd_names import VOCABULARY_PARAMETERS
-from sedd_scale.tokenizers.base import TOKENIZER_FILE, Tokenizer
+from sedd_scale.tokenizers.base import TOKENIZER_DIRECTORY, TOKENIZER_FILE, Tokenizer
 from sedd_scale.tokenizers.huggingface import HuggingFaceTokenizer
 from sedd_scale.tokenizers.opening import open_tokenizer
+from sedd_scale.tokenizers.sentencepiece import SentencePieceTokenizer
 
 # Of Description.details: everything that a native copy has to remember to be written back.
 DETAILS = "transformers"
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZERS = (TOKENIZER_FILE, "vocab.json", "tokenizer.model")
+# Names there of files of ours, and classes for kinds of tokenizers whose files do not say.
+_NAMES = {
+    HuggingFaceTokenizer.MODEL_FILE: TOKENIZER_FILE,
+    SentencePieceTokenizer.MODEL_FILE: "tokenizer.model",
+}
+_CLASSES = {"gpt2": "GPT2TokenizerFast", "hf": "PreTrainedTokenizerFast"}
 _SEED = 0
 _CHUNK_ROWS = 4096
 
@@ -164,9 +176,9 @@ def _prefixed(first: str, name: str, held: Mapping[str, Held]) -> str:
 
 
 def tokenizer_beside(path: Path, num_rows: int) -> Path | None:
-    """The directory itself, where it holds a tokenizer; CheckpointError: of too many tokens."""
+    """The directory where `write_tokenizer` wrote; CheckpointError: it has too many tokens."""
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        return None
+        return tokenizer_in(path)
     tokens = open_tokenizer(path).vocab_size
     if tokens > num_rows:
         raise CheckpointError(
@@ -177,10 +189,15 @@ def tokenizer_beside(path: Path, num_rows: int) -> Path | None:
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write its files by the names that transformers looks for."""
+    """Write its files by the names that transformers looks for; one of no files as we save it."""
+    if not tokenizer.files():
+        tokenizer.save(directory / TOKENIZER_DIRECTORY)
     for name, content in tokenizer.files().items():
-        given = TOKENIZER_FILE if name == HuggingFaceTokenizer.MODEL_FILE else name
-        (directory / given).write_bytes(content)
+        (directory / _NAMES.get(name, name)).write_bytes(content)
+    settings = directory / "tokenizer_config.json"
+    if tokenizer.kind in _CLASSES and not settings.exists():
+        named = {"tokenizer_class": _CLASSES[tokenizer.kind]}
+        settings.write_text(json.dumps(named) + "\n", encoding="utf-8")
 
 
 def write_huggingface(

@@ -19,9 +19,14 @@ from sedd_scale.interop.pretrained import load_pretrained, save_pretrained
 from sedd_scale.model.parameters import logical_parameters
 from sedd_scale.model.score_model import ScoreModel
 from sedd_scale.parallel.layout import initialize_layout
+from sedd_scale.preparation.sentencepiece_training import train_sentencepiece
 from sedd_scale.sampling.samplers import draw
 from sedd_scale.sampling.settings import SamplerSettings
 from sedd_scale.tokenizers.alphabets import BytesTokenizer
+from sedd_scale.tokenizers.base import Tokenizer
+from sedd_scale.tokenizers.opening import open_tokenizer
+from tests.data.corpus import make_texts
+from tests.repository import DATA
 
 LENGTH, SAMPLES = 12, 2
 SIZES = (
@@ -80,6 +85,10 @@ for folder in sys.argv[2:]:
         one["ancestral"] = model.generate_diffusion(
             given["prompt"], sampler="ancestral", steps=8, top_p=0.9, generator=generator
         )
+    padded = torch.cat([tokens[:, :5], tokens[:, :2]], 1)
+    short = model(tokens[:, :5], sigma=sigma).logits
+    seen = torch.arange(7).expand(3, 7) < 5
+    one["padding"] = model(padded, sigma=sigma, attention_mask=seen).logits[:, :5] - short
     loss = model(tokens, sigma=sigma, labels=given["labels"]).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -90,6 +99,11 @@ for folder in sys.argv[2:]:
                 parameter += step / norm * gradient
             ends.append(float(model(tokens, sigma=sigma, labels=given["labels"]).loss))
     one |= {{"loss": loss.detach(), "norm": norm, "slope": (ends[0] - ends[1]) / 0.02}}
+    if model.config.trunk["positions"] == "learned":
+        try:
+            model(tokens.repeat(1, 2), sigma=sigma)
+        except ValueError as error:
+            one["too long"] = str(error)
     found[folder] = one
 torch.save(found, sys.argv[1])
 """
@@ -171,6 +185,9 @@ def test_transformers_alone_gives_our_outputs_and_samples(
         tokens = model.graph.num_tokens  # the mask's column means nothing
         ours, theirs = ours[..., :tokens], theirs[..., :tokens]
         assert float((ours - theirs).norm() / ours.norm()) < 1e-6
+    if model.config.model.positions == "learned":
+        assert found["too long"] == f"{2 * LENGTH} tokens, but this network has {LENGTH} positions"
+    assert float(found["padding"].abs().max()) < 1e-5
     log_p_BLN = logits_BLV[..., :tokens].log_softmax(-1)
     loss = -log_p_BLN.gather(-1, LABELS[..., None]).mean()
     assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
@@ -202,6 +219,37 @@ def test_what_was_written_is_read_back(
     tokens_BL, sigma_B = noisy(again)
     ours = models[name].log_score(tokens_BL, sigma_B)
     assert torch.equal(again.log_score(tokens_BL, sigma_B), ours)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "bytes"])
+@pytest.mark.parametrize("target", ["hf", "hf-causal"])
+def test_tokenizers_come_back(tmp_path: Path, target: str, kind: str) -> None:
+    import transformers
+
+    tokenizer: Tokenizer = BytesTokenizer()
+    if kind == "gpt2":
+        tokenizer = open_tokenizer(DATA / "tokenizer")
+    elif kind == "sentencepiece":
+        tokenizer = train_sentencepiece(make_texts(60), 300)
+    causal = ("training.objective=autoregressive", "training.shift=true")
+    config = Config().override(*SIZES, *QWEN, *(causal if target == "hf-causal" else ()))
+    model = ScoreModel(
+        config.override(f"model.vocab_size={tokenizer.vocab_size}"),
+        tokenizer.vocab_size,
+        initialize_layout(),
+        block_length=LENGTH,
+        tokenizer=tokenizer,
+    )
+    save_pretrained(model, tmp_path / "run", format="native")
+    convert("native", target, tmp_path / "run", tmp_path / "target")
+    again = load_pretrained(tmp_path / "target").tokenizer
+    assert again is not None and again.fingerprint == tokenizer.fingerprint
+    if kind == "gpt2":
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            tmp_path / "target", trust_remote_code=True
+        )
+        text = "It was a dark night, and  the 3rd."
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
 
 
 def test_the_card_says_how_it_is_loaded(folders: dict[str, Path]) -> None:

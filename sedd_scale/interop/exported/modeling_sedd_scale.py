@@ -259,6 +259,7 @@ class SeddScaleForMaskedLM(PreTrainedModel):
         sigma: Tensor | None = None,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -269,16 +270,23 @@ class SeddScaleForMaskedLM(PreTrainedModel):
             sigma: total noise of each sequence [B]; needed where the network is conditioned on it.
             labels: clean tokens [B, L], -100 where none counts: their mean cross-entropy is `loss`.
             document_ids: numbers [B, L]: positions of other documents do not see each other.
+            attention_mask: [B, L], 0 where a position is padding that no other sees.
         """
         config, trunk = self.config, self.config.trunk
         tokens = self.embedding.tokens.weight
         x, length = F.embedding(input_ids, tokens), input_ids.shape[1]
         if trunk["positions"] == "learned":
+            if length > trunk["max_positions"]:
+                most = trunk["max_positions"]
+                raise ValueError(f"{length} tokens, but this network has {most} positions")
             x = x + self.embedding.positions.weight[:length]
         cond = self._condition(sigma, input_ids) if trunk["conditioning"] == "adaln" else None
         mask = None
         if document_ids is not None:
             mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        if attention_mask is not None:
+            seen = attention_mask[:, None, None, :].bool()
+            mask = seen if mask is None else mask & seen
         angles = self._angles(length, x)
         for block in self.blocks:
             x = block(x, cond, angles, mask)
