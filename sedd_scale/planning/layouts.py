@@ -9,7 +9,7 @@ from sedd_scale.config import Config, ParallelConfig
 from sedd_scale.errors import ConfigError
 from sedd_scale.planning.activations import stage_activations
 from sedd_scale.planning.flops import StepFlops, step_flops
-from sedd_scale.planning.model_states import BYTES, StateBytes, state_bytes
+from sedd_scale.planning.model_states import BYTES, StateBytes, state_bytes, update_rule
 from sedd_scale.planning.parameters import count_by_part, layer_shapes, stage_bounds
 
 ASSUMPTIONS = (
@@ -120,13 +120,12 @@ def plan(config: Config, world_size: int, *, vocab_size: int, block_length: int)
     bounds = stage_bounds(len(layers), parallel.pipeline)
     stages = []
     for stage, (first, end) in enumerate(itertools.pairwise(bounds)):
-        numels = [
-            parameter.local_numel(parallel.tensor)
-            for layer in layers[first:end]
-            for parameter in layer
-        ]
+        held = [parameter for layer in layers[first:end] for parameter in layer]
         if config.model.tied_embedding and first > 0 and end == len(layers):
-            numels.append(layers[0][0].local_numel(parallel.tensor))  # a copy, for the head
+            held.append(layers[0][0])  # a copy, for the head
+        numels = [parameter.local_numel(parallel.tensor) for parameter in held]
+        rules = [update_rule(config.optimizer.name, parameter.name) for parameter in held]
+        kept = sum(len(rule.state_keys) * numel for rule, numel in zip(rules, numels))
         activations = stage_activations(
             config,
             vocab_size=vocab_size,
@@ -145,6 +144,7 @@ def plan(config: Config, world_size: int, *, vocab_size: int, block_length: int)
                     zero_stage=parallel.zero_stage,
                     data=data,
                     pipeline=parallel.pipeline,
+                    kept=kept / sum(numels),
                 ),
                 activations=activations.kept,
                 boundary=activations.boundary,

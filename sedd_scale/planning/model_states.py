@@ -11,6 +11,8 @@ n numbers on a rank, p those of its partition among the data-parallel ranks, bot
 | ZeRO 3       | 2p or 4p, and the | 4p                            | 16p                   |
 |              | small ones whole  |                               |                       |
 
+Of matrices that Muon updates there are 12p: one moment less.
+
 Source: deepspeed 0.19: BF16_Optimizer, DeepSpeedZeroOptimizer and DeepSpeedZeroOptimizer_Stage3.
 """
 
@@ -80,20 +82,27 @@ class StateBytes:
 
 
 def state_bytes(
-    numels: Sequence[int], *, precision: str, zero_stage: int, data: int, pipeline: int
+    numels: Sequence[int],
+    *,
+    precision: str,
+    zero_stage: int,
+    data: int,
+    pipeline: int,
+    kept: float = len(STATE_KEYS),
 ) -> StateBytes:
     """Bytes on the heaviest of `data` ranks that share parameters of these sizes.
 
     Args:
         numels: numbers of each of the rank's parameters (tensor-parallel shards), in order.
         precision: "fp32" or "bf16".
+        kept: float32 numbers of the optimizer for each, on average.
     """
     if zero_stage == 3:
-        return _zero_3(numels, BYTES[precision], data)
+        return _zero_3(numels, BYTES[precision], data, kept)
     total = _aligned(sum(numels), 2 * data)
     partition = total // data
     weight_bytes = BYTES[precision]
-    optimizer = FLOAT32 * len(STATE_KEYS) * partition
+    optimizer = round(FLOAT32 * kept * partition)
     if precision == "bf16" and zero_stage == 1:
         # Reduced, clipped and read where they are: engine/zero/bf16.py.
         return StateBytes(
@@ -137,14 +146,14 @@ def state_bytes(
     )
 
 
-def _zero_3(numels: Sequence[int], weight_bytes: int, data: int) -> StateBytes:
+def _zero_3(numels: Sequence[int], weight_bytes: int, data: int, kept: float) -> StateBytes:
     partition = sum(-(-numel // data) for numel in numels)
     whole = sum(numel for numel in numels if numel <= PERSISTENT_PARAMETER)
     travelling = min(sum(numels), max(REDUCE_BUCKET, *numels))
     return StateBytes(
         weights=weight_bytes * (partition + whole),
         gradients=FLOAT32 * partition,
-        optimizer=FLOAT32 * len(STATE_KEYS) * partition,
+        optimizer=round(FLOAT32 * kept * partition),
         buckets=weight_bytes * (REDUCE_BUCKET + travelling),
         gathered=weight_bytes * min(sum(numels) - whole, MAX_LIVE_PARAMETERS),
         # The flattened gradient of a sub-group.

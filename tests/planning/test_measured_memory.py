@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         [
             *("training.precision=fp32", "parallel.pipeline=2", "model.tied_embedding=true"),
             *("model.num_kv_heads=2", "model.activation=swiglu", "model.norm=rmsnorm"),
+            "optimizer.name=muon",
         ],
     ),
     "bf16 pipeline2 uniform": (
