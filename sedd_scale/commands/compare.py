@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="run and report only these variants, and the baseline",
+        help="run and report only these variants, the baseline and what they start from",
     )
     add("--jobs", type=count, metavar="K", help="runs at a time (the experiment's)")
     return parser
@@ -56,11 +56,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
             if name not in experiment.variants:
                 known = ", ".join(experiment.variants)
                 raise ConfigError(f"--only {name} is none of the variants {known}")
-        kept = {experiment.baseline, *arguments.only}
-        experiment = replace(
-            experiment,
-            variants={name: config for name, config in experiment.variants.items() if name in kept},
-        )
+        experiment = experiment.only(arguments.only)
 
     from sedd_scale.experiments.comparison import run_experiment
     from sedd_scale.experiments.report import write_report

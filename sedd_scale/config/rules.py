@@ -7,6 +7,7 @@ from typing import Any
 
 from sedd_scale.config.data_rules import check_data
 from sedd_scale.config.tree import ConfigTree
+from sedd_scale.config.yaml_text import scalar_text
 from sedd_scale.errors import ConfigError
 
 LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -51,8 +52,8 @@ def _check_effects(config: ConfigTree) -> None:
             now = config.value(other)
             if now not in needed:
                 raise ConfigError(
-                    f"{key}={value} has no effect with {other}={now}: leave it out or set "
-                    f"{other}={' or '.join(needed)}"
+                    f"{key}={scalar_text(value)} has no effect with {other}={scalar_text(now)}: "
+                    f"leave it out or set {other}={' or '.join(map(scalar_text, needed))}"
                 )
 
 
@@ -111,6 +112,7 @@ def _check_model(config: ConfigTree) -> None:
     about_it = {
         "grow_vocab=true": model.grow_vocab,
         f"init_options={model.init_options}": model.init_options is not None,
+        "calibrate_head=true": model.calibrate_head,
     }
     for what, given in about_it.items():
         if given and model.init_from is None:

@@ -218,6 +218,16 @@ class ModelConfig:
     grow_vocab: bool = _key(
         False, "Let a dataset with more tokens than init_from append them to its vocabulary."
     )
+    calibrate_head: bool = _key(
+        False,
+        "Fold the free offset of init_from's autoregressive logits into the head's bias.",
+        only_with={
+            "training.objective": ("score_entropy",),
+            "graph.name": ("absorb",),
+            "model.parametrisation": ("score",),
+            "model.head_bias": (True,),
+        },
+    )
 
     @property
     def cond_width(self) -> int:

@@ -165,6 +165,29 @@ class UniformMean(UniformScores):
         return mean_log_scores(logits_V, states, over_positions(sigma.double(), states))
 
 
+class LogTotal(RowLaw):
+    """Masked rows; not a loss but the logarithm of the sum of scores times (e^sigma - 1).
+
+    It is 0 for the true scores of any row.
+
+    Args:
+        scores: the law that the logits are read by.
+    """
+
+    def __init__(self, scores: RowLaw) -> None:
+        super().__init__(scores.graph)
+        self.scores = scores
+
+    def rows(
+        self, statistics: Statistics, noise: RowNoise, unchanged_M: Tensor | None = None
+    ) -> RowLoss:
+        log_sum = statistics.max.double() + statistics.sum_exp.double().log()
+        sigma = noise.sigma.double()
+        total = log_sum - self.scores.log_divisor(sigma) + log_expm1(sigma)
+        nothing = torch.zeros_like(statistics.max)
+        return RowLoss(total.to(statistics.max.dtype), nothing, nothing, nothing)
+
+
 def row_law(
     graph: Graph, *, scaled: bool = False, mean: bool = False, cross_entropy: bool = False
 ) -> RowLaw:

@@ -6,6 +6,7 @@ on the host, and give the same losses and gradient norms.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from sedd_scale.config import Config
 from sedd_scale.diffusion.objectives import make_objective
+from sedd_scale.diffusion.row_law import RowLaw
 from sedd_scale.engine.diagnosis import explain_failure
 from sedd_scale.engine.fragments import ZeroFragments
 from sedd_scale.engine.gathers import WeightGathers, exchange_buckets
 from sedd_scale.engine.stages import PipelineStage
 from sedd_scale.engine.update_gate import StepNumbers, StepResult, UpdateGate
 from sedd_scale.engine.zero import GatheringZero, zero_of
+from sedd_scale.model.head import ScoreLinear
 from sedd_scale.model.network import LayerBuilder, ScoreNetwork
 from sedd_scale.model.parameters import LogicalParameter, logical_parameters
 from sedd_scale.parallel.layout import Layout, ModelParallelUnit
@@ -154,11 +157,23 @@ class Engine(ABC):
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Score entropy of each sequence of this rank's micro-batches, on the CPU, float64 nats."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], law: RowLaw | None = None) -> Tensor:
+        """Score entropy of each sequence of this rank's micro-batches, on the CPU, float64 nats.
+
+        Args:
+            law: what to sum over rows, if other than the loss that the network is trained with.
+        """
+        modules = self._deepspeed.module.modules()
+        heads = [module for module in modules if isinstance(module, ScoreLinear)]
+        shards = [head.shard for head in heads]
+        if law is not None:
+            for head in heads:
+                head.shard = dataclasses.replace(head.shard, law=law)
         self._deepspeed.eval()
         losses = self._per_sequence_losses(micro_batches).double().cpu()
         self._deepspeed.train()
+        for head, shard in zip(heads, shards):
+            head.shard = shard
         return losses
 
     @abstractmethod

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sedd_scale.config import Config, load_config
 from sedd_scale.data.shards import Dataset
 from sedd_scale.errors import ConfigError, TrainingError
-from sedd_scale.experiments.experiment import Experiment
+from sedd_scale.experiments.experiment import STARTS_FROM, Experiment
 from sedd_scale.files.atomic import write_atomically
 from sedd_scale.files.folder_lock import lock_folder
 from sedd_scale.files.identity import refuse_another
@@ -33,6 +33,8 @@ ORIGIN = "data.json"
 # Of a run: its configuration, and what it came to.
 CONFIG = "experiment.yaml"
 RESULT = "result.json"
+# Of a run: what it trained.
+RUN = "run"
 # How long each attempt at the training took, and since when the present one runs.
 SECONDS, BEGUN = "train_seconds", "train_begun"
 # How long to wait for a run that was asked to stop.
@@ -124,15 +126,20 @@ class _Runs:
             self._finished(name, seed)
             self._check_begun(name, seed)
         with _exit_on_sigterm(), ThreadPoolExecutor(max_workers=self.experiment.jobs) as pool:
-            futures = [pool.submit(self._run, name, seed) for name, seed in runs]
+            futures: dict[tuple[str, int], Future[dict[str, Any]]] = {}
+            for name, seed in runs:  # what a run starts from is submitted before it
+                start = futures.get((self.experiment.starts.get(name, ""), seed))
+                futures[name, seed] = pool.submit(self._run, name, seed, start)
             try:
-                return [future.result() for future in futures]
+                return [future.result() for future in futures.values()]
             except BaseException:
                 self._stop()
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _run(self, name: str, seed: int) -> dict[str, Any]:
+    def _run(self, name: str, seed: int, start: Future[dict[str, Any]] | None) -> dict[str, Any]:
+        if start is not None:
+            start.result()
         finished = self._finished(name, seed)
         if finished is not None:
             return finished
@@ -142,7 +149,7 @@ class _Runs:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, self._config(name, seed).to_yaml().encode())
         _say(f"{name}, seed {seed}: training")
-        run = folder / "run"
+        run = folder / RUN
         with _timed(folder, run / "metrics.jsonl"):
             self._call(folder, ["train", str(folder / CONFIG), "--run-dir", str(run)], "train")
         # Of a run that was stopped and went on, all parts.
@@ -170,17 +177,22 @@ class _Runs:
         return self.output / "runs" / f"{name}-{seed}"
 
     def _config(self, name: str, seed: int) -> Config:
-        return self.experiment.variants[name].override(
-            f"data.path={self.dataset}", f"training.seed={seed}"
-        )
+        settings = [f"data.path={self.dataset}", f"training.seed={seed}"]
+        if name in self.experiment.starts:
+            start = self._folder(self.experiment.starts[name], seed) / RUN
+            settings.append(f"model.init_from={start}")
+        return self.experiment.variants[name].override(*settings)
 
     def _identity(self, name: str, seed: int) -> dict[str, Any]:
         """What a finished run's result depends on."""
-        return {
+        identity = {
             "config": _anywhere(self._config(name, seed)).to_dict(),
             "dataset": self._fingerprint,
             "evaluation": vars(self.experiment.evaluation),
         }
+        if name in self.experiment.starts:
+            identity[STARTS_FROM] = self._identity(self.experiment.starts[name], seed)
+        return identity
 
     def _finished(self, name: str, seed: int) -> dict[str, Any] | None:
         path = self._folder(name, seed) / RESULT
@@ -238,8 +250,8 @@ class _Runs:
 
 
 def _anywhere(config: Config) -> Config:
-    """The configuration without its dataset's place, which may move."""
-    return config.override("data.path=null")
+    """The configuration without the places of its dataset and its start, which may move."""
+    return config.override("data.path=null", "model.init_from=null")
 
 
 def _another_configuration(folder: Path) -> ConfigError:

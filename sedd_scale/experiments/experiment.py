@@ -10,13 +10,16 @@
     run: {model: {...}, optimizer: {...}, training: {...}, ...}
     variants:
       NAME: {section.key: value, ...}
+      OTHER: {starts_from: NAME, section.key: value, ...}
 
-`run` is a configuration as `sedd-scale train` takes it, without a dataset.
+`run` is a configuration as `sedd-scale train` takes it, without a dataset. A variant that
+`starts_from` one before it begins with the weights of that one's run of the same seed, as
+`model.init_from` does. The tokens of that run are not counted, so its steps may be others.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from sedd_scale.config.yaml_text import read_yaml, scalar_text
 from sedd_scale.errors import ConfigError
 
 _KEYS = ("title", "baseline", "seeds", "jobs", "threads", "data", "evaluation", "run", "variants")
+STARTS_FROM = "starts_from"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -56,6 +60,7 @@ class Experiment:
         title: of the report.
         variants: name -> the whole configuration of its runs, but for dataset and seed.
         changes: name -> what the variant changes of the common run, as `section.key=value`.
+        starts: name -> the variant whose run it begins with; without those that begin with none.
         baseline: the variant that ratios are over.
         seeds: each variant is trained once for each.
         jobs: runs at a time.
@@ -65,6 +70,7 @@ class Experiment:
     title: str
     variants: dict[str, Config]
     changes: dict[str, list[str]]
+    starts: dict[str, str]
     baseline: str
     seeds: list[int]
     data: DataSettings
@@ -74,9 +80,23 @@ class Experiment:
 
     @property
     def tokens_per_run(self) -> int:
-        """Positions that each run trains on."""
-        training = self.variants[self.baseline].training
+        """Positions that each run trains on, but for those that others start from."""
+        return self.tokens_of(self.baseline)
+
+    def tokens_of(self, name: str) -> int:
+        """Positions that a run of the variant trains on."""
+        training = self.variants[name].training
         return training.steps * training.global_batch * self.data.block_length
+
+    def only(self, names: Collection[str]) -> "Experiment":
+        """The experiment of these variants, the baseline and what they start from."""
+        kept = {self.baseline, *names}
+        for name in reversed(self.variants):
+            if name in kept and name in self.starts:
+                kept.add(self.starts[name])
+        variants = {name: config for name, config in self.variants.items() if name in kept}
+        starts = {name: start for name, start in self.starts.items() if name in kept}
+        return replace(self, variants=variants, starts=starts)
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -96,7 +116,12 @@ def load_experiment(path: Path) -> Experiment:
         str(name): _changes(str(name), keys, path)
         for name, keys in _mapping(tree, "variants", path).items()
     }
-    variants = {name: common.override(*assignments) for name, assignments in changes.items()}
+    starts = _starts(tree["variants"], path)
+    variants = {}
+    for name, assignments in changes.items():
+        # A stand-in for the path that the other run will have.
+        start = [f"model.init_from={starts[name]}"] if name in starts else []
+        variants[name] = common.override(*start, *assignments)
     baseline = tree.get("baseline")
     if not isinstance(baseline, str) or baseline not in variants:
         raise ConfigError(
@@ -110,6 +135,7 @@ def load_experiment(path: Path) -> Experiment:
         title=str(tree.get("title", path.stem)),
         variants=variants,
         changes=changes,
+        starts=starts,
         baseline=baseline,
         seeds=seeds,
         data=_settings(DataSettings, tree, "data", path),
@@ -129,6 +155,22 @@ def check_seeds(seeds: Sequence[int], what: str) -> None:
         raise ConfigError(f"{what} names a seed twice: give different seeds from 0 on")
 
 
+def _starts(variants: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The variant that each starts from, for those that start from one."""
+    starts: dict[str, str] = {}
+    before: list[str] = []
+    for name, keys in variants.items():
+        if keys and STARTS_FROM in keys:
+            starts[str(name)] = str(keys[STARTS_FROM])
+            if starts[str(name)] not in before:
+                raise ConfigError(
+                    f"{path}: variant {name} has {STARTS_FROM}={starts[str(name)]}, which is none "
+                    f"of the variants before it: {', '.join(before) or 'there are none'}"
+                )
+        before.append(str(name))
+    return starts
+
+
 def _changes(name: str, keys: Any, path: Path) -> list[str]:
     """What a variant changes, as overrides."""
     if not _NAME.fullmatch(name):
@@ -141,6 +183,7 @@ def _changes(name: str, keys: Any, path: Path) -> list[str]:
         # An override takes text letter by letter.
         f"{key}={value if isinstance(value, str) else scalar_text(value)}"
         for key, value in (keys or {}).items()
+        if key != STARTS_FROM
     ]
 
 
@@ -151,6 +194,11 @@ def _check_comparable(experiment: Experiment, path: Path) -> None:
             "standard error: give at least 2"
         )
     base = experiment.variants[experiment.baseline]
+    if experiment.baseline in experiment.starts.values():
+        raise ConfigError(
+            f"{path}: baseline={experiment.baseline} is what other variants start from, on tokens "
+            "of its own: choose another"
+        )
     for name, config in experiment.variants.items():
         try:
             config.validate(1)
@@ -162,6 +210,8 @@ def _check_comparable(experiment: Experiment, path: Path) -> None:
                 "--data names; leave the section out"
             )
         for key in ("steps", "global_batch", "seed"):
+            if key == "steps" and name in experiment.starts.values():
+                continue  # what others start from is not compared with them
             here, there = getattr(config.training, key), getattr(base.training, key)
             if here != there:
                 raise ConfigError(

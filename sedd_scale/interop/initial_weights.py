@@ -60,6 +60,11 @@ class InitialWeights:
             check_causal_start(config, described.config, what)
         else:
             check_same_model(config, described.config, what)
+        if config.model.calibrate_head and not make_objective(described.config).cross_entropy:
+            raise ConfigError(
+                f"model.calibrate_head=true has no effect with {what}, whose outputs are scores: "
+                "they have no free offset; leave it out"
+            )
         assert config.model.vocab_size is not None
         self._num_tokens, self._old = config.model.vocab_size, described.num_tokens
         self.grown = self._num_tokens - self._old
@@ -260,7 +265,7 @@ def check_causal_start(config: Config, found: Config, what: str) -> None:
                 f"{key}={text_of(config.value(key))} would not begin as {what}, which nothing "
                 f"conditions: set {key}={text_of(wanted)}, or model.conditioning=none"
             )
-    is_normalised = model.parametrisation == "mean" or getattr(model, "calibrate_head", False)
+    is_normalised = model.parametrisation == "mean" or model.calibrate_head
     if config.training.objective == ScoreEntropy.name and not is_normalised:
         raise ConfigError(
             f"model.parametrisation=score does not fit {what}: logits of an autoregressive model "

@@ -30,6 +30,7 @@ from sedd_scale.tracking.metrics import MetricsLog
 from sedd_scale.tracking.utilisation import Utilisation
 from sedd_scale.training.bad_steps import BadSteps, stopped_at
 from sedd_scale.training.batches import TrainBatches, ValidationBatches
+from sedd_scale.training.calibration import calibrate_head
 from sedd_scale.training.guards import StepGuard
 from sedd_scale.training.learning_rate import learning_rate, unreached_rate
 from sedd_scale.training.lost_ranks import lost_ranks_in_one_line
@@ -93,6 +94,8 @@ def train(config: Config, run_dir: Path, stop: StopSignals | None = None) -> boo
         if note is not None:
             log.say(note)
     batches = TrainBatches(corpus, config, layout, skipped=start.skipped_shards)
+    if initial is not None and config.model.calibrate_head:
+        log.say(f"calibrated: {calibrate_head(engine, batches):+.4f} in every bias of the head")
     validation = None
     if config.training.valid_every:
         validation = ValidationBatches(corpus, config, layout)
