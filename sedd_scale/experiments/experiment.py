@@ -19,7 +19,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +60,23 @@ class Experiment:
         title: of the report.
         variants: name -> the whole configuration of its runs, but for dataset and seed.
         changes: name -> what the variant changes of the common run, as `section.key=value`.
-        starts: name -> the variant whose run it begins with; without those that begin with none.
         baseline: the variant that ratios are over.
         seeds: each variant is trained once for each.
         jobs: runs at a time.
         threads: of each run; None: PyTorch's own choice.
+        starts: name -> the variant whose run it begins with; without those that begin with none.
     """
 
     title: str
     variants: dict[str, Config]
     changes: dict[str, list[str]]
-    starts: dict[str, str]
     baseline: str
     seeds: list[int]
     data: DataSettings
     evaluation: EvaluationSettings
     jobs: int
     threads: int | None
+    starts: dict[str, str] = field(default_factory=dict)
 
     @property
     def tokens_per_run(self) -> int:

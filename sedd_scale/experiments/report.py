@@ -41,6 +41,8 @@ def summarise(experiment: Experiment, results: Sequence[Result]) -> dict[str, An
             "perplexity": _mean([result["evaluation"]["perplexity"] for result in own]),
             "train_seconds": _mean([result["train_seconds"] for result in own]),
             "by_seed": dict(zip(map(str, experiment.seeds), bits, strict=True)),
+            "starts_from": experiment.starts.get(name),
+            "tokens": experiment.tokens_of(name),
         }
         if "normalised_nats_per_token" in own[0]["evaluation"]:
             normalised = [
@@ -76,6 +78,7 @@ def write_report(
         for name in experiment.variants
     }
     tokens_per_step = experiment.tokens_per_run / summary["steps"]
+    summary["validation"] = _over_tokens(experiment, results, curves)
     return write_report_files(
         output,
         summary,
@@ -114,6 +117,19 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
             f"{row['train_seconds']['mean']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    points = summary.get("validation")
+    if points:
+        names = list(points[0]["bits_per_char"])
+        lines += [
+            "",
+            "Validation of the averaged weights during training, bits/char, mean over seeds:",
+            "",
+            f"| tokens | {' | '.join(names)} |",
+            f"|{'---|' * (len(names) + 1)}",
+        ]
+        for point in points:
+            cells = [f"{point['bits_per_char'][name]:.3f}" for name in names]
+            lines.append(f"| {point['tokens']:,} | {' | '.join(cells)} |")
     largest = max(row["stderr_draws"] for row in summary["variants"])
     lines += [
         "",
@@ -124,9 +140,39 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _over_tokens(
+    experiment: Experiment, results: Sequence[Result], curves: dict[str, list[RunMetrics]]
+) -> list[dict[str, Any]]:
+    """The validations that all runs compared have made, in bits per character, means over seeds."""
+    bits: dict[str, list[dict[int, float]]] = {}
+    for name in experiment.variants:
+        if name not in experiment.starts.values():
+            bits[name] = []
+            own = _by_seed(experiment, results, name)
+            for result, run in zip(own, curves[name], strict=True):
+                of_nats = result["evaluation"]["bits_per_char"]
+                of_nats /= result["evaluation"]["nats_per_token"]
+                found = run.validation["valid_nats_per_token"] * of_nats
+                bits[name].append(dict(zip(map(int, run.validation["step"]), found.tolist())))
+    steps = set.intersection(*(set(run) for runs in bits.values() for run in runs))
+    tokens_per_step = experiment.tokens_of(experiment.baseline)
+    tokens_per_step //= experiment.variants[experiment.baseline].training.steps
+    return [
+        {
+            "tokens": step * tokens_per_step,
+            "bits_per_char": {
+                name: float(np.mean([run[step] for run in runs])) for name, runs in bits.items()
+            },
+        }
+        for step in sorted(steps)
+    ]
+
+
 def _changes(row: dict[str, Any]) -> str:
     changes = ", ".join(f"`{change}`" for change in row["changes"])
-    return f"{row['variant']}: {changes or 'nothing'}"
+    if row["starts_from"] is not None:
+        changes = f"starts from {row['starts_from']}, {changes}"
+    return f"{row['variant']} ({row['tokens']:,} tokens): {changes or 'nothing'}"
 
 
 def _by_seed(experiment: Experiment, results: Sequence[Result], name: str) -> list[Result]:

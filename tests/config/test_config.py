@@ -36,6 +36,7 @@ WORLD_SIZES: dict[str, list[int | None]] = {
     "runs/openwebtext_large.yaml": [16],
     "runs/openwebtext_xl.yaml": [32],
     "runs/openwebtext_7b.yaml": [64],
+    "runs/adapt_qwen3_0.6b.yaml": [8],
 }
 
 
@@ -450,7 +451,7 @@ def test_every_key_that_shapes_a_model_or_its_task_says_what_it_belongs_to() -> 
     assert shaping == {
         *("model.dropout", "model.vocab_size", "model.attention", "model.residual_dtype"),
         *("model.zero_init", "model.init_from", "model.init_options"),
-        *("model.grow_vocab", "model.adaln_gate_init"),
+        *("model.grow_vocab", "model.adaln_gate_init", "model.calibrate_head"),
     }
 
 
@@ -459,7 +460,7 @@ def test_keys_that_another_key_puts_out_of_effect_are_refused() -> None:
     others = {"training.weight_softening": 0.5, "optimizer.decay_steps": 10}
     others |= {"model.max_positions": 10, "model.rotary_original_length": 10}
     others |= {"optimizer.muon_momentum": 0.5}
-    others |= {"training.anneal_steps": 10}
+    others |= {"training.anneal_steps": 10, "model.calibrate_head": "true"}
     found = [(key, field) for key, field, _ in Config().all_keys() if field.metadata["only_with"]]
     assert len(found) >= 5
     for key, field in found:
@@ -470,6 +471,6 @@ def test_keys_that_another_key_puts_out_of_effect_are_refused() -> None:
             value = 2 * field.default if field.default else 0.1
         for other, needed in field.metadata["only_with"].items():
             choices = {one: f.metadata["choices"] for one, f, _ in Config().all_keys()}[other]
-            refused = next(choice for choice in choices if choice not in needed)
+            refused = next(choice for choice in choices or (False,) if choice not in needed)
             with pytest.raises(ConfigError, match=f"{key}={value} has no effect with {other}="):
                 Config().override(f"{key}={value}", f"{other}={refused}").validate()

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,40 @@ def test_from_text_to_report_and_again(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in capsys.readouterr().err
 
 
+def test_a_variant_starts_from_the_run_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mean = {"model.parametrisation": "mean"}
+    variants = {
+        "first": {"training.objective": "autoregressive", "training.steps": 24},
+        "second": {"starts_from": "first", **mean},
+        "third": mean,
+    }
+    run = copy.deepcopy(TINY["run"])
+    run["model"] |= {"conditioning": "none", "time_conditioning": False}  # type: ignore[index]
+    config = written(tmp_path, run=run, variants=variants, baseline="third", seeds=[3])
+    output = tmp_path / "out"
+    arguments = (config, "--data", words_of_five(tmp_path), "--output", output)
+    assert compare(*arguments, "--only", "second") == 0
+    assert capsys.readouterr().err.count("training") == 3  # with what it starts from
+    log = (output / "runs/second-3/train.log").read_text()
+    assert f"initialised from {output}/runs/first-3/run" in log and "(native, step 24)" in log
+    report = json.loads((output / "report.json").read_text())
+    assert [row["starts_from"] for row in report["variants"]] == [None, "first", None]
+    assert [row["tokens"] for row in report["variants"]] == [24 * 128, 12 * 128, 12 * 128]
+    assert [point["tokens"] for point in report["validation"]] == [6 * 128, 12 * 128]
+    last = report["validation"][-1]["bits_per_char"]
+    assert last.keys() == {"second", "third"} and all(0 < bits < 5 for bits in last.values())
+    assert "second (1,536 tokens): starts from first, " in (output / "report.md").read_text()
+    assert compare(*arguments) == 0  # nothing is left to do
+    assert "training" not in capsys.readouterr().err
+    changed = variants | {"first": variants["first"] | {"optimizer.lr": 0.02}}
+    shutil.rmtree(output / "runs/first-3")
+    written(tmp_path, run=run, variants=changed, baseline="third", seeds=[3])
+    assert compare(*arguments) == 2  # the second began with another
+    assert "second-3 holds a run of another configuration" in capsys.readouterr().err
+
+
 def test_the_last_complaint_of_a_failed_run_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +237,7 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
     known = {
         "ablations": {"no_time_conditioning", "no_zero_init", "uniform_geometric"},
         "precision": {"fp32", "bf16_stream_fp32", "bf16_stream_bf16"},
+        "adapting": {"scratch", "adapted", "adapted_annealed", "adapted_calibrated"},
     }.get(path.stem, {"autoregressive", "score_entropy_absorb", "score_entropy_uniform"})
     assert known <= set(experiment.variants)
 
@@ -225,6 +261,14 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
         ({"run": None}, "run: has to be a mapping"),
         ({"variants": {"autoregressive": {"training.steps": 3}, "b": {}}}, "equal tokens"),
         ({"variants": {"autoregressive": {"data.path": "x"}}}, "sets its own data"),
+        (
+            {"variants": {"autoregressive": {"starts_from": "b"}, "b": {}}},
+            "starts_from=b, which is none of the variants before it: there are none",
+        ),
+        (
+            {"variants": {"autoregressive": {}, "b": {"starts_from": "autoregressive"}}},
+            "baseline=autoregressive is what other variants start from",
+        ),
         (
             {"variants": {"autoregressive": {}, "b": {"training.objective": "mdlm"}}},
             "variant b: training.objective=mdlm is not one of",
