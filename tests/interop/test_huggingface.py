@@ -1,5 +1,6 @@
 """Models of transformers: their logits, their bytes again, and what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from sedd_scale.interop.formats import detect_format, open_checkpoint
 from sedd_scale.interop.huggingface import HuggingFaceSource
 from sedd_scale.interop.huggingface_config import config_of, raw_of
 from sedd_scale.interop.huggingface_names import Held, our_rows, their_rows
-from sedd_scale.interop.initial_weights import InitialWeights
+from sedd_scale.interop.initial_weights import InitialWeights, check_causal_start
 from sedd_scale.interop.native import NativeSource
 from sedd_scale.interop.pretrained import load_pretrained, save_pretrained
 from sedd_scale.interop.same_network import differences
@@ -32,6 +33,7 @@ from sedd_scale.preparation.prepare import prepare
 from sedd_scale.tokenizers.opening import load_tokenizer, open_tokenizer
 from sedd_scale.training.loop import open_dataset, train
 from tests.data.corpus import make_texts, write_jsonl
+from tests.repository import ROOT
 from tests.tokenizers.hf_files import byte_level, write_files
 
 ROWS = 403  # three more than the tokenizer has tokens
@@ -457,6 +459,37 @@ def test_other_runs_begin_with_one(folders: Callable[[str], Path], graph: str) -
             assert given is None or given.all()
             theirs = source.read(name, "ema")
             assert torch.equal(whole, theirs[: len(whole)])
+
+
+def test_the_recipe_of_qwen3_begins_with_the_published_model() -> None:
+    published = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    found = config_of(Path("c"), published)
+    recipe = load_config(ROOT / "configs/runs/adapt_qwen3_0.6b.yaml")
+    free = {key: getattr(found.model, key) for key in ("parametrisation", "init_from")}
+    assert dataclasses.replace(recipe.model, **free) == found.model
+    check_causal_start(recipe, found, "the published model")
+    assert recipe.training.shift == found.training.shift
 
 
 def test_runs_that_do_not_begin_as_the_model_does(folders: Callable[[str], Path]) -> None:
