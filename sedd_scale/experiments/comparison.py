@@ -183,10 +183,15 @@ class _Runs:
             settings.append(f"model.init_from={start}")
         return self.experiment.variants[name].override(*settings)
 
+    def _anywhere(self, name: str, config: Config) -> Config:
+        """A run's configuration without the places of its dataset and its start, which may move."""
+        start = ["model.init_from=null"] if name in self.experiment.starts else []
+        return config.override("data.path=null", *start)
+
     def _identity(self, name: str, seed: int) -> dict[str, Any]:
         """What a finished run's result depends on."""
         identity = {
-            "config": _anywhere(self._config(name, seed)).to_dict(),
+            "config": self._anywhere(name, self._config(name, seed)).to_dict(),
             "dataset": self._fingerprint,
             "evaluation": vars(self.experiment.evaluation),
         }
@@ -206,7 +211,10 @@ class _Runs:
     def _check_begun(self, name: str, seed: int) -> None:
         """Refuse to resume a run that was begun with another configuration."""
         path = self._folder(name, seed) / CONFIG
-        if path.is_file() and _anywhere(load_config(path)) != _anywhere(self._config(name, seed)):
+        if not path.is_file():
+            return
+        begun, wanted = load_config(path), self._config(name, seed)
+        if self._anywhere(name, begun) != self._anywhere(name, wanted):
             raise _another_configuration(path.parent)
 
     def _call(self, folder: Path, arguments: list[str], what: str) -> str:
@@ -247,11 +255,6 @@ class _Runs:
                 child.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-def _anywhere(config: Config) -> Config:
-    """The configuration without the places of its dataset and its start, which may move."""
-    return config.override("data.path=null", "model.init_from=null")
 
 
 def _another_configuration(folder: Path) -> ConfigError:

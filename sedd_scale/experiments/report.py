@@ -60,7 +60,7 @@ def summarise(experiment: Experiment, results: Sequence[Result]) -> dict[str, An
         "steps": training.steps,
         "tokens_per_run": experiment.tokens_per_run,
         "evaluation": vars(experiment.evaluation),
-        "evaluated_tokens": results[0]["evaluation"]["tokens"],
+        "evaluated_tokens": of_baseline[0]["evaluation"]["tokens"],
         "variants": rows,
     }
 
