@@ -237,6 +237,7 @@ def test_shipped_experiments_can_be_compared(path: Path) -> None:
     known = {
         "ablations": {"no_time_conditioning", "no_zero_init", "uniform_geometric"},
         "precision": {"fp32", "bf16_stream_fp32", "bf16_stream_bf16"},
+        "muon": {"adamw", "muon_ratio_1", "muon_ratio_4"},
         "adapting": {"scratch", "adapted", "adapted_annealed", "adapted_calibrated"},
     }.get(path.stem, {"autoregressive", "score_entropy_absorb", "score_entropy_uniform"})
     assert known <= set(experiment.variants)
