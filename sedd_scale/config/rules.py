@@ -155,8 +155,8 @@ def _check_positions(config: ConfigTree) -> None:
         )
     if model.max_positions is not None and (length or 0) > model.max_positions:
         raise ConfigError(
-            f"data.block_length={length} is longer than model.max_positions={model.max_positions}: "
-            "change one of them"
+            f"data.block_length={length} is longer than the model.max_positions="
+            f"{model.max_positions} of model.positions=learned: change one of them"
         )
 
 
