@@ -20,11 +20,17 @@ SMALL = (
     *("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.cond_dim=16"),
     *("model.vocab_size=50", "data.block_length=24", "model.dropout=0.1"),
 )
+OTHER = (
+    *("model.norm=rmsnorm", "model.num_kv_heads=1", "model.qk_norm=true", "model.head_bias=false"),
+    *("model.activation=swiglu", "model.mlp_bias=false", "model.parametrisation=mean"),
+)
 BATCH, LENGTH, ROWS = 3, 24, 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("overrides", [(), ("graph.name=uniform",)], ids=["absorb", "uniform"])
+@pytest.mark.parametrize(
+    "overrides", [(), ("graph.name=uniform",), OTHER], ids=["absorb", "uniform", "another trunk"]
+)
 @pytest.mark.parametrize("what", ["loss", "sequences", "documents"])
 def test_nothing_leaves_the_device(
     what: str, overrides: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
