@@ -79,11 +79,14 @@ def parts(*, rehearse: bool) -> Iterator[Part]:
         ("medium", 32, ()),
         ("large", 16, ()),
         ("small", 64, ("model.residual_dtype=bf16",)),
+        ("qwen3_small", 32, ()),
+        ("small", 32, ("optimizer.name=muon",)),
     ):
         step = [*benchmark, "step", "--json", "--precision", "bf16", "--repeats", "5"]
         sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
         dropped = [*changes, "model.dropout=0.1"]
-        yield Part(f"step of {model}, {batch} sequences", 2, [*step, *sizes, *dropped])
+        name = ", ".join([f"step of {model}", f"{batch} sequences", *changes])
+        yield Part(name, 2, [*step, *sizes, *dropped])
     for model, batch, changes in (("small", 32, ()), ("xl", 16, XL)):
         rates = [*benchmark, "rates", "--json"]
         sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
