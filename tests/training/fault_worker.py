@@ -32,7 +32,7 @@ from sedd_scale.config.sections import TrainingConfig  # noqa: E402
 from sedd_scale.engine.engine import Engine, MicroBatch  # noqa: E402
 from sedd_scale.errors import CheckpointError, TrainingError  # noqa: E402
 from sedd_scale.parallel.layout import Layout, initialize_layout, leave_layout  # noqa: E402
-from sedd_scale.planning.model_states import STATE_KEYS  # noqa: E402
+from sedd_scale.planning.model_states import update_rule  # noqa: E402
 from sedd_scale.training.bad_steps import BadSteps  # noqa: E402
 from sedd_scale.training.guards import StepGuard  # noqa: E402
 from sedd_scale.training.loop import train  # noqa: E402
@@ -44,14 +44,15 @@ from tests.training.waits import Waits  # noqa: E402
 WIDE = "model.hidden_size=192"
 FP32, BF16 = "training.precision=fp32", "training.precision=bf16"
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+MUON = "optimizer.name=muon"
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "ZeRO 1": (FP32,),
-    "ZeRO 1 bf16": (BF16,),
+    "ZeRO 1 bf16, Muon": (BF16, MUON),
     "ZeRO 2": (FP32, "parallel.zero_stage=2"),
     "ZeRO 2 bf16": (BF16, "parallel.zero_stage=2"),
-    "ZeRO 3": (FP32, "parallel.zero_stage=3", WIDE),
+    "ZeRO 3, Muon": (FP32, "parallel.zero_stage=3", WIDE, MUON),
     "ZeRO 3 bf16": (BF16, "parallel.zero_stage=3", WIDE),
-    "TP2": (FP32, TENSOR),
+    "TP2, Muon": (FP32, TENSOR, MUON),
     "PP2": (FP32, PIPELINE),
     "PP2 bf16": (BF16, PIPELINE),
 }
@@ -67,7 +68,7 @@ def bits(engine: Engine) -> dict[str, str]:
             tensors[f"{logical.name} weight"] = logical.parameter
         for index, copy in enumerate(reversed(engine.fragments.working_copies(logical))):
             tensors[f"{logical.name} copy {index}"] = copy
-        for key in STATE_KEYS:
+        for key in engine.fragments.state_keys(logical):
             fragment = engine.fragments.get(logical, key)
             if fragment is not None:
                 tensors[f"{logical.name} {key}"] = fragment.flat
@@ -165,7 +166,8 @@ def of_layout(name: str, folder: Path) -> dict[str, Any]:
     run = SyntheticRun(config, layout)
     engine = run.engine()
     found = bad_step(run, engine, layout, folder / name)
-    flips = [(MATRIX, "weight"), (VECTOR, "weight"), (MATRIX, "exp_avg")]
+    moment, *_ = update_rule(config.optimizer.name, MATRIX).moments
+    flips = [(MATRIX, "weight"), (VECTOR, "weight"), (MATRIX, moment)]
     if parallel.tensor > 1:
         flips.append((VECTOR, "exp_avg"))
     found["flips"] = {
