@@ -202,7 +202,7 @@ class Scored(SeddScaleLM):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.model = type("Model", (), {"tokenizer": tokenizer})()
-        self.max_length = 1000
+        self.max_length, self.start = 1000, list[int]()
 
 
 class OfTheHarness(TemplateLM):
