@@ -29,8 +29,9 @@ def norm_backward(
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
     centred: bool,
+    wants_shift: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fused._norm_backward`."""
+    """As `fused._norm_backward`; the shift's gradient comes with the others for nothing."""
     width = grad_LBH.shape[-1]
     out_LBH = torch.empty(grad_LBH.shape, dtype=hidden_dtype, device=grad_LBH.device)
     sums, grid, sizes = _sums_of_positions(grad_LBH, 2, triton.next_power_of_2(width))

@@ -118,8 +118,9 @@ def _norm_backward(
     scale_BH: Tensor,
     hidden_dtype: torch.dtype,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the stream, the scale and the shift.
+    wants_shift: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the stream, the scale and, if it is wanted, the shift.
 
     Args:
         kept_LBH: the stream, of the given mean, or without one what the norm made of it.
@@ -148,7 +149,8 @@ def _norm_backward(
     grad_hidden_LBH = grad_hidden_LBH.to(hidden_dtype)
     if stream_grad_LBH is not None:
         grad_hidden_LBH = grad_hidden_LBH.add_(stream_grad_LBH)
-    return grad_hidden_LBH, grad_scale_BH, _sum_over_positions(grad_LBH, scale_BH)
+    grad_shift_BH = _sum_over_positions(grad_LBH, scale_BH) if wants_shift else None
+    return grad_hidden_LBH, grad_scale_BH, grad_shift_BH
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -184,6 +186,7 @@ class _ModulatedNorm(torch.autograd.Function):
             *(grad_LBH, stream_grad_LBH, kept_LBH, mean_LB1, rstd_LB1, scale_BH),
             ctx.hidden_dtype,
             ctx.centred,
+            ctx.needs_input_grad[2],
         )
         return (*grads, None, None, None)
 
