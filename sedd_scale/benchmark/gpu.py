@@ -86,7 +86,7 @@ def parts(*, rehearse: bool) -> Iterator[Part]:
         sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
         dropped = [*changes, "model.dropout=0.1"]
         name = ", ".join([f"step of {model}", f"{batch} sequences", *changes])
-        yield Part(name, 2, [*step, *sizes, *dropped])
+        yield Part(name, 1.8, [*step, *sizes, *dropped])
     for model, batch, changes in (("small", 32, ()), ("xl", 16, XL)):
         rates = [*benchmark, "rates", "--json"]
         sizes = list(TINY) if rehearse else ["--model", model, "--batch-size", str(batch)]
