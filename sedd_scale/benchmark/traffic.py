@@ -64,22 +64,21 @@ class CountedTraffic(TorchDispatchMode):
         if operator == "send":
             self.sent["send", "pipeline"] += _bytes(args[0])
             return
-        assert operator in _COLLECTIVES, f"{operator} is not counted"
-        is_exchange = operator == "alltoall_base_"
-        name, place, times = ("all-to-all", 1, _ALL) if is_exchange else _COLLECTIVES[operator]
         groups = [
             value
             for argument, value in zip(func._schema.arguments, args)
             if argument.name == "process_group"
         ]
         group = dist.ProcessGroup.unbox(groups[0])
+        if operator == "alltoall_base_":  # all but what a rank sends to itself
+            _, given, _, _, numbers, *_ = args
+            sent = sum(numbers) - numbers[group.rank()]
+            self.sent["all-to-all", "several"] += sent * given.element_size()
+            return
+        assert operator in _COLLECTIVES, f"{operator} is not counted"
+        name, place, times = _COLLECTIVES[operator]
         size = group.size()
-        if is_exchange:  # all but what it sends to itself
-            to_ranks = func._schema.arguments
-            (splits,) = (v for a, v in zip(to_ranks, args) if a.name == "input_split_sizes")
-            numbers = sum(splits) - splits[group.rank()]
-            self.sent[name, "several"] += numbers * args[place].element_size()
-        elif size > 1:
+        if size > 1:
             ranks = tuple(dist.get_process_group_ranks(group))
             where = self._names.get(ranks, "several")
             self.sent[name, where] += round(times * _bytes(args[place]) * (size - 1) / size)
