@@ -78,8 +78,8 @@ def test_data(tmp_path: Path) -> None:
 
 
 def test_communication_sends_no_more_than_it_must() -> None:
-    """Two layouts in two processes; each is charged what it sends, byte by byte."""
-    layouts = ["TP2 SP", "DP2 ZeRO 1", "DP2 ZeRO 1 bf16", "PP2"]
+    """Layouts of two processes; each is charged what it sends, byte by byte."""
+    layouts = ["TP2 SP", "DP2 ZeRO 1", "DP2 ZeRO 1 bf16", "PP2", "TP2 Muon", "DP2 ZeRO 3 Muon"]
     chosen = [word for name in layouts for word in ("--layout", name)]
     finished = subprocess.run(
         [
@@ -108,6 +108,10 @@ def test_communication_sends_no_more_than_it_must() -> None:
     for line in lines.values():
         assert line["bytes_sent"] == pytest.approx(sum(line["by_collective"].values()))
         assert 0.999 < line["ratio"] < communication.ALLOWED
+    # Of two ranks each sends half of the matrices' momentum, and half of what comes of it.
+    for name in ("TP2 Muon", "DP2 ZeRO 3 Muon"):
+        exchanged = lines[name]["by_collective"]["all-to-all (several)"]
+        assert exchanged == pytest.approx(2 * 12 * 128**2 * 4 / 2, rel=1e-3)
     # By hand: half of the gradient out and half of the weights back, at 4 bytes a number.
     moved = lines["DP2 ZeRO 1"]["by_collective"]
     parameters = 2 * (2 * 128**2 * 6 + 3 * 128 + 6 * 128 * 65 + 512)
